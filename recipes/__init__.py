@@ -1,0 +1,1 @@
+"""Recipes that make models, each in a package of its own."""

@@ -1,0 +1,1 @@
+"""A small text-to-SQL task and the recipe that trains the bundled model on it."""
