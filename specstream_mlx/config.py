@@ -24,7 +24,16 @@ Mode = Literal["shared", "lossless"]
 StreamPosition = Literal["anchor", "anchor_plus_j"]
 
 REQUIRED = ("gamma", "num_stream_layers", "mode", "stream_id", "stream_init", "stream_position", "prune")
-OPTIONAL = ("format", "format_version", "lora_rows", "main_attends_streams", "base_model", "training", "lora", "source")
+OPTIONAL = (
+    "format",
+    "format_version",
+    "lora_rows",
+    "main_attends_streams",
+    "base_model",
+    "training",
+    "lora",
+    "source",
+)
 
 
 @dataclass(frozen=True)
@@ -284,7 +293,9 @@ class _Reader:
     def _only(self, raw: Mapping[str, Any], name: str, known: tuple[str, ...]) -> None:
         unknown = [key for key in raw if key not in known]
         if unknown:
-            self.problems.append(f"{name} has unknown {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+            self.problems.append(
+                f"{name} has unknown {', '.join(map(repr, unknown))}; known: {', '.join(known)}"
+            )
 
     def _object(self, key: str) -> dict[str, Any] | None:
         value = self.raw.get(key)
@@ -295,9 +306,7 @@ class _Reader:
             self.problems.append(f"{key} is null, expected an object")
         return value
 
-    def _integer(
-        self, raw: Mapping[str, Any], key: str, low: int, high: int | None, prefix: str = ""
-    ) -> int:
+    def _integer(self, raw: Mapping[str, Any], key: str, low: int, high: int | None, prefix: str = "") -> int:
         value = raw.get(key)
         if key not in raw and prefix == "":
             return low  # reported as missing
