@@ -164,9 +164,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidInputError(f"{path}: not a regular file")
     try:
-        raw = json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant
-        )
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except OSError as error:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -293,9 +291,7 @@ class _Reader:
     def _only(self, raw: Mapping[str, Any], name: str, known: tuple[str, ...]) -> None:
         unknown = [key for key in raw if key not in known]
         if unknown:
-            self.problems.append(
-                f"{name} has unknown {', '.join(map(repr, unknown))}; known: {', '.join(known)}"
-            )
+            self.problems.append(f"{name} has unknown {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
 
     def _object(self, key: str) -> dict[str, Any] | None:
         value = self.raw.get(key)
