@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,9 +42,7 @@ def load_base(directory: str | Path, *, dtype: torch.dtype = torch.float32, atte
 def linear_modules(model: nn.Module) -> list[str]:
     """Return the leaf names of the linear layers of a decoder block (``qkv_proj`` and the like for phi3)."""
     block = causal_lm(model).model.layers[0]
-    return sorted(
-        {name.rpartition(".")[2] for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    )
+    return sorted({name.rpartition(".")[2] for name, module in block.named_modules() if isinstance(module, nn.Linear)})
 
 
 def add_lora(
@@ -78,7 +77,8 @@ def add_lora(
         task_type="CAUSAL_LM",
         use_rslora=use_rslora,
     )
-    return get_peft_model(model, lora)
+    with _upstream_deprecation_ignored():
+        return get_peft_model(model, lora)
 
 
 def save_checkpoint(
@@ -112,9 +112,7 @@ def write_checkpoint(
     model.save_pretrained(str(directory), save_embedding_layers=False)
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's model card template
     base = causal_lm(model)
-    config = stream_module(model).config.to_json(
-        base.config, norm_weight=base.model.norm.weight, training=training
-    )
+    config = stream_module(model).config.to_json(base.config, norm_weight=base.model.norm.weight, training=training)
     adapter_config = _read_json(directory / ADAPTER_CONFIG_FILE)
     if base_name is not None:
         config["base_model"]["name_or_path"] = base_name
@@ -144,10 +142,9 @@ def load_checkpoint(base: Any, directory: str | Path, *, trainable: bool = False
     attach_streams(base, read_stream_config(directory))
     if (directory / STREAMS_FILE).exists():
         streams = load_file(directory / STREAMS_FILE)
-        base.specstream.load_state_dict(
-            {key.removeprefix("specstream."): value for key, value in streams.items()}
-        )
-    model = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable)
+        base.specstream.load_state_dict({key.removeprefix("specstream."): value for key, value in streams.items()})
+    with _upstream_deprecation_ignored():
+        model = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable)
     module = stream_module(model)
     module.requires_grad_(trainable)
     if not (directory / STREAMS_FILE).exists():
@@ -174,6 +171,14 @@ def replaced_directory(directory: str | Path) -> Iterator[Path]:
         os.rename(temporary, directory)  # noqa: PTH104 - a rename must not fall back to a copy
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _upstream_deprecation_ignored() -> Iterator[None]:
+    """Silence PEFT's reading of an attribute that transformers 5 renamed; nobody here can act on it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def _is_stream_key(key: str) -> bool:

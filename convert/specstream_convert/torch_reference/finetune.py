@@ -125,9 +125,7 @@ def finetune(
         model = load_checkpoint(base, newest, trainable=True)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / (config.warmup + 1), (total - i) / max(1, total - config.warmup))
     )
@@ -169,12 +167,8 @@ def finetune(
                 after_save(model, iteration)
                 model.train()
 
-    training = {key: value for key, value in asdict(config).items() if key not in _NOT_RECORDED} | {
-        "iters": total
-    }
-    return save_checkpoint(
-        model, config.output, form=config.form, training=training, base_name=config.base_name
-    )
+    training = {key: value for key, value in asdict(config).items() if key not in _NOT_RECORDED} | {"iters": total}
+    return save_checkpoint(model, config.output, form=config.form, training=training, base_name=config.base_name)
 
 
 _NOT_RECORDED = (
@@ -258,9 +252,7 @@ class _Progress:
 
     def line(self, iteration: int, learning_rate: float) -> None:
         seconds = time.perf_counter() - self.since
-        accuracies = [
-            sum(column) / len(column) for column in zip(*(r.accuracies for r in self.results), strict=True)
-        ]
+        accuracies = [sum(column) / len(column) for column in zip(*(r.accuracies for r in self.results), strict=True)]
         chain = sum(r.chain_tokens for r in self.results) / len(self.results)
         parts = [
             f"iter {iteration}/{self.total}",
@@ -315,11 +307,7 @@ def _load_state(directory: Path, config: FinetuneConfig, optimizer: Any, schedul
     state = torch.load(directory / STATE_FILE, weights_only=True)
     before, now = json.loads(state["config"]), asdict(config)
     free = {*_NOT_RECORDED, "base_name"}
-    changed = [
-        f"{key}: {before[key]!r} -> {now[key]!r}"
-        for key in now
-        if key not in free and before[key] != now[key]
-    ]
+    changed = [f"{key}: {before[key]!r} -> {now[key]!r}" for key in now if key not in free and before[key] != now[key]]
     if changed:
         raise ValueError(f"cannot resume {directory} with other settings: " + "; ".join(changed))
     optimizer.load_state_dict(state["optimizer"])

@@ -41,9 +41,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device."""
-        return Batch(
-            *(t.to(device) for t in (self.input_ids, self.main_targets, self.anchors, self.stream_targets))
-        )
+        return Batch(*(t.to(device) for t in (self.input_ids, self.main_targets, self.anchors, self.stream_targets)))
 
 
 def make_batch(
@@ -120,12 +118,8 @@ def streaming_loss(
     if main_weight is None:
         main_weight = 0.0 if config.mode == "lossless" else 1.0
     if config.mode == "lossless" and main_weight:
-        raise ValueError(
-            f"main_weight is {main_weight}, expected 0: lossless mode does not train the main stream"
-        )
-    weights = (
-        [stream_weight] * config.gamma if isinstance(stream_weight, int | float) else list(stream_weight)
-    )
+        raise ValueError(f"main_weight is {main_weight}, expected 0: lossless mode does not train the main stream")
+    weights = [stream_weight] * config.gamma if isinstance(stream_weight, int | float) else list(stream_weight)
     if len(weights) != config.gamma:
         raise ValueError(f"stream_weight has {len(weights)} values, expected gamma = {config.gamma}")
 

@@ -58,13 +58,13 @@ def attach_streams(model: nn.Module, config: StreamConfig) -> nn.Module:
     """Give a Hugging Face causal LM its ``specstream`` module, in place, and return the model."""
     base = model.config
     if base.model_type not in FAMILIES:
-        raise ValueError(
-            f"model type {base.model_type!r} is not supported, expected one of {', '.join(FAMILIES)}"
-        )
+        raise ValueError(f"model type {base.model_type!r} is not supported, expected one of {', '.join(FAMILIES)}")
     if config.num_stream_layers > base.num_hidden_layers:
         raise ValueError(
             f"num_stream_layers is {config.num_stream_layers} but the model has {base.num_hidden_layers} layers"
         )
+    if config.prune_rank is not None and config.num_stream_layers == base.num_hidden_layers:
+        raise ValueError("a pruner needs a layer below the stream layers; num_stream_layers covers them all")
     model.specstream = SpecStream(base.hidden_size, config).to(next(model.parameters()).device)
     return model
 
@@ -163,9 +163,7 @@ def forward_hidden(model: nn.Module, input_ids: torch.Tensor, anchors: torch.Ten
         rotary = decoder.rotary_emb(hidden, position_ids=positions)
         causal = None  # sdpa is causal without a mask, and faster
         if base.config._attn_implementation == "eager":
-            causal = _layer_mask(
-                base, torch.ones(1, length, length, dtype=torch.bool, device=device).tril(), hidden
-            )
+            causal = _layer_mask(base, torch.ones(1, length, length, dtype=torch.bool, device=device).tril(), hidden)
         trunk = hidden
         for index, layer in enumerate(decoder.layers):
             if index == first_stream_layer:
@@ -190,9 +188,7 @@ def forward_hidden(model: nn.Module, input_ids: torch.Tensor, anchors: torch.Ten
     top_layers = decoder.layers[first_stream_layer:]
     with ExitStack() as stack:
         if config.stream_id == "value_rotation":
-            stack.enter_context(
-                _rotated_values(base, top_layers, config.epsilon * j.repeat(anchors.shape[1]))
-            )
+            stack.enter_context(_rotated_values(base, top_layers, config.epsilon * j.repeat(anchors.shape[1])))
         for layer in top_layers:
             streams = layer(
                 streams,
@@ -215,9 +211,7 @@ def _check_runnable(base: Any, length: int) -> None:
     """Refuse what would silently give other numbers."""
     attention = base.config._attn_implementation
     if attention not in ("eager", "sdpa"):
-        raise ValueError(
-            f"attention implementation {attention!r} cannot take a stream mask; use 'sdpa' or 'eager'"
-        )
+        raise ValueError(f"attention implementation {attention!r} cannot take a stream mask; use 'sdpa' or 'eager'")
     if base.training and base.model.layers[0].gradient_checkpointing:
         raise ValueError("gradient checkpointing drops the main keys and values; switch it off")
     window = getattr(base.config, "sliding_window", None)
@@ -259,10 +253,7 @@ def _rotated_values(base: Any, layers: Sequence[nn.Module], angles: torch.Tensor
 
     def hook(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
         heads = base.config.num_key_value_heads
-        head_dim = (
-            getattr(base.config, "head_dim", None)
-            or base.config.hidden_size // base.config.num_attention_heads
-        )
+        head_dim = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
         rest, values = output.split((output.shape[-1] - heads * head_dim, heads * head_dim), dim=-1)
         rotated = rotate_values(values.unflatten(-1, (heads, head_dim)), angles).flatten(-2)
         return torch.cat((rest, rotated), dim=-1)
