@@ -143,12 +143,11 @@ def load_checkpoint(base: Any, directory: str | Path, *, trainable: bool = False
     if (directory / STREAMS_FILE).exists():
         streams = load_file(directory / STREAMS_FILE)
         base.specstream.load_state_dict({key.removeprefix("specstream."): value for key, value in streams.items()})
+    else:
+        _check_streams_saved(base.specstream, directory / ADAPTER_FILE)
     with _upstream_deprecation_ignored():
         model = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable)
-    module = stream_module(model)
-    module.requires_grad_(trainable)
-    if not (directory / STREAMS_FILE).exists():
-        _check_streams_loaded(module, directory / ADAPTER_FILE)
+    stream_module(model).requires_grad_(trainable)
     return model
 
 
@@ -185,8 +184,8 @@ def _is_stream_key(key: str) -> bool:
     return ".specstream." in f".{key}"
 
 
-def _check_streams_loaded(module: SpecStream, path: Path) -> None:
-    """Refuse a checkpoint without stream tensors: PEFT would quietly leave the random ones in place."""
+def _check_streams_saved(module: SpecStream, path: Path) -> None:
+    """Refuse a checkpoint without its stream tensors, which PEFT meets with a bare KeyError or with silence."""
     with safe_open(path, framework="pt") as file:
         saved = sum(_is_stream_key(key) for key in file.keys())  # noqa: SIM118 - not a dict
     if saved != len(module.state_dict()):

@@ -32,6 +32,7 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .loss import Example, LossReport, make_batch, streaming_loss
+from .modeling import stream_module
 from .streams import MODES, STREAM_IDS, STREAM_POSITIONS, StreamConfig
 
 STATE_FILE = "trainer_state.pt"
@@ -57,6 +58,7 @@ class FinetuneConfig:
     dropout: float = 0.0
     stream_weight: float = 0.1
     learning_rate: float = 5e-4
+    stream_lr_scale: float = 1.0
     warmup: int = 0
     weight_decay: float = 0.0
     clip_norm: float = 1.0
@@ -125,7 +127,7 @@ def finetune(
         model = load_checkpoint(base, newest, trainable=True)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, config), weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / (config.warmup + 1), (total - i) / max(1, total - config.warmup))
     )
@@ -232,6 +234,17 @@ def iterate_batches(examples: Sequence[Example], batch_size: int, seed: int) -> 
         shuffle.shuffle(batches)
         yield from batches
         epoch += 1
+
+
+def _parameter_groups(model: Any, config: FinetuneConfig) -> list[dict[str, Any]]:
+    """LoRA first, then the stream tensors: a vector per stream moves further than a weight in a product."""
+    streams = list(stream_module(model).parameters())
+    lora = [p for p in model.parameters() if p.requires_grad and not any(p is s for s in streams)]
+    groups = [
+        {"params": lora, "lr": config.learning_rate},
+        {"params": streams, "lr": config.learning_rate * config.stream_lr_scale},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class _Progress:
@@ -357,6 +370,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FinetuneConfig:
         help="alpha_j, the weight of each stream's loss",
     )
     add("--learning-rate", type=float, default=d.learning_rate, help="peak, decays linearly to zero")
+    add("--stream-lr-scale", type=float, default=d.stream_lr_scale, help="learning rate of P_j, f_eta, o: times this")
     add("--warmup", type=int, default=d.warmup, help="iterations of linear warm-up")
     add("--weight-decay", type=float, default=d.weight_decay)
     add("--clip-norm", type=float, default=d.clip_norm, help="largest gradient norm")

@@ -28,17 +28,17 @@ def load_reference(base: str | Path, adapter: str | Path, *, attention: str = "s
     return load_checkpoint(load_base(base, attention=attention), adapter).eval()
 
 
-@torch.no_grad()
 def reference_logits(model: nn.Module, input_ids: Sequence[int], anchor: int | None = None) -> ReferenceLogits:
     """Run one sequence with the streams of one anchor, by default the last token."""
     tokens = torch.tensor([list(input_ids)])
     position = tokens.shape[1] - 1 if anchor is None else anchor
     if not 0 <= position < tokens.shape[1]:
         raise ValueError(f"anchor is {position}, expected 0..{tokens.shape[1] - 1}")
-    hidden = forward_hidden(model, tokens, torch.tensor([[position]]))
-    pruner = None
-    if stream_module(model).config.prune_rank is not None:
-        pruner = lm_head(model, prune_hidden(model, hidden.trunk))[0].float().numpy()
-    return ReferenceLogits(
-        lm_head(model, hidden.main)[0].float().numpy(), lm_head(model, hidden.streams)[0, 0].float().numpy(), pruner
-    )
+    with torch.no_grad():
+        hidden = forward_hidden(model, tokens, torch.tensor([[position]]))
+        pruner = None
+        if stream_module(model).config.prune_rank is not None:
+            pruner = lm_head(model, prune_hidden(model, hidden.trunk))[0].float().numpy()
+        return ReferenceLogits(
+            lm_head(model, hidden.main)[0].float().numpy(), lm_head(model, hidden.streams)[0, 0].float().numpy(), pruner
+        )
