@@ -321,6 +321,7 @@ def _save_state(
             "schedule": schedule.state_dict(),
             "config": json.dumps(asdict(config)),
             "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
         torch.save(state, temporary / STATE_FILE)
     for old in sorted(directory.glob("step-*"))[: -config.keep_checkpoints]:
@@ -337,6 +338,8 @@ def _load_state(directory: Path, config: FinetuneConfig, optimizer: Any, schedul
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["torch_rng"])
+    if state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
     return int(state["iteration"])
 
 
