@@ -1,0 +1,1 @@
+"""Convert a PyTorch Speculative Streaming fine-tune into an MLX model directory."""
