@@ -122,7 +122,7 @@ def open_adapter(
     fates: list[TensorFate] = []
     keys: list[Key] = []
     for raw in file.tensors:
-        if ignored is not None and ignored.search(raw):
+        if ignored is not None and ignored.fullmatch(raw):
             fates.append(TensorFate(file.path.name, raw, "ignored by --ignore-keys"))
         else:
             parsed = parse((renames or {}).get(raw, raw))
@@ -132,7 +132,9 @@ def open_adapter(
     _refuse(file, keys)
     notes = []
     if any(key.prefixed for key in keys):
-        notes.append(f"{file.path.name}: a trainer's wrapper prefix (module., _orig_mod. or FSDP) was removed from names")
+        notes.append(
+            f"{file.path.name}: a trainer's wrapper prefix (module., _orig_mod. or FSDP) was removed from names"
+        )
     if (directory / "adapter_model.bin").exists():
         notes.append("adapter_model.bin was not opened; adapter_model.safetensors is used")
     streams = _unique(file, [key for key in keys if key.kind is Kind.STREAM])
@@ -194,7 +196,9 @@ def _refuse(file: TensorFile, keys: list[Key]) -> None:
     wrapped = [key for key in keys if key.kind is Kind.STREAM_WRAPPED]
     if wrapped:
         raise InvalidInputError(
-            listing(f"{at(file.path, key.raw)}: PEFT put a LoRA around a stream module: {NEVER_SAVED}" for key in wrapped)
+            listing(
+                f"{at(file.path, key.raw)}: PEFT put a LoRA around a stream module: {NEVER_SAVED}" for key in wrapped
+            )
         )
     unsupported = [key for key in keys if key.kind in _REFUSED]
     if unsupported:

@@ -32,9 +32,12 @@ ROPE_TYPES = {
 }
 # rope_parameters -> rope_scaling; anything else in rope_parameters is unknown and refused.
 ROPE_FIELDS = frozenset(
-    "rope_type type factor low_freq_factor high_freq_factor original_max_position_embeddings attention_factor "
-    "beta_fast beta_slow mscale mscale_all_dim truncate short_factor long_factor short_mscale long_mscale".split()
-)
+    (
+        "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+        "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor",
+        "long_factor", "short_mscale", "long_mscale",
+    )
+)  # fmt: skip
 _REPO_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
 _DOWNLOADS = ("*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
 
@@ -174,7 +177,9 @@ def mlx_config(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[s
             f"{where}: model_type {escaped(repr(model_type))} is not supported; supported: {', '.join(FAMILIES)}"
         )
     if config.get("model_file") is not None:
-        raise UnsupportedError(f"{where}: model_file names code to be run from the checkpoint; it is never run, remove it")
+        raise UnsupportedError(
+            f"{where}: model_file names code to be run from the checkpoint; it is never run, remove it"
+        )
     _check_numbers(config, where)
     _check_quantization(config, where)
     if config.pop("auto_map", None) is not None:
@@ -233,7 +238,9 @@ def _lift_rope(config: dict[str, Any], model_type: str, where: Path, notes: list
     nested = config.pop("rope_parameters", None)
     if nested is not None:
         if not isinstance(nested, dict) or any(isinstance(value, dict) for value in nested.values()):
-            raise UnsupportedError(f"{where}: rope_parameters is {escaped(repr(nested))}: one set for all layers expected")
+            raise UnsupportedError(
+                f"{where}: rope_parameters is {escaped(repr(nested))}: one set for all layers expected"
+            )
         scaling = dict(nested)
         for name in ("rope_theta", "partial_rotary_factor"):
             if name not in scaling:
@@ -261,12 +268,12 @@ def _lift_rope(config: dict[str, Any], model_type: str, where: Path, notes: list
         notes.append("config.json: no rope_theta, set to 10000 as transformers does")
     elif isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1e15:
         raise InvalidInputError(f"{where}: rope_theta is {escaped(repr(theta))}, expected a positive number")
-    scaling = config.get("rope_scaling")
-    if scaling is None:
+    given = config.get("rope_scaling")
+    if given is None:
         return
-    if not isinstance(scaling, dict):
-        raise InvalidInputError(f"{where}: rope_scaling is {escaped(repr(scaling))}, expected an object")
-    scaling = dict(scaling)
+    if not isinstance(given, dict):
+        raise InvalidInputError(f"{where}: rope_scaling is {escaped(repr(given))}, expected an object")
+    scaling = dict(given)
     rope_type = scaling.get("rope_type", scaling.get("type"))
     unknown = sorted(set(scaling) - ROPE_FIELDS)
     if rope_type not in ROPE_TYPES[model_type] or unknown:
@@ -282,9 +289,7 @@ def _lift_rope(config: dict[str, Any], model_type: str, where: Path, notes: list
     config["rope_scaling"] = None if rope_type == "default" else scaling
 
 
-def _module_tree(
-    config: dict[str, Any], where: Path
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
+def _module_tree(config: dict[str, Any], where: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
     """Parameter shapes and linear layers of mlx-lm's model; its arrays are lazy and never computed."""
     try:
         model_class, args_class = _get_classes({"model_type": config["model_type"]})
@@ -382,7 +387,9 @@ def _index_map(index: Path) -> dict[str, str]:
 
 def _exactly(index: Path, present: list[Path], wanted: set[str]) -> tuple[TensorFile, ...]:
     names = {file.name for file in present}
-    problems = [f"{index}: names {name}, which is not there; download the base again" for name in sorted(wanted - names)]
+    problems = [
+        f"{index}: names {name}, which is not there; download the base again" for name in sorted(wanted - names)
+    ]
     problems += [
         f"{index.parent / name}: not named in {INDEX_NAME}; mlx-lm would mix it in, remove it"
         for name in sorted(names - wanted)

@@ -95,7 +95,7 @@ def check_effect(items: tuple[Lora, ...]) -> list[str]:
             problems.append(str(error))
             continue
         rows = (b != 0).any(axis=1)
-        filled = float(rows.mean().item())
+        filled = float(rows.mean())
         if filled == 0 or not bool((a != 0).any().item()):
             no_effect += 1
         elif filled <= 0.5 and item.pair.shape[0] > 1:

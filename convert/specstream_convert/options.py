@@ -6,6 +6,7 @@ from pathlib import Path
 from specstream_mlx.errors import UnsupportedError, UsageError
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FIXED_QUANTIZATION = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # mode -> bits, group size
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,15 @@ class ConvertOptions:
             )
         if self.adapter_only and (self.quantize or self.dtype or self.fuse):
             raise UsageError("--adapter-only writes no base weights; leave out --quantize, --dtype and --fuse")
+        if self.adapter_name is not None and self.adapter_path is None:
+            raise UsageError("--adapter-name chooses within --adapter-path; give both or neither")
+        self._check_quantization()
         if self.reference_logits is not None and not self.verify:
             raise UsageError("--reference-logits needs verification; leave out --no-verify")
         if self.reference_logits is not None and self.adapter_only:
             raise UsageError("--reference-logits needs a whole model; leave out --adapter-only")
+        if self.trust_remote_code:
+            raise UsageError("--trust-remote-code: a conversion never runs code of a checkpoint; leave it out")
         if self.allow_pickle:
             raise UnsupportedError(
                 "--allow-pickle is not supported yet; save the adapter with safe_serialization=True (safetensors)"
@@ -65,4 +71,21 @@ class ConvertOptions:
             raise UnsupportedError(
                 "--recompute-init is not supported yet; re-save the adapter in PEFT with "
                 "path_initial_model_for_weight_conversion"
+            )
+
+    def _check_quantization(self) -> None:
+        if not self.quantize:
+            return
+        if self.q_mode == "affine":
+            good = self.q_bits in (2, 3, 4, 5, 6, 8) and self.q_group_size in (32, 64, 128)
+            legal = "--q-bits 2, 3, 4, 5, 6 or 8 and --q-group-size 32, 64 or 128"
+        elif self.q_mode in FIXED_QUANTIZATION:
+            bits, group_size = FIXED_QUANTIZATION[self.q_mode]
+            good = (self.q_bits, self.q_group_size) == (bits, group_size)
+            legal = f"--q-bits {bits} and --q-group-size {group_size}"
+        else:
+            raise UsageError(f"--q-mode is {self.q_mode!r}, expected affine or one of {', '.join(FIXED_QUANTIZATION)}")
+        if not good:
+            raise UsageError(
+                f"--q-mode {self.q_mode} takes {legal}, not {self.q_bits} bits in groups of {self.q_group_size}"
             )

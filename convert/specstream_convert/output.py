@@ -55,7 +55,9 @@ class OutputDirectory:
             self.path.mkdir()
         except OSError as error:
             self._remove()
-            raise UsageError(f"{self.target}: cannot be created ({error.strerror}); choose another --mlx-path") from error
+            raise UsageError(
+                f"{self.target}: cannot be created ({error.strerror}); choose another --mlx-path"
+            ) from error
         return self.path
 
     def commit(self) -> None:

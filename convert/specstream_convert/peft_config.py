@@ -22,14 +22,19 @@ MERGE_IN_PEFT = (
 )
 # Fields that do not change what the saved LoRA computes at inference.
 INERT = frozenset(
-    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config fan_in_fan_out inference_mode "
-    "layers_pattern lora_dropout megatron_core peft_type peft_version qalora_group_size revision runtime_config "
-    "task_type loftq_config inject_adapter_in_model".split()
-)
+    (
+        "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+        "fan_in_fan_out", "inference_mode", "layers_pattern", "lora_dropout", "megatron_core", "peft_type",
+        "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "loftq_config",
+        "inject_adapter_in_model",
+    )
+)  # fmt: skip
 READ = frozenset(
-    "r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform "
-    "modules_to_save init_lora_weights bias".split()
-)
+    (
+        "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
+        "layers_to_transform", "modules_to_save", "init_lora_weights", "bias",
+    )
+)  # fmt: skip
 # Field, what it does, for values other than the default (None, False, empty).
 REFUSED = {
     "use_dora": "DoRA rescales every row of the merged weight",
@@ -183,7 +188,9 @@ def _read_numbers(path: Path, raw: dict[str, Any]) -> PeftConfig:
     def number(value: Any, name: str, integer: bool) -> Any:
         kinds = int if integer else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not _finite(value) or (integer and value < 1):
-            problems.append(f"{path}: {name} is {_short(value)}, expected {'an integer >= 1' if integer else 'a number'}")
+            problems.append(
+                f"{path}: {name} is {_short(value)}, expected {'an integer >= 1' if integer else 'a number'}"
+            )
             return 1
         return value if integer else float(value)
 

@@ -74,11 +74,16 @@ class TensorFile:
         """The tensor ``name`` in its stored dtype."""
         info = self.tensors[name]
         if info.dtype not in _MLX:
-            raise UnsupportedError(f"{at(self.path, name)}: dtype {info.dtype} is not supported; save it as BF16 or F32")
+            raise UnsupportedError(
+                f"{at(self.path, name)}: dtype {info.dtype} is not supported; save it as BF16 or F32"
+            )
         dtype = _MLX[info.dtype]
-        with self.path.open("rb") as file:
-            file.seek(info.start)
-            raw = file.read(info.num_bytes)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(info.start)
+                raw = file.read(info.num_bytes)
+        except OSError as error:
+            raise InvalidInputError(f"{self.path}: cannot be read ({error.strerror})") from error
         if len(raw) != info.num_bytes:
             raise InvalidInputError(f"{at(self.path, name)}: the file became shorter while it was read")
         flat = mx.array(np.frombuffer(raw, dtype=_RAW[dtype.size]))
@@ -88,7 +93,7 @@ class TensorFile:
         """The tensor ``name`` in float32, refused unless it is a finite F32, BF16 or F16 tensor."""
         self.require_float(name)
         value = self.read(name).astype(mx.float32)
-        num_bad = int((~mx.isfinite(value)).sum().item())
+        num_bad = int((~mx.isfinite(value)).sum())
         if num_bad:
             raise InvalidInputError(
                 f"{at(self.path, name)}: {num_bad} of {value.size} values are NaN or infinite; "
@@ -139,10 +144,14 @@ def open_tensors(path: Path) -> TensorFile:
     try:
         with safe_open(path, framework="numpy") as checked:
             if set(checked.keys()) != set(tensors):
-                raise InvalidInputError(f"{path}: the safetensors library reads other tensor names; the file is damaged")
+                raise InvalidInputError(
+                    f"{path}: the safetensors library reads other tensor names; the file is damaged"
+                )
     except (SafetensorError, OSError, ValueError) as error:
         reason = escaped(" ".join(str(error).split()))
-        raise InvalidInputError(f"{path}: not a valid safetensors file ({reason}); download or save it again") from error
+        raise InvalidInputError(
+            f"{path}: not a valid safetensors file ({reason}); download or save it again"
+        ) from error
     return TensorFile(path, tensors, num_bytes)
 
 
@@ -285,7 +294,7 @@ def raw_bytes(array: mx.array, tensor: TensorOut) -> memoryview:
     unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
     flat = mx.contiguous(array.reshape(-1))
     flat = flat.astype(mx.uint8) if array.dtype == mx.bool_ else flat.view(unsigned)
-    return memoryview(np.ascontiguousarray(np.array(flat, copy=False))).cast("B")
+    return np.ascontiguousarray(np.array(flat, copy=False)).data.cast("B")
 
 
 def dtype_name(array: mx.array) -> str:

@@ -118,15 +118,13 @@ def _row_problems(file: TensorFile, rows: dict[int, str], names: dict[str, str])
     return problems
 
 
-def from_stream_file(
-    file: TensorFile, renames: Mapping[str, str], ignored: re.Pattern[str] | None
-) -> StreamSource:
+def from_stream_file(file: TensorFile, renames: Mapping[str, str], ignored: re.Pattern[str] | None) -> StreamSource:
     """Form B: every tensor of the file must be a stream tensor."""
     found: dict[str, str] = {}
     problems = []
     fates = []
     for raw in file.tensors:
-        if ignored is not None and ignored.search(raw):
+        if ignored is not None and ignored.fullmatch(raw):
             fates.append(TensorFate(file.path.name, raw, "ignored by --ignore-keys"))
             continue
         key = parse(renames.get(raw, raw))
@@ -152,12 +150,13 @@ def join(form_a: StreamSource | None, form_b: StreamSource | None) -> StreamSour
     for name in sorted(set(form_a.tensors) | set(form_b.tensors)):
         a, b = form_a.tensors.get(name), form_b.tensors.get(name)
         if a is None or b is None:
-            missing, held = (a or b), (b or a)
-            assert held is not None and missing is not None
+            held = a or b
+            assert held is not None
             problems.append(f"{held.file.path}: {PREFIX}{escaped(name)} is only there, not in the other form")
         elif a.shape != b.shape or not bool(mx.array_equal(a.read(), b.read()).item()):
             problems.append(
-                f"{at(a.file.path, a.names[0])}: differs from {at(b.file.path, b.names[0])}; remove the one that is wrong"
+                f"{at(a.file.path, a.names[0])}: differs from {at(b.file.path, b.names[0])}; "
+                "remove the one that is wrong"
             )
     if problems:
         raise InvalidInputError(listing(problems))

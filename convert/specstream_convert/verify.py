@@ -1,7 +1,7 @@
 """The check of what was written: reload it with stock mlx-lm and compare it with a reference made another way.
 
 The reference reads the inputs with ``mx.load``, merges in NumPy float64 and runs layer by layer; the output is
-opened by ``mlx_lm.utils.load_model``. So neither the reader, the merge nor the writer of this package vouches for itself.
+opened by ``mlx_lm.utils.load_model``. So this package's reader, merge and writer do not vouch for themselves.
 """
 
 import gc
@@ -57,6 +57,12 @@ def to_numpy(array: mx.array) -> Array:
     return np.array(array).astype(np.float32)
 
 
+def _load(path: Path) -> dict[str, mx.array]:
+    """``mx.load`` of a safetensors file: lazy arrays."""
+    tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+    return tensors
+
+
 class Loader:
     """Tensors of several files through ``mx.load``, each read once and not kept."""
 
@@ -64,7 +70,7 @@ class Loader:
         self.files = files
 
     def __call__(self, name: str) -> mx.array:
-        value = mx.load(str(self.files[name]))[name]
+        value = _load(self.files[name])[name]
         mx.eval(value)
         return value
 
@@ -91,13 +97,11 @@ def verify_output(
 
 
 def _written(directory: Path) -> Loader:
-    files = {name: path for path in sorted(directory.glob("model*.safetensors")) for name in mx.load(str(path))}
+    files = {name: path for path in sorted(directory.glob("model*.safetensors")) for name in _load(path)}
     return Loader(files)
 
 
-def _verify_tensors(
-    directory: Path, expected: Expected, progress: Callable[[int, int], None] | None
-) -> dict[str, Any]:
+def _verify_tensors(directory: Path, expected: Expected, progress: Callable[[int, int], None] | None) -> dict[str, Any]:
     output, source = _written(directory), Loader({n: f.path for n, f in expected.base.tensors.items()})
     changed = expected.loras.by_weight() if expected.loras and expected.placement == "merged" else {}
     problems = [f"{name}: not in the output" for name in sorted(set(source.files) - set(output.files))]
@@ -115,7 +119,9 @@ def _verify_tensors(
             error, share = _merge_error(found, original, item)
             largest, ratio = max(largest, error), max(ratio, share)
             if not share <= 1:
-                problems.append(f"{name}: differs from W + s*B@A by {error:.3g}, {share:.3g} times the rounding allowed")
+                problems.append(
+                    f"{name}: differs from W + s*B@A by {error:.3g}, {share:.3g} times the rounding allowed"
+                )
         if progress is not None:
             progress(i + 1, len(source.files))
     if problems:
@@ -129,7 +135,7 @@ def _verify_tensors(
 
 
 def _reference_factors(item: Lora) -> tuple[Array, Array]:
-    held = mx.load(str(item.pair.file.path))
+    held = _load(item.pair.file.path)
     return to_numpy(held[item.pair.a]).astype(np.float64), to_numpy(held[item.pair.b]).astype(np.float64)
 
 
@@ -157,7 +163,7 @@ def _verify_adapters(directory: Path, expected: Expected) -> dict[str, Any] | No
         return None
     live = expected.placement == "live"
     path = directory / ("adapters/adapters.safetensors" if live else "specstream.safetensors")
-    held = {name: value for name, value in mx.load(str(path)).items() if live or not name.startswith(PREFIX)}
+    held = {name: value for name, value in _load(path).items() if live or not name.startswith(PREFIX)}
     largest, problems = 0.0, []
     prefix = "" if live else "lora."
     for item in expected.loras.items:
@@ -181,9 +187,9 @@ def _verify_adapters(directory: Path, expected: Expected) -> dict[str, Any] | No
 def _verify_streams(directory: Path, streams: StreamSource) -> dict[str, Any] | None:
     if not streams.tensors:
         return None
-    held = mx.load(str(directory / "specstream.safetensors"))
+    held = _load(directory / "specstream.safetensors")
     for name, source in streams.tensors.items():
-        files = [to_numpy(mx.load(str(source.file.path))[tensor]).reshape(-1) for tensor in source.names]
+        files = [to_numpy(_load(source.file.path)[tensor]).reshape(-1) for tensor in source.names]
         found = held.get(PREFIX + name)
         if found is None or not np.array_equal(to_numpy(found).reshape(-1), np.concatenate(files)):
             raise VerificationError(f"the output is wrong: {PREFIX}{name} differs from the input")
@@ -331,7 +337,9 @@ def read_reference_logits(path: Path, vocab_size: int) -> tuple[Array, Array]:
         with np.load(path, allow_pickle=False) as held:
             missing = [name for name in ("tokens", "logits") if name not in held]
             if missing:
-                raise InvalidInputError(f"{path}: has no array {' or '.join(missing)}; it needs tokens (L,), logits (L, V)")
+                raise InvalidInputError(
+                    f"{path}: has no array {' or '.join(missing)}; it needs tokens (L,), logits (L, V)"
+                )
             tokens, logits = held["tokens"], held["logits"]
     except InvalidInputError:
         raise
