@@ -60,16 +60,12 @@ def pool(encoder: ExampleEncoder, split: Split, seed: int, index: int, batch_siz
     rng = random.Random(f"pool/{seed}/{index}")
     drawn = itertools.islice(examples(split, rng.getrandbits(48)), POOL_BATCHES * batch_size)
     encoded = sorted((encoder.whole(e) for e in drawn), key=lambda pair: len(pair[0]))
-    batches = [
-        collate(encoded[i : i + batch_size], encoder.eos_id) for i in range(0, len(encoded), batch_size)
-    ]
+    batches = [collate(encoded[i : i + batch_size], encoder.eos_id) for i in range(0, len(encoded), batch_size)]
     rng.shuffle(batches)
     return batches
 
 
-def stream(
-    encoder: ExampleEncoder, split: Split, seed: int, batch_size: int, start: int = 0
-) -> Iterator[Batch]:
+def stream(encoder: ExampleEncoder, split: Split, seed: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
     """Endless batches from batch number `start` on; a restarted run sees what it would have seen."""
     for index in itertools.count(start // POOL_BATCHES):
         skip = start - index * POOL_BATCHES if index == start // POOL_BATCHES else 0

@@ -67,7 +67,7 @@ def make_model(settings: PretrainSettings) -> LlamaForCausalLM:
         eos_token_id=2,
         pad_token_id=None,
         initializer_range=0.02,
-        attn_implementation="eager",  # faster than the fused kernel when trained on a CPU,
+        attn_implementation="eager",  # faster than the fused kernel when trained on a CPU
     )
     return LlamaForCausalLM(config)
 
@@ -111,9 +111,7 @@ def document_loss(model: LlamaForCausalLM, batch: Batch, prompt_weight: float) -
         # Padding stands on the right, so causal attention alone keeps it out of the loss.
         hidden = model.model(input_ids=batch.tokens[:, :-1]).last_hidden_state
         logits = model.lm_head(hidden)
-    losses = functional.cross_entropy(
-        logits.float().flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none"
-    )
+    losses = functional.cross_entropy(logits.float().flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
     answer = batch.answer_targets().flatten()
     weights = torch.where(answer, 1.0, prompt_weight) * batch.targets().flatten()
     return (losses * weights).sum() / weights.sum(), losses.detach()[answer].mean().item()
@@ -159,7 +157,7 @@ def pretrain(
     save_seconds: float = 240,
     stop: int = 0,
 ) -> Path:
-    """Train the base and return its directory; `stop` ends the run early, for measurements."""
+    """Train the base and return its directory; `stop` breaks the run off before that step, for measurements."""
     base, checkpoint, log = out / "base", out / "pretrain.pt", out / "pretrain.jsonl"
     done = base / "pretrain_settings.json"
     if done.exists() and json.loads(done.read_text()) == asdict(settings):
@@ -184,7 +182,7 @@ def pretrain(
     batches = stream(encoder, "train", settings.seed, settings.batch_size, first)
     for step, batch in zip(range(first, settings.num_steps), batches, strict=False):
         if stop and step >= stop:
-            break
+            return base
         factor = schedule(step, settings)
         for optimizer, rates in zip(optimizers, base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -226,9 +224,7 @@ def pretrain(
     return base
 
 
-def parse_settings(
-    parser: argparse.ArgumentParser, arguments: list[str] | None
-) -> tuple[argparse.Namespace, Any]:
+def parse_settings(parser: argparse.ArgumentParser, arguments: list[str] | None) -> tuple[argparse.Namespace, Any]:
     """Add one option per field of the settings and read the command line."""
     for field in fields(PretrainSettings):
         option = f"--{field.name.replace('_', '-')}"

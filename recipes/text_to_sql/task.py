@@ -105,10 +105,7 @@ class _Writer:
     def _name(self, pool: tuple[str, ...]) -> str:
         rng = self.rng
         for _ in range(100):
-            if rng.random() < self.pseudo_rate or not pool:
-                name = pseudo_word(rng, self.split)
-            else:
-                name = rng.choice(pool)
+            name = pseudo_word(rng, self.split) if rng.random() < self.pseudo_rate or not pool else rng.choice(pool)
             if rng.random() < 0.08:
                 name = f"{name}_{pseudo_word(rng, self.split)}"
             if name not in self.used:
@@ -119,9 +116,7 @@ class _Writer:
 
     def _value(self) -> str:
         rng = self.rng
-        word = (
-            rng.choice(self.topic.values) if rng.random() > self.pseudo_rate else pseudo_word(rng, self.split)
-        )
+        word = rng.choice(self.topic.values) if rng.random() > self.pseudo_rate else pseudo_word(rng, self.split)
         word = word.replace("_", " ")
         if rng.random() < 0.1:
             word = f"{word} {pseudo_word(rng, self.split)}"
@@ -164,9 +159,7 @@ class _Writer:
         if kind == "compare":
             sign = rng.choices(tuple(_COMPARISONS), (30, 30, 15, 15, 5, 5))[0]
             number = str(self._number())
-            return Clause(
-                f"{name} {self._pick(_COMPARISONS[sign]).format(number)}", f"{name} {sign} {number}"
-            )
+            return Clause(f"{name} {self._pick(_COMPARISONS[sign]).format(number)}", f"{name} {sign} {number}")
         if kind == "equal":
             sign = rng.choices(("=", "!="), (75, 25))[0]
             value = self._value()
@@ -224,11 +217,7 @@ class _Writer:
             text, sql = atoms[0].text, atoms[0].sql
         elif count == 2:
             either = rng.random() < 0.4
-            text = (
-                f"either {atoms[0].text} or {atoms[1].text}"
-                if either
-                else f"{atoms[0].text} and {atoms[1].text}"
-            )
+            text = f"either {atoms[0].text} or {atoms[1].text}" if either else f"{atoms[0].text} and {atoms[1].text}"
             sql = f"{atoms[0].sql} {'OR' if either else 'AND'} {atoms[1].sql}"
         else:
             a, b, c = atoms
@@ -313,9 +302,7 @@ class _Writer:
         high = self.rng.random() < 0.6
         word = self._pick(("highest", "largest") if high else ("lowest", "smallest"))
         lead = self._pick(("Show the", "What are the", "Give the"))
-        text = (
-            f"{lead} {_join_words(names)} of the {number} {source.text} with the {word} {column}{where.text}"
-        )
+        text = f"{lead} {_join_words(names)} of the {number} {source.text} with the {word} {column}{where.text}"
         order = f" ORDER BY {column} {'DESC' if high else 'ASC'} LIMIT {number}"
         return Clause(
             text + ("?" if lead.startswith("What") else "."),

@@ -257,9 +257,7 @@ def topics(split: Split) -> tuple[Topic, ...]:
     def keep(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(n for n in names if set(n.split("_")) <= allowed and n not in RESERVED)
 
-    return tuple(
-        Topic(keep(t.tables), keep(t.texts), keep(t.numbers), keep(t.values)) for t in _TOPICS[split]
-    )
+    return tuple(Topic(keep(t.tables), keep(t.texts), keep(t.numbers), keep(t.values)) for t in _TOPICS[split])
 
 
 def pseudo_split(word: str) -> Split:
