@@ -327,6 +327,8 @@ def _same(first: TensorFile, a: str, second: TensorFile, b: str) -> bool:
 
 
 def _check_tensors(path: Path, kept: dict[str, TensorFile], parameters: dict[str, tuple[int, ...]]) -> None:
+    for name in sorted(kept):
+        kept[name].require_float(name)
     problems = []
     for name in sorted(set(parameters) - set(kept)):
         problems.append(f"{at(path, name)}: missing from the base's safetensors files; download the base again")
@@ -338,8 +340,6 @@ def _check_tensors(path: Path, kept: dict[str, TensorFile], parameters: dict[str
             problems.append(f"{at(kept[name].path, name)}: shape {shape}, config.json asks for {parameters[name]}")
     if problems:
         raise InvalidInputError(listing(problems))
-    for name, file in kept.items():
-        file.require_float(name)
 
 
 def _open_shards(path: Path) -> tuple[TensorFile, ...]:

@@ -4,7 +4,6 @@ The reference reads the inputs with ``mx.load``, merges in NumPy float64 and run
 opened by ``mlx_lm.utils.load_model``. So this package's reader, merge and writer do not vouch for themselves.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,7 +299,6 @@ def _by_layers(model: nn.Module, ids: mx.array, fill: Callable[[nn.Module, str],
         hidden = layer(hidden, mask, None)
         mx.eval(hidden)
         del layer
-        gc.collect()
     fill(inner.norm, "model.norm.")
     hidden = inner.norm(hidden)
     if "lm_head" not in model:
@@ -334,7 +332,7 @@ def compare_reference_logits(directory: Path, path: Path, expected: Expected) ->
 def read_reference_logits(path: Path, vocab_size: int) -> tuple[Array, Array]:
     """``tokens`` and ``logits`` of an npz, checked; nothing pickled is read."""
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             missing = [name for name in ("tokens", "logits") if name not in held]
             if missing:
                 raise InvalidInputError(
