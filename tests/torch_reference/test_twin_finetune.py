@@ -12,6 +12,7 @@ pytest.importorskip("peft")
 from safetensors.torch import load_file  # noqa: E402
 from twin_models import tiny  # noqa: E402
 
+from specstream_convert.torch_reference.checkpoint import load_base  # noqa: E402
 from specstream_convert.torch_reference.finetune import (  # noqa: E402
     FinetuneConfig,
     finetune,
@@ -21,6 +22,7 @@ from specstream_convert.torch_reference.finetune import (  # noqa: E402
 )
 from specstream_convert.torch_reference.generate import load_reference, reference_logits  # noqa: E402
 from specstream_convert.torch_reference.loss import Example  # noqa: E402
+from specstream_convert.torch_reference.self_targets import greedy_answers  # noqa: E402
 
 EXAMPLES = [Example((1, 10 + i), (20 + i, 30 + i, 40 + i, 50 + i, 60 + i, 2)) for i in range(5)]
 
@@ -125,5 +127,28 @@ def test_command_line_and_jsonl(tmp_path: Path) -> None:
     data.write_text(json.dumps({"prompt": "a"}) + "\n")
     with pytest.raises(ValueError, match=r"data.jsonl:1: expected the text fields"):
         read_examples(config)
+    lines: list[str] = []
+    finetune(settings(tmp_path / "own", iters=1, self_targets=3), EXAMPLES, report=lines.append)
+    assert len(losses(lines)) == 1
     with pytest.raises(ValueError, match="no example of 5 has at most 3 tokens"):
         finetune(replace(config, max_length=3), EXAMPLES)
+
+
+@torch.no_grad()
+def test_self_targets_are_the_base_models_own_greedy_answers() -> None:
+    """Catches: padding that the model sees, answers in another order, tokens kept after end-of-text."""
+    base = load_base(tiny("qwen2").base)
+    rows = [Example(tuple(range(3, 3 + n)), (2,)) for n in (7, 2, 5, 1)]
+    greedy = []
+    for row in rows:
+        tokens = list(row.prompt)
+        for _ in range(6):
+            tokens.append(int(base(torch.tensor([tokens])).logits[0, -1].argmax()))
+        greedy.append(tuple(tokens[len(row.prompt) :]))
+    never, early = 0, greedy[0][1]  # taken as end-of-text, `early` stops the first answer after two tokens
+    assert never not in {token for answer in greedy for token in answer}
+    for eos_id in (never, early):
+        answers = greedy_answers(base, rows, max_new_tokens=6, eos_id=eos_id, batch_size=3)
+        ends = [answer.index(eos_id) + 1 if eos_id in answer else 6 for answer in greedy]
+        expected = [answer[:end] for answer, end in zip(greedy, ends, strict=True)]
+        assert answers == [Example(row.prompt, answer) for row, answer in zip(rows, expected, strict=True)]

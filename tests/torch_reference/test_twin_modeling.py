@@ -79,10 +79,11 @@ def test_streams_equal_the_method_written_out(family: str, options: dict) -> Non
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("stream_id", ["embedding", "value_rotation"])
 @torch.no_grad()
-def test_a_stream_does_not_depend_on_other_anchors_or_padding(attention: str) -> None:
-    """Catches: streams of other anchors visible, rows of one anchor read as another's, padding seen by a row."""
-    model = load("llama", attention)
+def test_a_stream_does_not_depend_on_other_anchors_or_padding(stream_id: str, attention: str) -> None:
+    """Catches: streams of other anchors visible, rows (or angles) of one anchor taken for another's, padding seen."""
+    model = load("llama", attention, stream_id=stream_id)
     padded = torch.tensor([PROMPT, [*PROMPT[:6], 0, 0, 0, 0, 0, 0]])
     together = forward_streams(model, padded, torch.tensor([[2, 3, 4, 9], [1, 5, NO_ANCHOR, NO_ANCHOR]]))
     for row, index, anchor in [(0, 0, 2), (0, 1, 3), (0, 3, 9), (1, 0, 1), (1, 1, 5)]:

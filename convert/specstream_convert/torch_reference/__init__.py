@@ -5,6 +5,7 @@
     loss.py        batches, anchors and the training loss
     checkpoint.py  PEFT set-up, saving and loading (forms A and B)
     finetune.py    the recipe: ``python -m specstream_convert.torch_reference.finetune --help``
+    self_targets.py  the base's own greedy answers, what lossless streams learn
     generate.py    reference logits at one anchor
     testing.py     tiny random checkpoints: ``python -m specstream_convert.torch_reference.testing --help``
 

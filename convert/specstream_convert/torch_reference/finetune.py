@@ -33,6 +33,7 @@ from .checkpoint import (
 )
 from .loss import Example, LossReport, make_batch, streaming_loss
 from .modeling import stream_module
+from .self_targets import greedy_answers
 from .streams import MODES, STREAM_IDS, STREAM_POSITIONS, StreamConfig
 
 STATE_FILE = "trainer_state.pt"
@@ -79,6 +80,7 @@ class FinetuneConfig:
     form: str = "A"
     base_name: str | None = None
     chat_template: bool = False
+    self_targets: int | None = None
 
     @property
     def streams(self) -> StreamConfig:
@@ -112,6 +114,16 @@ def finetune(
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if examples is None:
         examples = read_examples(config)
+    base = load_base(config.model, dtype=getattr(torch, config.base_dtype)).to(device)
+    if config.self_targets is not None:
+        eos_id = base.generation_config.eos_token_id
+        examples = greedy_answers(
+            base,
+            examples,
+            max_new_tokens=config.self_targets,
+            eos_id=eos_id[0] if isinstance(eos_id, list) else eos_id,
+            batch_size=config.batch_size,
+        )
     examples, dropped = _within(examples, config.max_length)
     batches_per_epoch = math.ceil(len(examples) / config.batch_size)
     total = config.iters if config.iters is not None else math.ceil(config.epochs * batches_per_epoch)
@@ -120,7 +132,6 @@ def finetune(
 
     checkpoints = Path(f"{config.output}.checkpoints")
     newest = _newest_checkpoint(checkpoints) if config.resume else None
-    base = load_base(config.model, dtype=getattr(torch, config.base_dtype)).to(device)
     if newest is None:
         model = add_lora(base, config.streams, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
     else:
@@ -310,6 +321,7 @@ def _save_state(
             "schedule": schedule.state_dict(),
             "config": json.dumps(asdict(config)),
             "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
         torch.save(state, temporary / STATE_FILE)
     for old in sorted(directory.glob("step-*"))[: -config.keep_checkpoints]:
@@ -326,6 +338,8 @@ def _load_state(directory: Path, config: FinetuneConfig, optimizer: Any, schedul
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["torch_rng"])
+    if state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
     return int(state["iteration"])
 
 
@@ -395,6 +409,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FinetuneConfig:
     add("--resume", action="store_true", help="continue from the newest restart point")
     add("--form", choices=("A", "B"), default=d.form, help="where the stream tensors go")
     add("--base-name", help="name to record for the base model instead of --model")
+    add("--self-targets", type=int, metavar="N", help="learn the base's own greedy answers of up to N tokens instead")
     add("--chat-template", action="store_true", help="wrap prompts in the tokenizer's chat template")
     return FinetuneConfig(**vars(parser.parse_args(arguments)))
 
