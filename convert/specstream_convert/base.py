@@ -147,8 +147,11 @@ def open_base(path: Path, name: str, revision: str | None = None) -> Base:
     owner = {name: file for file in files for name in file.tensors}
     dropped = _dropped(config, owner)
     kept = {name: file for name, file in owner.items() if name not in dropped}
-    if "quantization" not in config:
-        _check_tensors(path, kept, parameters)
+    if "quantization" in config:
+        parameters_held = _check_quantized(kept, parameters, config["quantization"])
+    else:
+        parameters_held = parameters
+    _check_tensors(path, kept, parameters_held)
     return Base(
         path=path,
         name=name,
@@ -222,8 +225,9 @@ def _check_numbers(config: dict[str, Any], where: Path) -> None:
 
 def _check_quantization(config: dict[str, Any], where: Path) -> None:
     if "quantization" in config:
-        if not isinstance(config["quantization"], dict):
-            raise InvalidInputError(f"{where}: quantization is not an object; restore the file")
+        how = config["quantization"]
+        if not isinstance(how, dict) or not all(type(how.get(name)) is int for name in ("bits", "group_size")):
+            raise InvalidInputError(f"{where}: quantization needs integers bits and group_size; restore the file")
         return
     foreign = config.get("quantization_config")
     if foreign is not None:
@@ -292,7 +296,7 @@ def _lift_rope(config: dict[str, Any], model_type: str, where: Path, notes: list
 def _module_tree(config: dict[str, Any], where: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
     """Parameter shapes and linear layers of mlx-lm's model; its arrays are lazy and never computed."""
     try:
-        model_class, args_class = _get_classes({"model_type": config["model_type"]})
+        model_class, args_class = _get_classes(config)
         model = model_class(args_class.from_dict(config))
     except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, MemoryError, RuntimeError) as error:
         reason = escaped(" ".join(str(error).split()))
@@ -328,7 +332,8 @@ def _same(first: TensorFile, a: str, second: TensorFile, b: str) -> bool:
 
 def _check_tensors(path: Path, kept: dict[str, TensorFile], parameters: dict[str, tuple[int, ...]]) -> None:
     for name in sorted(kept):
-        kept[name].require_float(name)
+        if f"{name.removesuffix('.weight')}.scales" not in kept and not name.endswith(".scales"):
+            kept[name].require_float(name)
     problems = []
     for name in sorted(set(parameters) - set(kept)):
         problems.append(f"{at(path, name)}: missing from the base's safetensors files; download the base again")
@@ -340,6 +345,31 @@ def _check_tensors(path: Path, kept: dict[str, TensorFile], parameters: dict[str
             problems.append(f"{at(kept[name].path, name)}: shape {shape}, config.json asks for {parameters[name]}")
     if problems:
         raise InvalidInputError(listing(problems))
+
+
+def _check_quantized(
+    kept: dict[str, TensorFile], parameters: dict[str, tuple[int, ...]], quantization: dict[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes a quantised base must have: packed weights where there are scales, plain ones elsewhere."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, shape in parameters.items():
+        module = name.removesuffix(".weight")
+        scales = f"{module}.scales"
+        if not name.endswith(".weight") or scales not in kept:
+            expected[name] = shape
+            continue
+        own = quantization.get(module)
+        how = own if isinstance(own, dict) else quantization
+        bits, group_size = how.get("bits"), how.get("group_size")
+        if type(bits) is not int or type(group_size) is not int or bits < 1 or group_size < 1:
+            raise InvalidInputError(
+                f"config.json: quantization of {escaped(module)} needs integers bits and group_size"
+            )
+        expected[name] = (*shape[:-1], shape[-1] * bits // 32)
+        expected[scales] = (*shape[:-1], shape[-1] // group_size)
+        if f"{module}.biases" in kept:
+            expected[f"{module}.biases"] = expected[scales]
+    return expected
 
 
 def _open_shards(path: Path) -> tuple[TensorFile, ...]:

@@ -498,7 +498,7 @@ def _write_quantized(
     plan: Plan, directory: Path, outs: dict[str, TensorOut], config: dict[str, Any], count: Callable[[int], None]
 ) -> dict[str, Any]:
     assert plan.quantization is not None
-    model_class, args_class = _get_classes({"model_type": config["model_type"]})
+    model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
     model.load_weights([(name, out.value()) for name, out in outs.items()])
     try:

@@ -242,7 +242,7 @@ def output_logits(directory: Path, tokens: Array, *, live: bool) -> Array:
 def reference_logits(expected: Expected, tokens: Array) -> Array:
     """Logits (L, V) of the independently merged reference: float32 arithmetic, one layer in memory at a time."""
     base = expected.base
-    model_class, args_class = _get_classes({"model_type": base.model_type})
+    model_class, args_class = _get_classes(base.config)
     model = model_class(args_class.from_dict(base.config))
     model.eval()
     source = Loader({name: file.path for name, file in base.tensors.items()})

@@ -378,19 +378,21 @@ def scaled(factor: float) -> Callable[..., mx.array]:
 
 
 @pytest.mark.parametrize(
-    ("name", "broken"),
+    ("name", "broken", "message"),
     [
-        ("merged", scaled(1.01)),
-        ("merged", lambda weight, item: weight),
-        ("cast", lambda value, dtype, place: value + 1e-3),
+        ("merged", scaled(1.0001), r"differs from W \+ s\*B@A"),
+        ("merged", lambda weight, item: weight, r"differs from W \+ s\*B@A"),
+        ("cast", lambda value, dtype, place: value + 1e-3, "differs from the base although no LoRA touches it"),
     ],
     ids=["wrong scale", "forgotten merge", "changed weights"],
 )
-def test_verification_catches(case: Case, monkeypatch: pytest.MonkeyPatch, name: str, broken: Any) -> None:
+def test_verification_catches(
+    case: Case, monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, message: str
+) -> None:
     """A merge broken on purpose is found, nothing is written; without verification it would have been."""
     monkeypatch.setattr(pipeline, name, broken)
     before = snapshot(case.root)
-    with pytest.raises(VerificationError, match="the output is wrong"):
+    with pytest.raises(VerificationError, match=message):
         convert(case.options())
     assert snapshot(case.root) == before
     convert(case.options(verify=False))

@@ -351,8 +351,10 @@ ROWS = [
     Row("stale shard", I, ("model-00001-of-00002.safetensors",), base_file("model-00001-of-00002.safetensors")),
     Row("base in float64", U, ("model.norm.weight", "F64"), raw(BASE, {
         "model.norm.weight": {"dtype": "F64", "shape": [D], "data_offsets": [0, 8 * D]}}, bytes(8 * D))),
-    Row("quantised base and fuse", U, ("quantised", "--keep-adapters"), config(BC, quantization={"bits": 4}),
-        options=lambda c: {"fuse": True}),
+    Row("quantised base and fuse", U, ("quantised", "--keep-adapters"),
+        config(BC, quantization={"bits": 4, "group_size": 32}), options=lambda c: {"fuse": True}),
+    Row("quantization incomplete", I, ("config.json", "group_size"), config(BC, quantization={"bits": 4})),
+    Row("architectures", I, ("config.json", "mlx-lm cannot build"), config(BC, architectures=[[1]])),
     # arguments
     Row("nothing to convert", E, ("--adapter-path",), options=lambda c: {"adapter_path": None}),
     Row("adapter missing", I, ("no such directory",), options=lambda c: {"adapter_path": c.root / "nope"}),
