@@ -21,6 +21,7 @@ from specstream_convert.safetensors_io import TensorFile, TensorInfo, open_tenso
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
+_TOO_LARGE = (MemoryError, OverflowError)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 INDEX_NAME = "model.safetensors.index.json"
 ROPE_TYPES = {
@@ -216,6 +217,13 @@ def _check_numbers(config: dict[str, Any], where: Path) -> None:
     layers = config.get("num_hidden_layers")
     if type(layers) is int and layers > 10_000:
         problems.append(f"{where}: num_hidden_layers is {layers}, which no model has")
+    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value < 2**31):
+            problems.append(f"{where}: {name} is {escaped(repr(value))}, expected an integer >= 1")
+    epsilon = config.get("rms_norm_eps")
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
+        problems.append(f"{where}: rms_norm_eps is {escaped(repr(epsilon))}, expected a small number")
     tie = config.get("tie_word_embeddings", False)
     if not isinstance(tie, bool):
         problems.append(f"{where}: tie_word_embeddings is {escaped(repr(tie))}, expected true or false")
@@ -298,7 +306,7 @@ def _module_tree(config: dict[str, Any], where: Path) -> tuple[dict[str, tuple[i
     try:
         model_class, args_class = _get_classes(config)
         model = model_class(args_class.from_dict(config))
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, MemoryError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, RuntimeError, *_TOO_LARGE) as error:
         reason = escaped(" ".join(str(error).split()))
         raise InvalidInputError(f"{where}: mlx-lm cannot build the model ({reason}); restore config.json") from error
     parameters = {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}

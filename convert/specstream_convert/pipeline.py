@@ -488,8 +488,7 @@ def _tensor_out(plan: Plan, name: str) -> TensorOut:
             return cast(merged(file.read_float32(name), item), stored, at(file.path, name))
         if info.dtype not in FLOATS:
             return file.read(name)
-        file.read_float32(name)  # refuses values that are not finite
-        return cast(file.read(name), stored, at(file.path, name))
+        return cast(file.read_finite(name), stored, at(file.path, name))
 
     return TensorOut(name, stored, info.shape, value)
 

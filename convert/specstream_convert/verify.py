@@ -71,6 +71,7 @@ class Loader:
     def __call__(self, name: str) -> mx.array:
         value = _load(self.files[name])[name]
         mx.eval(value)
+        mx.clear_cache()
         return value
 
 
@@ -299,6 +300,7 @@ def _by_layers(model: nn.Module, ids: mx.array, fill: Callable[[nn.Module, str],
         hidden = layer(hidden, mask, None)
         mx.eval(hidden)
         del layer
+        mx.clear_cache()
     fill(inner.norm, "model.norm.")
     hidden = inner.norm(hidden)
     if "lm_head" not in model:

@@ -15,6 +15,7 @@ SIZES = {
     "num_attention_heads": 4,
     "vocab_size": 61,
     "intermediate_size": 64,
+    "rms_norm_eps": 1e-5,
     "model_type": "llama",
 }
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

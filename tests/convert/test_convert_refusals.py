@@ -334,6 +334,8 @@ ROWS = [
     Row("family is a path", U, ("model_type",), config(BC, model_type="../../evil")),
     Row("model file", U, ("model_file", "never run"), config(BC, model_file="evil.py")),
     Row("no hidden size", I, ("hidden_size is None",), without(BC, "hidden_size")),
+    Row("epsilon", I, ("rms_norm_eps is 'x'",), config(BC, rms_norm_eps="x")),
+    Row("sizes beyond any array", I, ("config.json", "mlx-lm cannot build"), config(BC, head_dim=2**30)),
     Row("bnb", U, ("quantised", "bitsandbytes"), config(BC, quantization_config={"quant_method": "bitsandbytes"})),
     Row("rope per layer", U, ("rope_parameters",), config(BC, rope_parameters={"full_attention": {"rope_theta": 1}})),
     Row("rope unknown type", U, ("'dynamic'",), config(BC, rope_parameters={
