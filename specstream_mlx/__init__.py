@@ -1,3 +1,19 @@
 """Speculative Streaming on MLX: one model drafts and verifies, the text stays exactly the same."""
 
+from specstream_mlx.bundled import default_model_path
+from specstream_mlx.checkpoint import load
+from specstream_mlx.drafting import DraftOptions
+from specstream_mlx.generate import GenerationResponse, generate, stream_generate
+from specstream_mlx.model import SpecStreamModel
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "DraftOptions",
+    "GenerationResponse",
+    "SpecStreamModel",
+    "default_model_path",
+    "generate",
+    "load",
+    "stream_generate",
+]

@@ -1,0 +1,422 @@
+"""The drafting loop (method section 4): prefill -> draft -> verify -> commit -> emit.
+
+Plain decoding is the same loop with an empty tree. The prompt's last token is the first root, so its pass is a
+verification pass like any other and yields the first token.
+"""
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import generation_stream, wired_limit
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from specstream_mlx.drafting import DraftMode, DraftOptions, DraftPlan, DraftReport, make_plan
+from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.model import SpecStreamModel, VerificationPass
+from specstream_mlx.sampling import LogitsProcessor, Sampler, TargetSampler
+from specstream_mlx.tree import DraftTree
+from specstream_mlx.tree_attention import check_caches
+from specstream_mlx.verification import accept
+
+_CLEAR_CACHE_EVERY = 64  # passes
+
+
+@dataclass
+class DraftStatistics:
+    """Counts over one generation.
+
+    Attributes:
+        target_passes: passes of the target that produced tokens, the prefill's last one included.
+        stream_passes: extra passes for streams (deferred insertion; parallel insertion needs none).
+        generation_tokens: tokens produced, end-of-text included.
+        drafted_by_depth: (gamma,) passes whose tree reached depth d + 1.
+        accepted_by_depth: (gamma,) passes in which a node of depth d + 1 was accepted.
+    """
+
+    drafted_by_depth: list[int]
+    accepted_by_depth: list[int]
+    target_passes: int = 0
+    stream_passes: int = 0
+    generation_tokens: int = 0
+
+    def record(self, tree: DraftTree, num_accepted: int) -> None:
+        """Count one pass that verified ``tree`` and accepted ``num_accepted`` drafts besides its own token."""
+        self.target_passes += 1
+        self.generation_tokens += num_accepted + 1
+        for depth in range(tree.max_depth):
+            self.drafted_by_depth[depth] += 1
+            self.accepted_by_depth[depth] += depth < num_accepted
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """The paper's call reduction ratio."""
+        return self.generation_tokens / max(self.target_passes, 1)
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """What one pass added, with running totals.
+
+    Attributes:
+        text: newly decoded text; several tokens may arrive in one response.
+        tokens: the new ids; end-of-text is among them when generated.
+        finish_reason: None while going on, "stop" (end-of-text or a stop string) or "length".
+        prompt_tps, generation_tps: tokens per second.
+        peak_memory: GB.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str | None
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    target_passes: int
+    stream_passes: int
+    tokens_per_pass: float
+    drafted_by_depth: list[int]
+    accepted_by_depth: list[int]
+    peak_memory: float
+    draft: DraftReport
+
+
+@dataclass
+class _Launched:
+    """A pass whose graph is under way on the device."""
+
+    verified: VerificationPass
+    drawn: mx.array  # (T,) the target's token after every node
+
+
+@dataclass
+class _Loop:
+    """The state of one generation between passes."""
+
+    model: SpecStreamModel
+    caches: Sequence[Any]
+    plan: DraftPlan
+    sampler: TargetSampler
+    history: list[int] | None  # every id before the root, kept only for logits processors
+    keeps_cache: bool  # whether somebody goes on with the caches afterwards
+    statistics: DraftStatistics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.statistics = DraftStatistics([0] * self.model.gamma, [0] * self.model.gamma)
+
+    def launch(self, tree: DraftTree, node_tokens: mx.array, insert_streams: bool) -> _Launched:
+        """Start a verification pass and the target's draws on it."""
+        verified = self.model.verify(
+            node_tokens,
+            tree,
+            self.caches,
+            insert_streams=insert_streams,
+            prune_threshold=self.plan.prune_threshold if tree.size > 1 else None,
+        )
+        history = mx.array(self.history) if self.history else None
+        drawn = self.sampler.draw(verified.logits, verified.tree, verified.node_tokens, history)
+        mx.async_eval(drawn, verified.node_tokens)  # type: ignore[no-untyped-call]
+        return _Launched(verified, drawn)
+
+    def draft(
+        self, verified: VerificationPass, node: int, root: int, remaining: int | None
+    ) -> tuple[DraftTree, mx.array]:
+        """The next tree, from the streams anchored at the last accepted node."""
+        max_depth = remaining - 1 if self.plan.mode == "auto" and remaining is not None else None
+        if not self.plan.drafts or max_depth == 0:
+            return DraftTree.chain(0), mx.array([root])
+        if verified.stream_hidden is None:
+            self.statistics.stream_passes += 1
+        logits = self.model.stream_logits(verified, node, self.caches)
+        return self.plan.draft(root, logits, max_depth)
+
+
+def generate_tokens(
+    prompt: list[int],
+    loop: _Loop,
+    *,
+    max_tokens: int,
+    stop_tokens: set[int],
+    prefill_step_size: int = 2048,
+    progress: Callable[[int, int], None] | None = None,
+) -> Generator[list[int], None, None]:
+    """Yield the tokens of one pass after another, ending after a stop token or ``max_tokens``.
+
+    The next pass is already under way when tokens are yielded. However the generator ends, the caches then hold the
+    prompt and every token yielded, as mlx-lm leaves them.
+    """
+    model, caches = loop.model, loop.caches
+    parallel = loop.plan.insertion == "parallel" and loop.plan.drafts
+    prefill(model, prompt[:-1], caches, prefill_step_size, progress, len(prompt))
+    if loop.history is not None:
+        loop.history = prompt[:-1]
+    launched: _Launched | None = None
+    tokens: list[int] = []
+    tree, node_tokens, root = DraftTree.chain(0), mx.array(prompt[-1:]), prompt[-1]
+    try:
+        while True:
+            with mx.stream(generation_stream):
+                launched = loop.launch(tree, node_tokens, parallel)
+            if tokens:
+                yield tokens
+            elif progress is not None:
+                progress(len(prompt), len(prompt))
+            remaining = max_tokens - loop.statistics.generation_tokens if max_tokens > 0 else None
+            verified = launched.verified
+            accepted = accept(
+                verified.tree,
+                to_list(verified.node_tokens),
+                to_list(launched.drawn),
+                max_tokens=remaining,
+                stop_tokens=stop_tokens,
+            )
+            tokens = list(accepted.tokens)
+            loop.statistics.record(verified.tree, accepted.num_drafts)
+            loop.sampler.advance(len(tokens))
+            if loop.history is not None:
+                loop.history += [root, *tokens[:-1]]
+            root = tokens[-1]
+            with mx.stream(generation_stream):
+                model.commit(verified, accepted.nodes, caches)
+                launched = None
+                if root in stop_tokens or len(tokens) == remaining:
+                    break
+                left = None if remaining is None else remaining - len(tokens)
+                tree, node_tokens = loop.draft(verified, accepted.nodes[-1], root, left)
+            if loop.statistics.target_passes % _CLEAR_CACHE_EVERY == 0:
+                mx.clear_cache()
+        if loop.keeps_cache:
+            prefill(model, [root], caches, prefill_step_size, None, 1)
+        yield tokens
+    finally:
+        if launched is not None:  # closed while a pass was under way: its root has been yielded, nothing else
+            model.commit(launched.verified, [0], caches)
+            loop.sampler.advance(0)
+
+
+def prefill(
+    model: SpecStreamModel,
+    tokens: list[int],
+    caches: Sequence[Any],
+    step_size: int,
+    progress: Callable[[int, int], None] | None,
+    total: int,
+) -> None:
+    """Run the prompt but its last token through the base in chunks, as mlx-lm does."""
+    with mx.stream(generation_stream):
+        for begin in range(0, len(tokens), step_size):
+            if progress is not None:
+                progress(begin, total)
+            model(mx.array(tokens[begin : begin + step_size])[None], cache=caches)
+            mx.eval([cache.state for cache in caches])
+            mx.clear_cache()
+
+
+def stream_generate(
+    model: SpecStreamModel,
+    tokenizer: Any,
+    prompt: str | Sequence[int] | mx.array,
+    max_tokens: int = 256,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    draft: DraftMode = "auto",
+    seed: int | None = None,
+    prompt_cache: Sequence[Any] | None = None,
+    *,
+    draft_options: DraftOptions | None = None,
+    stop: Sequence[str] = (),
+    prefill_step_size: int = 2048,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+) -> Generator[GenerationResponse, None, None]:
+    """Generate text, one response per pass; the tokens are those of plain decoding whatever ``draft`` says.
+
+    Args:
+        model: from ``load``.
+        tokenizer: from ``load``.
+        prompt: text, ids or an array of ids.
+        max_tokens: most tokens to generate; -1 for no limit.
+        sampler: from (1, V) log-probabilities to ids, as ``mlx_lm.sample_utils.make_sampler`` makes; None: greedy.
+        logits_processors: as in mlx-lm, called with all ids so far along the path and (1, V) logits.
+        draft: "auto", "tree", "chain" or "off".
+        seed: makes sampled text repeatable; equal to mlx-lm's text after ``mx.random.seed(seed)``.
+        prompt_cache: caches of an earlier call, changed in place; ``prompt`` then holds the new tokens only.
+        draft_options: a tree, an insertion or a pruning threshold of one's own.
+        stop: strings that end the text; the text stops before them.
+        prefill_step_size: prompt tokens per prefill pass.
+        prompt_progress_callback: called with (tokens done, tokens in all).
+
+    Raises:
+        InvalidInputError: empty or over-long prompt, ids outside the vocabulary.
+        UsageError: contradicting options, or drafting asked of a model without streams.
+        UnsupportedError: a prompt cache that cannot take back rows.
+    """
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
+    if max_tokens == 0 or max_tokens < -1:
+        raise UsageError(f"max_tokens is {max_tokens}, expected at least 1, or -1 for no limit")
+    if prefill_step_size < 1:
+        raise UsageError(f"prefill_step_size is {prefill_step_size}, expected at least 1")
+    if any(not text for text in stop):
+        raise UsageError("stop holds an empty string, which would stop at once; remove it")
+    vocab_size = model.args.vocab_size
+    plan = make_plan(draft, model.gamma, draft_options, vocab_size)
+    if plan.prune_threshold is not None:
+        model.check_pruning(plan.insertion == "parallel")
+    ids = _prompt_ids(tokenizer, prompt, vocab_size)
+    caches = model.make_cache() if prompt_cache is None else prompt_cache
+    check_caches(caches)
+    _check_context(model, caches[0].offset, len(ids))
+    loop = _Loop(
+        model,
+        caches,
+        plan,
+        TargetSampler(sampler, logits_processors, vocab_size, seed),
+        history=[] if logits_processors else None,
+        keeps_cache=prompt_cache is not None,
+    )
+    stop_tokens = set(tokenizer.eos_token_ids)
+    detokenizer = tokenizer.detokenizer
+    text = _StopText(stop)
+    with wired_limit(model, [generation_stream]):
+        started = time.perf_counter()
+        passes = generate_tokens(
+            ids,
+            loop,
+            max_tokens=max_tokens,
+            stop_tokens=stop_tokens,
+            prefill_step_size=prefill_step_size,
+            progress=prompt_progress_callback,
+        )
+        prompt_seconds = 0.0
+        num_tokens = 0
+        try:
+            for tokens in passes:
+                if not prompt_seconds:
+                    prompt_seconds = time.perf_counter() - started
+                    started = time.perf_counter()
+                finish_reason = None
+                kept = []
+                for token in tokens:
+                    kept.append(token)
+                    num_tokens += 1
+                    if token in stop_tokens:
+                        finish_reason = "stop"
+                        break
+                    detokenizer.add_token(token)
+                    if text.feed(detokenizer.last_segment):
+                        finish_reason = "stop"
+                        break
+                    if num_tokens == max_tokens:
+                        finish_reason = "length"
+                if finish_reason is not None:
+                    detokenizer.finalize()
+                    text.feed(detokenizer.last_segment)
+                statistics = loop.statistics
+                yield GenerationResponse(
+                    text=text.take(final=finish_reason is not None),
+                    tokens=kept,
+                    finish_reason=finish_reason,
+                    prompt_tokens=len(ids),
+                    prompt_tps=len(ids) / prompt_seconds,
+                    generation_tokens=num_tokens,
+                    generation_tps=num_tokens / max(time.perf_counter() - started, 1e-9),
+                    target_passes=statistics.target_passes,
+                    stream_passes=statistics.stream_passes,
+                    tokens_per_pass=num_tokens / statistics.target_passes,
+                    drafted_by_depth=list(statistics.drafted_by_depth),
+                    accepted_by_depth=list(statistics.accepted_by_depth),
+                    peak_memory=mx.get_peak_memory() / 1e9,
+                    draft=plan.report(),
+                )
+                if finish_reason is not None:
+                    return
+        finally:
+            passes.close()
+
+
+def generate(
+    model: SpecStreamModel,
+    tokenizer: Any,
+    prompt: str | Sequence[int] | mx.array,
+    max_tokens: int = 256,
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """Generate a complete text; keyword arguments go to ``stream_generate``, ``verbose`` prints as it goes."""
+    text = ""
+    for response in stream_generate(model, tokenizer, prompt, max_tokens, **kwargs):
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose:
+        print()
+    return text
+
+
+class _StopText:
+    """Text on its way out, holding back what may be the beginning of a stop string."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self._stopped = False
+
+    def feed(self, segment: str) -> bool:
+        """Add decoded text; True once a stop string is complete, after which more text is ignored."""
+        if self._stopped:
+            return True
+        self._held += segment
+        found = [self._held.find(text) for text in self._stop]
+        hits = [index for index in found if index >= 0]
+        if hits:
+            self._held = self._held[: min(hits)]
+            self._stopped = True
+        return self._stopped
+
+    def take(self, final: bool) -> str:
+        """The text that is certain by now; all that is held when ``final``."""
+        keep = 0
+        if not final:
+            keep = max(
+                (n for text in self._stop for n in range(1, len(text)) if self._held.endswith(text[:n])), default=0
+            )
+        cut = len(self._held) - keep
+        ready, self._held = self._held[:cut], self._held[cut:]
+        return ready
+
+
+def to_list(ids: mx.array) -> list[int]:
+    """Read (T,) ids back from the device."""
+    return ids.tolist()  # type: ignore[return-value]
+
+
+def _prompt_ids(tokenizer: TokenizerWrapper, prompt: str | Sequence[int] | mx.array, vocab_size: int) -> list[int]:
+    """Ids of a prompt, with special tokens as mlx-lm adds them.
+
+    Raises:
+        InvalidInputError: nothing in it, or ids that the model has no embedding for.
+    """
+    if isinstance(prompt, str):
+        special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
+        ids = tokenizer.encode(prompt, add_special_tokens=special) if prompt else []
+    else:
+        ids = to_list(prompt) if isinstance(prompt, mx.array) else list(prompt)
+    if not ids:
+        raise InvalidInputError("prompt is empty; give at least one token")
+    outside = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise InvalidInputError(f"prompt: token id {outside} is outside the model's vocabulary 0..{vocab_size - 1}")
+    return ids
+
+
+def _check_context(model: SpecStreamModel, cached: int, new: int) -> None:
+    """Raise InvalidInputError when the prompt leaves no room for a token in the model's context."""
+    context = getattr(model.args, "max_position_embeddings", None)
+    if context is not None and cached + new >= context:
+        before = f" after {cached} cached ones" if cached else ""
+        raise InvalidInputError(
+            f"prompt has {new} tokens{before}, the model's context holds {context}; shorten the prompt"
+        )

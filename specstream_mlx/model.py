@@ -1,0 +1,282 @@
+"""A base model with streams: one verification pass, one stream pass.
+
+Layers are mlx-lm's own blocks, driven in segments: below the stream layers, and the top ``N_s`` stream layers::
+
+    tokens of the tree (T)
+      embed, layers 1 .. N - N_s        -> trunk M^{N-N_s}      early exit may drop nodes here (method section 6)
+      layers N - N_s + 1 .. N           -> M^N -> logits        parallel insertion adds T * gamma stream rows here
+    accepted node
+      streams of its trunk row (gamma)                          deferred insertion runs them afterwards, alone
+      layers N - N_s + 1 .. N           -> S^N -> stream logits
+
+Both insertions compute the same numbers, because a main row never sees a stream row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from specstream_mlx.config import StreamConfig
+from specstream_mlx.errors import UnsupportedError, UsageError
+from specstream_mlx.families import family_of
+from specstream_mlx.streams import Streams
+from specstream_mlx.tree import DraftTree
+from specstream_mlx.tree_attention import (
+    BoolMatrix,
+    PassContext,
+    ValueRotation,
+    attention_mask,
+    check_caches,
+    commit_rows,
+    drop_rows,
+    install,
+    with_streams,
+)
+
+
+@dataclass(frozen=True)
+class VerificationPass:
+    """What one pass over a tree computed.
+
+    Attributes:
+        tree: the tree that was verified, after pruning; T nodes.
+        node_tokens: (T,) ids.
+        logits: (T, V); row i predicts the token after node i.
+        trunk: (1, T, D), ``M^{N-N_s}`` of every node.
+        stream_hidden: (1, T * gamma, D), ``S^N`` before the final norm; None with deferred insertion.
+        start: cached rows before the pass.
+        kept: (T,) the rows that these nodes had before pruning.
+    """
+
+    tree: DraftTree
+    node_tokens: mx.array
+    logits: mx.array
+    trunk: mx.array
+    stream_hidden: mx.array | None
+    start: int
+    kept: Sequence[int]
+
+
+class SpecStreamModel(nn.Module):
+    """An mlx-lm model that can verify draft trees and, when it has streams, draft them.
+
+    Called like any mlx-lm model it is the base: ``model(inputs, cache=cache)``, so stock generation works on it too.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        model_type: str,
+        stream_config: StreamConfig | None = None,
+        streams: Streams | None = None,
+    ) -> None:
+        """Wrap ``base`` in place; ``streams`` and ``stream_config`` come together or not at all.
+
+        Raises:
+            UnsupportedError: the family or its cache is not supported.
+        """
+        super().__init__()
+        self.base = base
+        self.model_type = model_type
+        self.stream_config = stream_config
+        self.streams = streams
+        self._family = family_of(base, model_type)
+        self._context = PassContext()
+        check_caches(self.make_cache())
+        install(self._family.layers, self._context)
+
+    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
+        """The base model: (B, L) ids -> (B, L, V) logits."""
+        return self.base(inputs, cache=cache, input_embeddings=input_embeddings)
+
+    @property
+    def args(self) -> Any:
+        """The base model's arguments."""
+        return self.base.args
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """The base model's blocks, N of them."""
+        return self._family.layers
+
+    @property
+    def context(self) -> PassContext:
+        """What the modules wrapped by the seam read; stream-only LoRA layers share it."""
+        return self._context
+
+    @property
+    def gamma(self) -> int:
+        """Number of streams; 0 without streams."""
+        return self.stream_config.gamma if self.stream_config is not None else 0
+
+    @property
+    def num_trunk_layers(self) -> int:
+        """``N - N_s``, the layers below the first stream layer."""
+        return len(self.layers) - (self.stream_config.num_stream_layers if self.stream_config is not None else 0)
+
+    @property
+    def prune_layer(self) -> int:
+        """The layer after which the early-exit pruner reads; 0 without a pruner."""
+        return self.stream_config.prune.layer if self.stream_config and self.stream_config.prune else 0
+
+    def check_pruning(self, insert_streams: bool) -> None:
+        """Make sure that a pass with this insertion can prune.
+
+        Raises:
+            UsageError: the model has no pruner.
+            UnsupportedError: the pruner reads above the layer where streams are inserted.
+        """
+        if self.prune_layer == 0:
+            raise UsageError("prune_threshold is given, but this model has no early-exit pruner")
+        if insert_streams and self.prune_layer > self.num_trunk_layers:
+            raise UnsupportedError(
+                f"prune.layer {self.prune_layer} lies above the first stream layer {self.num_trunk_layers + 1}; "
+                "parallel insertion cannot prune there, use deferred insertion"
+            )
+
+    def make_cache(self) -> list[Any]:
+        """A fresh prompt cache, one mlx-lm cache per layer."""
+        caches: list[Any] = make_prompt_cache(self.base)
+        return caches
+
+    def verify(
+        self,
+        node_tokens: mx.array,
+        tree: DraftTree,
+        caches: Sequence[Any],
+        *,
+        insert_streams: bool = False,
+        prune_threshold: float | None = None,
+    ) -> VerificationPass:
+        """Run the target over a tree; all its rows are appended to ``caches`` until ``commit``.
+
+        Args:
+            node_tokens: (T,) ids of the tree's nodes.
+            tree: T nodes; its root follows the cached tokens.
+            caches: one per layer, changed in place.
+            insert_streams: parallel insertion: also run every node's streams.
+            prune_threshold: early exit: drop nodes whose probability under their parent's early-exit distribution
+                is below this, with their subtrees. Reads back T numbers in mid-pass.
+        """
+        start = caches[0].offset
+        prune_layer = 0
+        if prune_threshold is not None and tree.size > 1:
+            self.check_pruning(insert_streams)
+            prune_layer = self.prune_layer
+        trunk_layer = self.num_trunk_layers
+        kept: Sequence[int] = range(tree.size)
+        hidden = self._family.embed(node_tokens[None])
+        trunk, stream_rows = hidden, 0
+        layer = 0
+        for boundary in sorted({prune_layer, trunk_layer, len(self.layers)}):
+            main_rows = tree.size if stream_rows else None
+            visible = with_streams(tree.ancestor_mask, self.gamma) if stream_rows else tree.ancestor_mask
+            depths = self._row_depths(tree, bool(stream_rows))
+            hidden = self._run(hidden, range(layer, boundary), caches, start, depths, visible, main_rows)
+            layer = boundary
+            if prune_threshold is not None and layer == prune_layer > 0:
+                kept = self._surviving(hidden, node_tokens, tree, prune_threshold)
+                if len(kept) < tree.size:
+                    rows = mx.array(kept)
+                    tree, node_tokens = tree.select(kept), node_tokens[rows]
+                    hidden, trunk = hidden[:, rows], trunk[:, rows] if layer > trunk_layer else trunk
+            if layer == trunk_layer:
+                trunk = hidden
+                if insert_streams:
+                    assert self.streams is not None
+                    hidden = mx.concatenate([hidden, self.streams(trunk)], axis=1)
+                    stream_rows = tree.size * self.gamma
+        logits = self._family.head(self._family.norm(hidden[:, : tree.size]))[0]
+        stream_hidden = hidden[:, tree.size :] if insert_streams else None
+        return VerificationPass(tree, node_tokens, logits, trunk, stream_hidden, start, kept)
+
+    def commit(self, verified: VerificationPass, nodes: Sequence[int], caches: Sequence[Any]) -> None:
+        """Keep the rows of ``nodes`` (a path from the root) in the caches and drop all others of the pass."""
+        unpruned = [verified.kept[node] for node in nodes]
+        for index, cache in enumerate(caches):
+            commit_rows(cache, verified.start, unpruned if index < self.prune_layer else nodes)
+
+    def stream_logits(self, verified: VerificationPass, node: int, caches: Sequence[Any]) -> mx.array:
+        """What the streams anchored at ``node`` predict; row ``j - 1`` is stream ``j``, the token after the next ``j``.
+
+        With deferred insertion this is a pass of its own over ``gamma`` rows of the top ``N_s`` layers, and
+        ``caches`` must already be committed up to and including ``node``. They are left as they were.
+
+        Returns:
+            (gamma, V).
+        """
+        if verified.stream_hidden is not None:
+            hidden = verified.stream_hidden[:, node * self.gamma : (node + 1) * self.gamma]
+            return self._family.head(self._family.norm(hidden))[0]
+        assert self.streams is not None
+        hidden = self.streams(verified.trunk[:, node : node + 1])
+        upper = range(self.num_trunk_layers, len(self.layers))
+        start = caches[upper[0]].offset
+        # The anchor is the last cached row, so depth 0 of this pass lies one position after it.
+        depths = self._stream_depths() - 1
+        hidden = self._run(hidden, upper, caches, start, depths, np.tri(self.gamma, dtype=np.bool_), 0)
+        for index in upper:
+            drop_rows(caches[index], start)
+        return self._family.head(self._family.norm(hidden))[0]
+
+    def _run(
+        self,
+        hidden: mx.array,
+        layers: range,
+        caches: Sequence[Any],
+        start: int,
+        depths: np.ndarray[Any, Any],
+        visible: BoolMatrix,
+        num_main_rows: int | None,
+    ) -> mx.array:
+        """Run (1, L, D) rows through some layers; ``depths`` (L,) are positions relative to ``start``."""
+        if not layers:
+            return hidden
+        consecutive = np.array_equal(depths, np.arange(len(depths)))
+        positions = None if consecutive else mx.array(depths + start)
+        mask = attention_mask(start, visible)
+        with self._context.rows_at(positions, num_main_rows):
+            for index in layers:
+                cache = self._stream_cache(caches[index], num_main_rows, len(depths))
+                hidden = self.layers[index](hidden, mask, cache)
+        return hidden
+
+    def _stream_cache(self, cache: Any, num_main_rows: int | None, length: int) -> Any:
+        config = self.stream_config
+        if num_main_rows is None or config is None or config.stream_id.type != "value_rotation":
+            return cache
+        assert config.stream_id.epsilon is not None
+        index = [0] * num_main_rows + [1 + row % self.gamma for row in range(length - num_main_rows)]
+        return ValueRotation(cache, mx.array(index), config.stream_id.epsilon)
+
+    def _stream_depths(self) -> np.ndarray[Any, Any]:
+        """(gamma,) position of each stream relative to its anchor."""
+        assert self.stream_config is not None
+        if self.stream_config.stream_position == "anchor":
+            return np.zeros(self.gamma, dtype=np.int32)
+        return np.arange(1, self.gamma + 1, dtype=np.int32)
+
+    def _row_depths(self, tree: DraftTree, with_stream_rows: bool) -> np.ndarray[Any, Any]:
+        """(L,) position of every row of a pass relative to the root."""
+        main = np.array(tree.depths, dtype=np.int32)
+        if not with_stream_rows:
+            return main
+        return np.concatenate([main, (main[:, None] + self._stream_depths()).reshape(-1)])
+
+    def _surviving(self, hidden: mx.array, node_tokens: mx.array, tree: DraftTree, threshold: float) -> list[int]:
+        """Nodes whose token is likely enough under ``z = LMHead(final_norm(o(M)))`` of their parent (section 6)."""
+        assert self.streams is not None
+        assert self.stream_config is not None
+        assert self.stream_config.prune is not None
+        mapped = self.streams.prune(hidden)
+        if self.stream_config.prune.final_norm:
+            mapped = self._family.norm(mapped)
+        probs = mx.softmax(self._family.head(mapped)[0], axis=-1, precise=True)
+        parents = mx.array(tree.parents[1:])
+        child_probs: list[float] = probs[parents, node_tokens[1:]].tolist()  # type: ignore[assignment]
+        return tree.surviving([True, *(prob >= threshold for prob in child_probs)])

@@ -1,0 +1,188 @@
+"""The seam to stock mlx-lm blocks: positions, masks and the KV cache of a pass over a tree.
+
+A stock block is called as ``layer(h, mask, cache)``. Three things make it verify a tree:
+
+* positions: the block asks its rotary embedding for consecutive positions from ``cache.offset``. ``TreeRope`` wraps
+  that embedding and, inside ``rows_at``, gives every row its own position by treating rows as batch entries;
+* mask: a boolean (T, S + T) array, prefix then ancestors; a chain needs no more than the causal mask;
+* cache: a pass appends all its rows; ``commit_rows`` keeps the accepted ones, ``drop_rows`` none.
+
+Caches are mlx-lm's own objects, so prompt caches stay interchangeable with mlx-lm.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.models.cache import KVCache
+
+from specstream_mlx.errors import UnsupportedError
+
+BoolMatrix = npt.NDArray[np.bool_]
+
+
+class PassContext:
+    """What the wrapped modules of a model need to know about the pass that is being built."""
+
+    def __init__(self) -> None:
+        self.positions: mx.array | None = None  # (L,) absolute position of every row; None: consecutive
+        self.num_main_rows: int | None = None  # rows from this one on are stream rows; None: all are main
+
+    @contextmanager
+    def rows_at(self, positions: mx.array | None, num_main_rows: int | None = None) -> Iterator[None]:
+        """Within the block, rows have these positions, and those from ``num_main_rows`` on are streams."""
+        before = self.positions, self.num_main_rows
+        self.positions, self.num_main_rows = positions, num_main_rows
+        try:
+            yield
+        finally:
+            self.positions, self.num_main_rows = before
+
+
+class TreeRope(nn.Module):
+    """A rotary embedding whose rows can have arbitrary positions; without positions it is the wrapped one."""
+
+    def __init__(self, rope: nn.Module, context: PassContext) -> None:
+        super().__init__()
+        self._rope = rope
+        self._context = context
+
+    def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
+        """Rotate ``x`` of shape (1, H, L, D_h); ``offset`` counts only when no positions are set."""
+        positions = self._context.positions
+        if positions is None:
+            return self._rope(x, offset=offset)
+        batch, heads, length, size = x.shape
+        rows = x.transpose(0, 2, 1, 3).reshape(batch * length, heads, 1, size)
+        rows = self._rope(rows, offset=positions)
+        return rows.reshape(batch, length, heads, size).transpose(0, 2, 1, 3)
+
+
+class ValueRotation:
+    """A KV cache that turns the values of stream rows on their way in (method section 2, variant without ``P_j``).
+
+    The value of stream ``j`` is ``V * exp(i * epsilon * j)``: the first half of the head dimension holds real parts,
+    the second half imaginary parts. Everything else is the wrapped cache's.
+    """
+
+    def __init__(self, cache: Any, stream_index: mx.array, epsilon: float) -> None:
+        """``stream_index``: (L,) the stream number of each row of the pass, 0 for main rows (left unturned)."""
+        self._cache = cache
+        angle = stream_index.astype(mx.float32) * epsilon
+        self._cos, self._sin = mx.cos(angle)[:, None], mx.sin(angle)[:, None]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        """Append (1, H_kv, L, D_h) keys and turned values."""
+        real, imaginary = mx.split(values, 2, axis=-1)
+        cos, sin = self._cos.astype(values.dtype), self._sin.astype(values.dtype)
+        turned = mx.concatenate([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+        return self._cache.update_and_fetch(keys, turned)
+
+
+def install(layers: Sequence[Any], context: PassContext) -> None:
+    """Wrap the rotary embedding of every layer's attention in place.
+
+    Raises:
+        UnsupportedError: a block is not built the way the seam assumes.
+    """
+    for index, layer in enumerate(layers):
+        attention = getattr(layer, "self_attn", None)
+        rope = getattr(attention, "rope", None)
+        if rope is None:
+            raise UnsupportedError(
+                f"model.layers.{index}: expected a rotary embedding at self_attn.rope; this block of mlx-lm is not "
+                "supported, use a tested mlx-lm (see pyproject.toml) or another model family"
+            )
+        if not isinstance(rope, TreeRope):
+            layer.self_attn.rope = TreeRope(rope, context)
+
+
+def check_caches(caches: Sequence[Any]) -> None:
+    """Refuse caches whose rows cannot be taken back one by one.
+
+    Raises:
+        UnsupportedError: a cache is not mlx-lm's plain ``KVCache``, or layers disagree about their length.
+    """
+    for index, cache in enumerate(caches):
+        if type(cache) is not KVCache:
+            raise UnsupportedError(
+                f"cache of layer {index}: {type(cache).__name__} cannot take back rejected rows; models with sliding "
+                "windows, recurrent state or a size-limited cache are not supported"
+            )
+    if len({cache.offset for cache in caches}) > 1:
+        raise UnsupportedError("prompt cache: layers hold different numbers of tokens; make a fresh cache")
+
+
+def attention_mask(start: int, visible: BoolMatrix) -> mx.array | str | None:
+    """The mask of a pass whose L rows follow ``start`` cached ones.
+
+    Args:
+        start: cached rows S; every row of the pass sees them all.
+        visible: (L, L) bool, which rows of the pass see which.
+
+    Returns:
+        None for a single row, "causal" when that is what ``visible`` says, else a (L, S + L) bool array.
+    """
+    length = len(visible)
+    if length == 1:
+        return None
+    if np.array_equal(visible, np.tri(length, dtype=np.bool_)):
+        return "causal"
+    return mx.concatenate([mx.ones((length, start), dtype=mx.bool_), mx.array(visible)], axis=1)
+
+
+def with_streams(tree_mask: BoolMatrix, gamma: int) -> BoolMatrix:
+    """Extend a tree's mask by the rows of ``gamma`` streams per node, node after node (method section 1).
+
+    Stream ``j`` of node ``n`` sees what ``n`` sees, and streams 1..j of ``n``. No main row sees a stream::
+
+        tree 0-1, gamma 2     0  1 | 0.1 0.2 1.1 1.2
+                         0    1  .    .   .   .   .
+                         1    1  1    .   .   .   .
+                         0.1  1  .    1   .   .   .
+                         0.2  1  .    1   1   .   .
+                         1.1  1  1    .   .   1   .
+                         1.2  1  1    .   .   1   1
+
+    Args:
+        tree_mask: (T, T) bool.
+
+    Returns:
+        (T * (1 + gamma), T * (1 + gamma)) bool.
+    """
+    size = len(tree_mask)
+    own = np.kron(np.eye(size, dtype=np.bool_), np.tri(gamma, dtype=np.bool_))
+    return np.block(
+        [
+            [tree_mask, np.zeros((size, size * gamma), dtype=np.bool_)],
+            [np.repeat(tree_mask, gamma, axis=0), own],
+        ]
+    )
+
+
+def commit_rows(cache: Any, start: int, rows: Sequence[int]) -> None:
+    """Keep, of the rows appended after ``start``, just ``rows`` (rising), moved together; drop the others.
+
+    Rows that already lie in place are not touched, so committing a chain moves nothing.
+    """
+    in_place = 0
+    while in_place < len(rows) and rows[in_place] == in_place:
+        in_place += 1
+    end = start + len(rows)
+    if in_place < len(rows):
+        source = mx.array([start + row for row in rows[in_place:]])
+        cache.keys[..., start + in_place : end, :] = mx.take(cache.keys, source, axis=2)
+        cache.values[..., start + in_place : end, :] = mx.take(cache.values, source, axis=2)
+    cache.offset = end
+
+
+def drop_rows(cache: Any, start: int) -> None:
+    """Forget every row appended after ``start``."""
+    commit_rows(cache, start, ())
