@@ -265,6 +265,8 @@ def _read_prompt(prompt: str | None) -> str | None:
             text = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
             raise invalid_input(f"standard input: not valid UTF-8 (byte {error.start})") from None
+        except OSError as error:
+            raise invalid_input(f"standard input: cannot be read ({error.strerror})") from None
     if not text:
         raise invalid_input("the prompt is empty; give --prompt TEXT, or '-' and text on standard input")
     return text

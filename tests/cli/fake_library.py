@@ -3,10 +3,12 @@
 Importable from subprocesses too, where ``run`` installs it before the program starts.
 """
 
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -99,8 +101,7 @@ class Library:
             sys.modules[name] = value
 
     def modules(self) -> dict[str, ModuleType]:
-        from specstream_mlx import errors
-
+        errors = _errors()
         package, bundled = ModuleType("specstream_mlx"), ModuleType("specstream_mlx.bundled")
         package.__dict__.update(
             load=self.load,
@@ -113,6 +114,19 @@ class Library:
         )
         bundled.__dict__.update(sample_prompt=lambda: "a sample question")
         return {"specstream_mlx": package, "specstream_mlx.bundled": bundled, "specstream_mlx.errors": errors}
+
+
+def _errors() -> ModuleType:
+    """``specstream_mlx.errors``, without the seconds that its package takes to import."""
+    name = "specstream_mlx.errors"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "specstream_mlx" / "errors.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(arguments: list[str], pause: float = 0.0, script: list[Any] | None = None) -> int:
