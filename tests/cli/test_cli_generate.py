@@ -28,7 +28,7 @@ JSON_FIELDS = [
 RUN = "import sys, fake_library as f; sys.exit(f.run(sys.argv[1:], pause={pause}, script={script}))"
 STATISTICS = (
     "4 tokens in 4 passes (1.00 per pass), 50.0 tok/s, prompt 5 at 100.0 tok/s, "
-    "accepted by depth 2/2 1/2 0/1 0/0, peak 0.25 GB\n"
+    "accepted by depth 2/2 1/2 0/1 0/0, peak 250 MB\n"
 )
 
 
