@@ -7,7 +7,7 @@ import typer
 
 from specstream_cli.tables import document
 from specstream_cli.terminal import answer, quieten_libraries
-from specstream_cli.validation import usage_error
+from specstream_cli.validation import invalid_input, usage_error
 
 
 def inspect(
@@ -19,7 +19,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
 ) -> None:
-    """Say what a checkpoint or model directory holds."""
+    """Say what a checkpoint or model directory holds; exit code 3 when something in it is wrong."""
     if path is not None and model is not None:
         raise usage_error("--model: PATH is given already; drop one")
     quieten_libraries(offline=True, debug=debug)
@@ -35,4 +35,6 @@ def inspect(
         if as_json:
             out.write_json(found)
         else:
-            out.write(document(found))
+            out.write(document({key: value for key, value in found.items() if value not in (None, [], {})}))
+    if found["problems"]:
+        raise invalid_input("\n".join(found["problems"]))

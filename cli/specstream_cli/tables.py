@@ -14,13 +14,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def document(value: Mapping[str, Any], indent: str = "") -> str:
-    """A JSON object for people: one key a line, nested objects indented, lists of equal objects as tables."""
+    """A JSON object for people: one key a line, nested objects and sentences indented, lists of objects as tables."""
     lines: list[str] = []
     plain = [key for key, item in value.items() if not _is_nested(item)]
     width = max((len(key) for key in plain), default=0)
     for key, item in value.items():
         if not _is_nested(item):
             lines.append(f"{indent}{key.ljust(width)}  {_text(item)}\n")
+        elif _is_prose(item):
+            lines += [f"{indent}{key}\n", *(f"{indent}  {sentence}\n" for sentence in item)]
         elif isinstance(item, Mapping):
             lines += [f"{indent}{key}\n", document(item, indent + "  ")]
         else:
@@ -33,7 +35,13 @@ def document(value: Mapping[str, Any], indent: str = "") -> str:
 def _is_nested(item: object) -> bool:
     if isinstance(item, Mapping):
         return bool(item)
-    return isinstance(item, list | tuple) and bool(item) and all(isinstance(row, Mapping) and row for row in item)
+    rows = isinstance(item, list | tuple) and bool(item) and all(isinstance(row, Mapping) and row for row in item)
+    return rows or _is_prose(item)
+
+
+def _is_prose(item: object) -> bool:
+    """A list of sentences, unlike a list of words or numbers, gets a line for each."""
+    return isinstance(item, list | tuple) and any(isinstance(part, str) and " " in part for part in item)
 
 
 def _text(item: object) -> str:
