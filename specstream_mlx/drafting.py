@@ -93,6 +93,43 @@ class DraftPlan:
         return tree, mx.concatenate([mx.array([root], dtype=drafted.dtype), drafted])
 
 
+class Parking:
+    """Leaves off drafting while it does not pay and probes again later (method section 7.4); ``auto`` only.
+
+    Drafting costs a stream pass and more rows. Without measured costs, a mean of ``MIN_ACCEPTED`` accepted drafts over
+    the last ``WINDOW`` drafted passes is taken as worth it. Each probe that fails doubles the time until the next.
+    """
+
+    WINDOW = 8
+    MIN_ACCEPTED = 0.5
+    FIRST_PAUSE = 16
+    LONGEST_PAUSE = 256
+
+    def __init__(self) -> None:
+        self._recent: list[int] = []
+        self._pause = self.FIRST_PAUSE
+        self._passes_left = 0
+
+    def record(self, drafted: bool, num_accepted: int) -> None:
+        """Count one pass; ``drafted`` says whether its tree held more than the root."""
+        if not drafted:
+            self._passes_left = max(self._passes_left - 1, 0)
+            return
+        self._recent = [*self._recent, num_accepted][-self.WINDOW :]
+        if len(self._recent) < self.WINDOW:
+            return
+        if sum(self._recent) < self.MIN_ACCEPTED * self.WINDOW:
+            self._passes_left, self._recent = self._pause, []
+            self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
+        else:
+            self._pause = self.FIRST_PAUSE
+
+    @property
+    def parked(self) -> bool:
+        """Whether the next pass should be plain decoding."""
+        return self._passes_left > 0
+
+
 def top_candidates(stream_logits: mx.array, count: int) -> mx.array:
     """The ``count`` likeliest tokens of every stream in falling order, (gamma, V) -> (gamma, count) ids."""
     if count <= 1:

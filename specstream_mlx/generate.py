@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from specstream_mlx.drafting import DraftMode, DraftOptions, DraftPlan, DraftReport, make_plan
+from specstream_mlx.drafting import DraftMode, DraftOptions, DraftPlan, DraftReport, Parking, make_plan
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.model import SpecStreamModel, VerificationPass
 from specstream_mlx.sampling import LogitsProcessor, Sampler, TargetSampler
@@ -103,17 +103,23 @@ class _Loop:
     history: list[int] | None  # every id before the root, kept only for logits processors
     keeps_cache: bool  # whether somebody goes on with the caches afterwards
     statistics: DraftStatistics = field(init=False)
+    parking: Parking = field(default_factory=Parking)
 
     def __post_init__(self) -> None:
         self.statistics = DraftStatistics([0] * self.model.gamma, [0] * self.model.gamma)
 
-    def launch(self, tree: DraftTree, node_tokens: mx.array, insert_streams: bool) -> _Launched:
+    @property
+    def parked(self) -> bool:
+        """Whether drafting is left off for now."""
+        return not self.plan.drafts or (self.plan.mode == "auto" and self.parking.parked)
+
+    def launch(self, tree: DraftTree, node_tokens: mx.array) -> _Launched:
         """Start a verification pass and the target's draws on it."""
         verified = self.model.verify(
             node_tokens,
             tree,
             self.caches,
-            insert_streams=insert_streams,
+            insert_streams=self.plan.insertion == "parallel" and not self.parked,
             prune_threshold=self.plan.prune_threshold if tree.size > 1 else None,
         )
         history = mx.array(self.history) if self.history else None
@@ -126,7 +132,7 @@ class _Loop:
     ) -> tuple[DraftTree, mx.array]:
         """The next tree, from the streams anchored at the last accepted node."""
         max_depth = remaining - 1 if self.plan.mode == "auto" and remaining is not None else None
-        if not self.plan.drafts or max_depth == 0:
+        if self.parked or max_depth == 0:
             return DraftTree.chain(0), mx.array([root])
         if verified.stream_hidden is None:
             self.statistics.stream_passes += 1
@@ -149,7 +155,6 @@ def generate_tokens(
     prompt and every token yielded, as mlx-lm leaves them.
     """
     model, caches = loop.model, loop.caches
-    parallel = loop.plan.insertion == "parallel" and loop.plan.drafts
     prefill(model, prompt[:-1], caches, prefill_step_size, progress, len(prompt))
     if loop.history is not None:
         loop.history = prompt[:-1]
@@ -159,7 +164,7 @@ def generate_tokens(
     try:
         while True:
             with mx.stream(generation_stream):
-                launched = loop.launch(tree, node_tokens, parallel)
+                launched = loop.launch(tree, node_tokens)
             if tokens:
                 yield tokens
             elif progress is not None:
@@ -176,6 +181,7 @@ def generate_tokens(
             tokens = list(accepted.tokens)
             loop.statistics.record(verified.tree, accepted.num_drafts)
             loop.sampler.advance(len(tokens))
+            loop.parking.record(verified.tree.size > 1, accepted.num_drafts)
             if loop.history is not None:
                 loop.history += [root, *tokens[:-1]]
             root = tokens[-1]

@@ -90,9 +90,9 @@ class SpecStreamModel(nn.Module):
         check_caches(self.make_cache())
         install(self._family.layers, self._context)
 
-    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
+    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         """The base model: (B, L) ids -> (B, L, V) logits."""
-        return self.base(inputs, cache=cache, input_embeddings=input_embeddings)
+        return self.base(inputs, cache=cache)
 
     @property
     def args(self) -> Any:

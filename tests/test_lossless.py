@@ -1,0 +1,360 @@
+"""Losslessness: in float32 the tokens are mlx-lm's own, whatever is drafted.
+
+The reference is always ``mlx_lm.generate.generate_step`` on the same weights. Each docstring names the break that
+turns the test red; all were made once by hand.
+"""
+
+import mlx.core as mx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from specstream_mlx import DraftOptions, stream_generate
+from tests.tiny import (
+    END_OF_TEXT,
+    FAMILIES,
+    NumberTokenizer,
+    drafter,
+    make_model,
+    our_tokens,
+    plain_tokens,
+    random_prompt,
+)
+
+DRAFTS = {
+    "off": ("off", None),
+    "chain": ("chain", None),
+    "tree": ("tree", None),
+    "cartesian": ("tree", "cartesian:3x2x2x1"),
+    "best-first": ("tree", "best-first:12"),
+    "auto": ("auto", None),
+}
+INSERTIONS = ("deferred", "parallel")
+VARIANTS = {
+    "anchor": {"stream_position": "anchor"},
+    "value-rotation": {"stream_id": {"type": "value_rotation", "epsilon": 0.3}},
+    "identity": {"stream_init": {"type": "identity"}, "prune": None},
+    "non-residual": {"stream_init": {"type": "low_rank", "rank": 4, "residual": False}},
+    "one-layer": {"num_stream_layers": 1, "prune": {"type": "low_rank", "rank": 4, "layer": 1}},
+    "all-layers": {"num_stream_layers": 4, "prune": None},
+    "one-stream": {"gamma": 1},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family_model(request):
+    return make_model(request.param, seed=3)
+
+
+def options(tree, insertion, **more):
+    return DraftOptions(tree=tree, insertion=insertion, **more)
+
+
+@pytest.mark.parametrize("insertion", INSERTIONS)
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_tokens_equal_mlx_lm_in_every_family(family_model, draft, insertion):
+    """Red when: the tree mask shows siblings, node positions count rows instead of depths, commit keeps wrong rows.
+
+    The scripted drafter is right seven times in ten at a random rank, so that long and branching paths are accepted.
+    """
+    mode, tree = DRAFTS[draft]
+    for prompt_length, temp in ((1, 0.0), (23, 0.0), (9, 0.8)):
+        prompt = random_prompt(prompt_length, seed=prompt_length)
+        sampler = make_sampler(temp, top_p=0.95)
+        expected = plain_tokens(family_model.base, prompt, 24, seed=7, sampler=sampler)
+        with drafter(family_model, expected, prompt_length, 0.7, seed=1):
+            tokens = our_tokens(
+                family_model,
+                prompt,
+                24,
+                draft=mode,
+                draft_options=options(tree, insertion),
+                seed=7,
+                sampler=sampler if temp else None,
+            )
+        assert tokens == expected
+
+
+@pytest.mark.parametrize("insertion", INSERTIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_equal_mlx_lm_for_every_kind_of_stream(variant, insertion):
+    """Red when: stream rows stay in the caches after their pass, or a main row sees a stream row."""
+    model = make_model("llama", seed=4, **VARIANTS[variant])
+    prompt = random_prompt(11, seed=2)
+    expected = plain_tokens(model.base, prompt, 24)
+    for tree in ("best-first:6", f"chain:{model.gamma}"):
+        tokens = our_tokens(model, prompt, 24, draft="tree", draft_options=options(tree, insertion))
+        assert tokens == expected
+
+
+@pytest.mark.parametrize("insertion", INSERTIONS)
+@pytest.mark.parametrize("threshold", [0.0, 0.01, 0.3, 1.0])
+def test_early_exit_pruning_changes_no_token(threshold, insertion):
+    """Red when: rows of pruned layers are committed by their unpruned index or the other way round."""
+    model = make_model("qwen3", seed=5)
+    prompt = random_prompt(8, seed=3)
+    expected = plain_tokens(model.base, prompt, 30)
+    for accuracy in (0.6, 1.0):
+        with drafter(model, expected, len(prompt), accuracy, seed=2):
+            more = options("cartesian:3x3x2x1", insertion, prune_threshold=threshold)
+            assert our_tokens(model, prompt, 30, draft="tree", draft_options=more) == expected
+
+
+def test_pruning_above_the_first_stream_layer_changes_no_token():
+    """Red when: the trunk rows are not selected along with the pruned rows."""
+    model = make_model("llama", seed=6, prune={"type": "low_rank", "rank": 4, "layer": 3})
+    prompt = random_prompt(8, seed=4)
+    expected = plain_tokens(model.base, prompt, 30)
+    with drafter(model, expected, len(prompt), 0.6, seed=5):
+        more = options("cartesian:3x3x2x1", "deferred", prune_threshold=0.012)
+        assert our_tokens(model, prompt, 30, draft="tree", draft_options=more) == expected
+
+
+@pytest.mark.parametrize("draft", ["chain", "tree", "auto"])
+def test_always_right_and_always_wrong_drafters_give_the_same_text(draft):
+    """Red when: a wrong draft is accepted, or a right one is not (the number of passes is exact)."""
+    model = make_model("llama", seed=7)
+    prompt = random_prompt(12, seed=5)
+    expected = plain_tokens(model.base, prompt, 41, end_of_text=())
+    tokenizer = NumberTokenizer(end_of_text=())
+    for accuracy, passes in ((1.0, 1 + 40 // 5), (0.0, 41)):
+        with drafter(model, expected, len(prompt), accuracy):
+            responses = list(stream_generate(model, tokenizer, prompt, 41, draft=draft))
+        assert [token for response in responses for token in response.tokens] == expected
+        assert responses[-1].target_passes == passes
+        assert responses[-1].tokens_per_pass == pytest.approx(41 / passes)
+
+
+@pytest.mark.parametrize("draft", ["chain", "tree"])
+def test_statistics_add_up(draft):
+    """Red when: a pass is counted twice, or a draft beyond the end of the text counts as accepted."""
+    model = make_model("llama", seed=7)
+    prompt = random_prompt(12, seed=5)
+    expected = plain_tokens(model.base, prompt, 40, end_of_text=())
+    tokenizer = NumberTokenizer(end_of_text=())
+    for max_tokens in (1, 2, 7, 40):
+        with drafter(model, expected, len(prompt), 0.7):
+            last = list(stream_generate(model, tokenizer, prompt, max_tokens, draft=draft))[-1]
+        assert last.generation_tokens == max_tokens == last.target_passes + sum(last.accepted_by_depth)
+        assert last.drafted_by_depth == [last.target_passes - 1] * 4
+        assert last.stream_passes == last.target_passes - 1
+        assert last.finish_reason == "length"
+        assert sorted(last.accepted_by_depth, reverse=True) == last.accepted_by_depth
+
+
+@pytest.mark.parametrize("draft", ["chain", "cartesian", "best-first"])
+def test_end_of_text_and_max_tokens_inside_an_accepted_path(draft):
+    """Red when: tokens after end-of-text or beyond max_tokens are emitted, or the pass after them is run."""
+    mode, tree = DRAFTS[draft]
+    mode, tree = ("tree", tree) if tree else (mode, None)
+    model = make_model("llama", seed=8)
+    prompt = random_prompt(6, seed=6)
+    free = plain_tokens(model.base, prompt, 30, end_of_text=())
+    with drafter(model, free, len(prompt), 1.0):
+        for length in range(1, 13):
+            last = list(
+                stream_generate(
+                    model,
+                    NumberTokenizer(end_of_text=()),
+                    prompt,
+                    length,
+                    draft=mode,
+                    draft_options=options(tree, "deferred"),
+                )
+            )[-1]
+            assert (last.generation_tokens, last.finish_reason) == (length, "length")
+            assert last.target_passes == 1 + -(-(length - 1) // 5)
+        for end in dict.fromkeys(free[:12]):
+            index = free.index(end)
+            responses = list(
+                stream_generate(
+                    model,
+                    NumberTokenizer(end_of_text=(end,)),
+                    prompt,
+                    30,
+                    draft=mode,
+                    draft_options=options(tree, "deferred"),
+                )
+            )
+            assert [token for response in responses for token in response.tokens] == free[: index + 1]
+            assert responses[-1].finish_reason == "stop"
+            assert responses[-1].target_passes == 1 + -(-index // 5)
+            assert "".join(response.text for response in responses) == "".join(f"{token} " for token in free[:index])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+def test_prefill_in_chunks(chunk):
+    """Red when: a chunk is skipped or run twice, or the prompt's last token is prefilled as well."""
+    model = make_model("qwen2", seed=9)
+    for length in (1, 2, chunk + 1, 40):
+        prompt = random_prompt(length, seed=length)
+        expected = plain_tokens(model.base, prompt, 12, prefill_step_size=chunk)
+        assert our_tokens(model, prompt, 12, draft="tree", prefill_step_size=chunk) == expected
+
+
+def test_generation_beyond_the_first_cache_block():
+    """Red when: a commit forgets that the cache was reallocated (blocks of 256 rows)."""
+    model = make_model("llama", seed=10)
+    prompt = random_prompt(245, seed=7)
+    expected = plain_tokens(model.base, prompt, 40, end_of_text=())
+    with drafter(model, expected, len(prompt), 0.7):
+        tokens = our_tokens(
+            model,
+            prompt,
+            40,
+            tokenizer=NumberTokenizer(end_of_text=()),
+            draft="tree",
+            draft_options=options("best-first:12", None),
+        )
+    assert tokens == expected
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temp": 1.0},
+        {"temp": 0.7, "top_p": 0.9, "min_p": 0.01},
+        {"temp": 1.2, "top_k": 8},
+        {"temp": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.05},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("draft", ["off", "cartesian"])
+def test_sampled_text_depends_on_the_seed_alone(sampling, draft):
+    """Red when: nodes of one depth draw with different keys, or the key chain counts nodes instead of tokens."""
+    model = make_model("llama", seed=11)
+    mode, tree = DRAFTS[draft]
+    prompt = random_prompt(5, seed=8)
+    sampler = make_sampler(**sampling)
+    for seed in (0, 1):
+        expected = plain_tokens(model.base, prompt, 24, seed=seed, sampler=sampler)
+        with drafter(model, expected, len(prompt), 0.8, seed=seed):
+            more = options(tree, "deferred") if tree else None
+            assert our_tokens(model, prompt, 24, sampler=sampler, seed=seed, draft=mode, draft_options=more) == expected
+
+
+def test_without_a_seed_the_global_random_state_goes_on_as_in_mlx_lm():
+    """Red when: the sampler's probe or the verification leaves the global key elsewhere than plain decoding does."""
+    model = make_model("llama", seed=11)
+    prompt = random_prompt(5, seed=8)
+    sampler = make_sampler(1.0)
+    mx.random.seed(3)
+    first = our_tokens(model, prompt, 9, sampler=sampler, draft="off")
+    second = our_tokens(model, prompt, 9, sampler=sampler, draft="off")
+    mx.random.seed(3)
+    assert our_tokens(model, prompt, 9, sampler=sampler, draft="tree") == first
+    assert our_tokens(model, prompt, 9, sampler=sampler, draft="tree") == second
+    assert first != second
+
+
+@pytest.mark.parametrize("temp", [0.0, 0.9])
+def test_logits_processors_see_each_path(temp):
+    """Red when: a processor gets another node's tokens, or the history misses the root."""
+    model = make_model("llama", seed=12)
+    prompt = random_prompt(7, seed=9)
+    sampler = make_sampler(temp)
+    make = {"logit_bias": {7: 2.0, 9: -3.0}, "repetition_penalty": 1.4, "presence_penalty": 0.5}
+    expected = plain_tokens(
+        model.base, prompt, 24, seed=1, sampler=sampler, logits_processors=make_logits_processors(**make)
+    )
+    with drafter(model, expected, len(prompt), 0.8):
+        for draft in ("tree", "off"):
+            tokens = our_tokens(
+                model,
+                prompt,
+                24,
+                seed=1,
+                sampler=sampler,
+                logits_processors=make_logits_processors(**make),
+                draft=draft,
+            )
+            assert tokens == expected
+
+
+@pytest.mark.parametrize("draft", ["off", "tree"])
+def test_a_prompt_cache_continues_like_mlx_lm(draft):
+    """Red when: the caches miss the last token of a finished text, or hold rejected rows."""
+    model = make_model("llama", seed=13)
+    first, second = random_prompt(9, seed=10), random_prompt(4, seed=11)
+    reference_cache = make_prompt_cache(model.base)
+    expected = []
+    for prompt in (first, second):
+        expected.append(plain_tokens(model.base, prompt, 10, prompt_cache=reference_cache))
+        for cache in reference_cache:  # mlx-lm runs one token ahead of the last one it is asked for
+            cache.offset = len(first) + len(expected[0]) if len(expected) == 1 else cache.offset
+    caches = model.make_cache()
+    for prompt, tokens in zip((first, second), expected, strict=True):
+        assert our_tokens(model, prompt, 10, draft=draft, prompt_cache=caches) == tokens
+    assert {cache.offset for cache in caches} == {len(first) + len(second) + sum(map(len, expected))}
+
+
+def test_closing_the_generator_leaves_the_cache_at_what_was_yielded():
+    """Red when: the rows of the pass under way stay in the caches."""
+    model = make_model("llama", seed=14)
+    prompt = random_prompt(9, seed=12)
+    caches = model.make_cache()
+    responses = stream_generate(model, NumberTokenizer(end_of_text=()), prompt, 20, prompt_cache=caches)
+    tokens = next(responses).tokens + next(responses).tokens
+    responses.close()
+    assert {cache.offset for cache in caches} == {len(prompt) + len(tokens)}
+
+
+def test_stop_strings_end_the_text_before_them():
+    """Red when: part of a stop string is emitted before it is complete."""
+    model = make_model("llama", seed=15)
+    prompt = random_prompt(9, seed=13)
+    tokens = plain_tokens(model.base, prompt, 20, end_of_text=())
+    whole = "".join(f"{token} " for token in tokens)
+    stop = whole.split(" ", 4)[3] + " " + whole.split(" ", 5)[4]
+    for draft in ("off", "tree"):
+        responses = list(
+            stream_generate(model, NumberTokenizer(end_of_text=()), prompt, 20, draft=draft, stop=["zzz", stop])
+        )
+        assert "".join(response.text for response in responses) == whole[: whole.index(stop)]
+        assert responses[-1].finish_reason == "stop"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    length=st.integers(1, 40),
+    max_tokens=st.integers(1, 20),
+    accuracy=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
+    tree=st.one_of(
+        st.integers(1, 20).map(lambda nodes: f"best-first:{nodes}"),
+        st.lists(st.integers(1, 3), min_size=1, max_size=4).map(lambda w: "cartesian:" + "x".join(map(str, w))),
+        st.integers(1, 4).map(lambda depth: f"chain:{depth}"),
+    ),
+    insertion=st.sampled_from(INSERTIONS),
+    temp=st.sampled_from([0.0, 0.9]),
+    draft=st.sampled_from(["auto", "tree"]),
+)
+def test_any_prompt_any_tree(seed, length, max_tokens, accuracy, tree, insertion, temp, draft):
+    """Red when: any combination of tree, insertion, drafter and sampler changes a token."""
+    model = _property_model()
+    prompt = random_prompt(length, seed)
+    sampler = make_sampler(temp)
+    expected = plain_tokens(model.base, prompt, max_tokens, seed=seed, sampler=sampler)
+    with drafter(model, expected, length, accuracy, seed):
+        tokens = our_tokens(
+            model,
+            prompt,
+            max_tokens,
+            seed=seed,
+            sampler=sampler,
+            draft=draft,
+            draft_options=options(tree, insertion),
+        )
+    assert tokens == expected
+    assert tokens[-1] == END_OF_TEXT or len(tokens) == max_tokens
+
+
+_MODELS: list = []
+
+
+def _property_model():
+    if not _MODELS:
+        _MODELS.append(make_model("llama", seed=16))
+    return _MODELS[0]

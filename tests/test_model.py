@@ -1,0 +1,112 @@
+"""Streams on a model: both insertions give the same numbers, and the main stream never sees them."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from specstream_mlx.errors import UnsupportedError, UsageError
+from specstream_mlx.model import SpecStreamModel
+from specstream_mlx.tree import DraftTree
+from tests.tiny import FAMILIES, make_base, make_model, random_prompt
+
+VARIANTS = {
+    "default": {},
+    "anchor": {"stream_position": "anchor"},
+    "value-rotation": {"stream_id": {"type": "value_rotation", "epsilon": 0.3}},
+    "rotation-at-anchor": {
+        "stream_id": {"type": "value_rotation", "epsilon": 0.3},
+        "stream_position": "anchor",
+        "stream_init": {"type": "identity"},
+    },
+    "one-layer": {"num_stream_layers": 1, "prune": None},
+    "all-layers": {"num_stream_layers": 4, "prune": None},
+}
+
+
+def verified(model, tree, insert_streams, seed=1):
+    prompt = random_prompt(9, seed=seed)
+    caches = model.make_cache()
+    model(mx.array([prompt]), cache=caches)
+    node_tokens = mx.array(random_prompt(tree.size, seed=seed + 1))
+    return model.verify(node_tokens, tree, caches, insert_streams=insert_streams), caches
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parallel_and_deferred_insertion_give_the_same_stream_logits(family, variant):
+    """Red when: a stream sees another node's streams, sits at another position, or its own node is hidden from it."""
+    model = make_model(family, seed=2, **VARIANTS[variant])
+    tree = DraftTree.from_paths([(0, 0), (0, 1), (1, 0), (2,)])
+    for node in range(tree.size):
+        parallel, caches = verified(model, tree, insert_streams=True)
+        model.commit(parallel, tree.ancestors(node), caches)
+        in_parallel = model.stream_logits(parallel, node, caches)
+        deferred, caches = verified(model, tree, insert_streams=False)
+        model.commit(deferred, tree.ancestors(node), caches)
+        offsets = [cache.offset for cache in caches]
+        afterwards = model.stream_logits(deferred, node, caches)
+        assert mx.allclose(in_parallel, afterwards, atol=1e-4)
+        assert mx.array_equal(mx.argmax(in_parallel, axis=-1), mx.argmax(afterwards, axis=-1))
+        assert [cache.offset for cache in caches] == offsets
+        assert mx.allclose(parallel.logits, deferred.logits, atol=1e-4)
+
+
+def test_streams_differ_from_one_another_and_from_main():
+    """Guards the comparison above: equal logits everywhere would satisfy it too."""
+    for variant in VARIANTS.values():
+        model = make_model("llama", seed=2, **variant)
+        tree = DraftTree.chain(0)
+        run, caches = verified(model, tree, insert_streams=False)
+        model.commit(run, [0], caches)
+        rows = np.array(mx.concatenate([run.logits, model.stream_logits(run, 0, caches)]))
+        for i in range(len(rows)):
+            for j in range(i):
+                assert np.abs(rows[i] - rows[j]).max() > 1e-2
+
+
+def test_a_stock_call_is_the_base_model():
+    model = make_model("llama", seed=3)
+    tokens = mx.array([random_prompt(6, seed=3)])
+    assert mx.array_equal(model(tokens), model.base(tokens))
+    assert mx.array_equal(model(tokens), make_base("llama", seed=3)(tokens))
+
+
+def test_float16_stays_float16():
+    """No silent upcast: logits, trunk, streams and caches keep the weights' dtype."""
+    for variant in VARIANTS.values():
+        model = make_model("llama", seed=4, **variant)
+        for dtype in (mx.float16, mx.bfloat16):
+            model.set_dtype(dtype)
+            tree = DraftTree.cartesian([2, 1])
+            for insert_streams in (False, True):
+                run, caches = verified(model, tree, insert_streams)
+                model.commit(run, [0], caches)
+                arrays = [
+                    run.logits,
+                    run.trunk,
+                    model.stream_logits(run, 0, caches),
+                    caches[-1].keys,
+                    caches[-1].values,
+                ]
+                assert {array.dtype for array in arrays} == {dtype}
+
+
+def test_models_whose_caches_cannot_take_rows_back_are_refused():
+    layer_types = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
+    base = make_base("llama", layer_types=layer_types, sliding_window=8)
+    with pytest.raises(UnsupportedError, match="RotatingKVCache"):
+        SpecStreamModel(base, "llama")
+
+
+def test_unknown_families_are_refused():
+    with pytest.raises(UnsupportedError, match="'mamba' is not supported; supported: llama"):
+        SpecStreamModel(make_base("llama"), "mamba")
+
+
+def test_pruning_is_checked_against_the_model():
+    with pytest.raises(UsageError, match="no early-exit pruner"):
+        make_model(prune=None).check_pruning(insert_streams=False)
+    high = make_model(prune={"type": "low_rank", "rank": 4, "layer": 3})
+    with pytest.raises(UnsupportedError, match="deferred"):
+        high.check_pruning(insert_streams=True)
+    high.check_pruning(insert_streams=False)

@@ -1,0 +1,184 @@
+"""Tiny random models, a tokenizer of plain numbers, and drafters that are as right as one likes."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.generate import generate_step
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import _get_classes
+
+from specstream_mlx import SpecStreamModel, stream_generate
+from specstream_mlx.config import StreamConfig
+from specstream_mlx.streams import Streams
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+VOCAB_SIZE = 97
+END_OF_TEXT = 5
+
+
+def base_config(family: str, **changes: Any) -> dict[str, Any]:
+    """The ``config.json`` of a 4-layer model with D = 32, V = 97 and grouped-query attention."""
+    return {
+        "model_type": family,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": VOCAB_SIZE,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 512,
+    } | changes
+
+
+def stream_config(**changes: Any) -> StreamConfig:
+    """Four streams over the top two of four layers, low-rank initialisation, with a pruner."""
+    raw: dict[str, Any] = {
+        "gamma": 4,
+        "num_stream_layers": 2,
+        "mode": "shared",
+        "stream_id": {"type": "embedding"},
+        "stream_init": {"type": "low_rank", "rank": 4},
+        "stream_position": "anchor_plus_j",
+        "prune": {"type": "low_rank", "rank": 4, "layer": 2},
+    }
+    return StreamConfig.from_dict(raw | changes)
+
+
+def randomise(module: Any, seed: int, scale: float = 0.3) -> None:
+    """Fill a module with seeded normal weights; norms stay near one."""
+    filled = []
+    for index, (name, value) in enumerate(tree_flatten(module.parameters())):
+        noise = mx.random.normal(value.shape, key=mx.random.key(1000 * seed + index))
+        filled.append((name, 1 + 0.1 * noise if "norm" in name else scale * noise))
+    module.update(tree_unflatten(filled))
+
+
+def make_base(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A random stock mlx-lm model."""
+    config = base_config(family, **changes)
+    model_class, args_class = _get_classes(config)
+    base = model_class(args_class.from_dict(config))
+    randomise(base, seed)
+    return base
+
+
+def make_model(family: str = "llama", seed: int = 0, base_changes: Any = None, **changes: Any) -> SpecStreamModel:
+    """A random model with random streams; ``changes`` go into the stream configuration."""
+    base = make_base(family, seed, **(base_changes or {}))
+    config = stream_config(**changes)
+    streams = Streams(config, base.args.hidden_size)
+    randomise(streams, seed + 1)
+    return SpecStreamModel(base, family, config, streams)
+
+
+class NumberTokenizer(TokenizerWrapper):
+    """Token ``n`` reads ``"n "``; just what the loop asks of a tokenizer."""
+
+    def __init__(self, end_of_text: Sequence[int] = (END_OF_TEXT,)) -> None:
+        self.__dict__["_end_of_text"] = end_of_text
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        return set(self.__dict__["_end_of_text"])
+
+    bos_token = None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [int(number) for number in text.split()]
+
+    @property
+    def detokenizer(self) -> Any:
+        return _NumberDetokenizer()
+
+
+class _NumberDetokenizer:
+    def __init__(self) -> None:
+        self._segment = ""
+
+    def add_token(self, token: int) -> None:
+        self._segment += f"{token} "
+
+    def finalize(self) -> None:
+        pass
+
+    @property
+    def last_segment(self) -> str:
+        segment, self._segment = self._segment, ""
+        return segment
+
+
+def plain_tokens(
+    base: Any,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    seed: int | None = None,
+    end_of_text: Sequence[int] = (END_OF_TEXT,),
+    **kwargs: Any,
+) -> list[int]:
+    """What mlx-lm's own generation gives, the end-of-text token included."""
+    if seed is not None:
+        mx.random.seed(seed)
+    tokens: list[int] = []
+    for token, _ in generate_step(mx.array(prompt), base, max_tokens=max_tokens, **kwargs):
+        tokens.append(token)
+        if token in end_of_text:
+            break
+    return tokens
+
+
+def our_tokens(model: SpecStreamModel, prompt: Sequence[int], max_tokens: int, **kwargs: Any) -> list[int]:
+    """The token ids of our generation."""
+    tokenizer = kwargs.pop("tokenizer") if "tokenizer" in kwargs else NumberTokenizer()
+    responses = stream_generate(model, tokenizer, list(prompt), max_tokens, **kwargs)
+    return [token for response in responses for token in response.tokens]
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    """Ids without end-of-text."""
+    return [int(token) for token in np.random.default_rng(seed).integers(END_OF_TEXT + 1, VOCAB_SIZE, length)]
+
+
+@contextmanager
+def drafter(
+    model: SpecStreamModel, continuation: Sequence[int], prompt_length: int, accuracy: float, seed: int = 0
+) -> Iterator[None]:
+    """Replace what the streams predict by a script that knows the right continuation.
+
+    With probability ``accuracy`` a stream has the right token among its guesses, at a random one of its first three
+    ranks; otherwise the right token is its last choice. 1.0 with ``accuracy`` always finds, 0.0 never does. The
+    stream pass still runs, so that everything it does to the caches happens.
+    """
+    rng = np.random.default_rng(seed)
+    original = model.stream_logits
+
+    def scripted(verified: Any, node: int, caches: Any) -> mx.array:
+        logits = np.array(original(verified, node, caches), dtype=np.float32)
+        position = verified.start + verified.tree.depths[node] + 1 - prompt_length  # index of the next root
+        for stream in range(logits.shape[0]):
+            index = position + 1 + stream
+            if index >= len(continuation):
+                continue
+            order = np.sort(logits[stream])[::-1]
+            right = continuation[index]
+            if rng.random() < accuracy:
+                rank = 0 if accuracy == 1 else int(rng.integers(3))
+                upper = order[rank - 1] if rank else order[0] + 2
+                logits[stream, right] = (upper + order[rank]) / 2 if rank else upper
+            else:
+                logits[stream, right] = order[-1] - 1
+        return mx.array(logits)
+
+    model.__dict__["stream_logits"] = scripted
+    try:
+        yield
+    finally:
+        del model.__dict__["stream_logits"]
