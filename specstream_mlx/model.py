@@ -224,6 +224,16 @@ class SpecStreamModel(nn.Module):
             drop_rows(caches[index], start)
         return self._family.head(self._family.norm(hidden))[0]
 
+    def early_exit_logits(self, hidden: mx.array) -> mx.array:
+        """``z = LMHead(final_norm(o(M)))`` (section 6): (1, T, D) after the pruner's layer -> (T, V)."""
+        assert self.streams is not None
+        assert self.stream_config is not None
+        assert self.stream_config.prune is not None
+        mapped = self.streams.prune(hidden)
+        if self.stream_config.prune.final_norm:
+            mapped = self._family.norm(mapped)
+        return self._family.head(mapped)[0]
+
     def _run(
         self,
         hidden: mx.array,
@@ -269,14 +279,8 @@ class SpecStreamModel(nn.Module):
         return np.concatenate([main, (main[:, None] + self._stream_depths()).reshape(-1)])
 
     def _surviving(self, hidden: mx.array, node_tokens: mx.array, tree: DraftTree, threshold: float) -> list[int]:
-        """Nodes whose token is likely enough under ``z = LMHead(final_norm(o(M)))`` of their parent (section 6)."""
-        assert self.streams is not None
-        assert self.stream_config is not None
-        assert self.stream_config.prune is not None
-        mapped = self.streams.prune(hidden)
-        if self.stream_config.prune.final_norm:
-            mapped = self._family.norm(mapped)
-        probs = mx.softmax(self._family.head(mapped)[0], axis=-1, precise=True)
+        """Nodes whose token is likely enough under the early-exit distribution of their parent."""
+        probs = mx.softmax(self.early_exit_logits(hidden), axis=-1, precise=True)
         parents = mx.array(tree.parents[1:])
         child_probs: list[float] = probs[parents, node_tokens[1:]].tolist()  # type: ignore[assignment]
         return tree.surviving([True, *(prob >= threshold for prob in child_probs)])

@@ -1,0 +1,417 @@
+"""The base model: a directory of transformers 4 or 5 or of mlx-lm, described without loading its weights.
+
+``config.json`` is brought to the form mlx-lm reads. mlx-lm takes ``rope_theta`` and ``rope_scaling`` from the top
+level and falls back to a class default without a word, so the nested form of transformers 5 is lifted, and a form
+that is not known is refused.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+
+from specstream_convert.messages import at, escaped, listing
+from specstream_convert.safetensors_io import TensorFile, TensorInfo, open_tensors
+from specstream_mlx.config import read_json
+from specstream_mlx.errors import InvalidInputError, UnsupportedError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+INDEX_NAME = "model.safetensors.index.json"
+ROPE_TYPES = {
+    "llama": ("default", "linear", "llama3", "yarn"),
+    "mistral": ("default", "linear", "llama3", "yarn"),
+    "qwen2": ("default", "linear", "yarn"),
+    "qwen3": ("default", "linear", "yarn"),
+    "phi3": ("default", "linear", "longrope", "su"),
+}
+# rope_parameters -> rope_scaling; anything else in rope_parameters is unknown and refused.
+ROPE_FIELDS = frozenset(
+    (
+        "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+        "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor",
+        "long_factor", "short_mscale", "long_mscale",
+    )
+)  # fmt: skip
+_REPO_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
+_DOWNLOADS = ("*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model: where its tensors are, and the configuration mlx-lm will read."""
+
+    path: Path
+    name: str  # repo id, or the directory's own name
+    revision: str | None
+    config: dict[str, Any]  # as mlx-lm reads it
+    files: tuple[TensorFile, ...]
+    tensors: dict[str, TensorFile]  # kept tensors and the file that holds each
+    dropped: dict[str, str]  # tensor -> why it is not written
+    parameters: dict[str, tuple[int, ...]]  # of the unquantised model
+    linear: dict[str, tuple[int, int]]  # module -> (out, in)
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config["model_type"])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config["hidden_size"])
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def quantized(self) -> bool:
+        return "quantization" in self.config
+
+    def info(self, name: str) -> TensorInfo:
+        """The header entry of a kept tensor."""
+        return self.tensors[name].tensors[name]
+
+    def summary(self) -> dict[str, Any]:
+        """The fields that ``specstream_config.json`` records of a base."""
+        config = self.config
+        return {
+            "name_or_path": self.name,
+            **({"revision": self.revision} if self.revision else {}),
+            "model_type": self.model_type,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": config["num_attention_heads"],
+            "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+            "vocab_size": config["vocab_size"],
+            "tie_word_embeddings": config["tie_word_embeddings"],
+        }
+
+
+def resolve_base(name_or_path: str, revision: str | None, relative_to: Path | None = None) -> tuple[Path, str]:
+    """The directory of a base model and the name to record; a repo id is downloaded, a missing path is an error.
+
+    A path that an adapter records may be relative to the adapter's own directory (``relative_to``).
+    """
+    if "\0" in name_or_path or not name_or_path.strip():
+        raise InvalidInputError(f"the base model name {escaped(repr(name_or_path))} is not usable; give --hf-path")
+    path = Path(name_or_path).expanduser()
+    try:
+        for candidate in (path, *([] if relative_to is None else [relative_to / path])):
+            if candidate.is_dir():
+                return candidate, candidate.resolve().name
+        if path.exists():
+            raise InvalidInputError(f"{path}: not a directory; give the model's directory as --hf-path")
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"{escaped(name_or_path)}: cannot be read ({error}); give --hf-path") from error
+    local = name_or_path.startswith((".", "/", "~")) or "\\" in name_or_path or not _REPO_ID.match(name_or_path)
+    if local or ".." in name_or_path:
+        raise InvalidInputError(f"{escaped(name_or_path)}: no such directory; give the base model with --hf-path")
+    return _download(name_or_path, revision), name_or_path
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOADS)))
+    except Exception as error:  # the hub raises many kinds: offline, missing, gated, bad revision
+        reason = escaped(" ".join(str(error).split()))
+        raise InvalidInputError(
+            f"{repo}: no such directory, and it could not be downloaded from the Hugging Face hub "
+            f"({type(error).__name__}: {reason}); give a local directory with --hf-path"
+        ) from error
+
+
+def open_base(path: Path, name: str, revision: str | None = None) -> Base:
+    """Describe the base in ``path``: its configuration for mlx-lm, its tensors, its linear layers.
+
+    Raises:
+        InvalidInputError: files missing, damaged, or not those of the model that ``config.json`` describes.
+        UnsupportedError: a model family, quantisation or position encoding with no exact result here.
+    """
+    where = path / "config.json"
+    config, notes, warnings = mlx_config(read_json(where), where)
+    files = _open_shards(path)
+    names = [name for file in files for name in file.tensors]
+    if "tie_word_embeddings" not in config:
+        config["tie_word_embeddings"] = "lm_head.weight" not in names
+        notes.append(f"config.json has no tie_word_embeddings; set to {config['tie_word_embeddings']} by the tensors")
+    parameters, linear = _module_tree(config, where)
+    owner = {name: file for file in files for name in file.tensors}
+    dropped = _dropped(config, owner)
+    kept = {name: file for name, file in owner.items() if name not in dropped}
+    if "quantization" not in config:
+        _check_tensors(path, kept, parameters)
+    return Base(
+        path=path,
+        name=name,
+        revision=revision,
+        config=config,
+        files=files,
+        tensors=kept,
+        dropped=dropped,
+        parameters=parameters,
+        linear=linear,
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+    )
+
+
+def mlx_config(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[str], list[str]]:
+    """``config.json`` in the form mlx-lm reads, with notes and warnings on what was changed."""
+    config = dict(raw)
+    notes: list[str] = []
+    warnings: list[str] = []
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnsupportedError(f"{where}: model_type is {escaped(repr(model_type))}; this is not a model's config.json")
+    if model_type not in FAMILIES:
+        raise UnsupportedError(
+            f"{where}: model_type {escaped(repr(model_type))} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    if config.get("model_file") is not None:
+        raise UnsupportedError(
+            f"{where}: model_file names code to be run from the checkpoint; it is never run, remove it"
+        )
+    _check_numbers(config, where)
+    _check_quantization(config, where)
+    if config.pop("auto_map", None) is not None:
+        notes.append("config.json: auto_map dropped; mlx-lm's own model is used, no code of the checkpoint is run")
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise UnsupportedError(f"{where}: hidden_act is {escaped(repr(activation))}; mlx-lm computes silu here")
+    _lift_rope(config, model_type, where, notes)
+    window = config.get("sliding_window")
+    ignores_window = model_type == "phi3" or (model_type in ("llama", "mistral") and not config.get("layer_types"))
+    if isinstance(window, int) and ignores_window:
+        warnings.append(
+            f"mlx-lm runs {model_type} without its sliding window of {window} tokens: "
+            "longer prompts differ from PyTorch"
+        )
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("rope_type", scaling.get("type")) in ("longrope", "su"):
+        warnings.append(
+            "mlx-lm uses the long factors of longrope at every length: prompts within the original context "
+            "differ from PyTorch"
+        )
+    return config, notes, warnings
+
+
+def _check_numbers(config: dict[str, Any], where: Path) -> None:
+    problems = []
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"):
+        value = config.get(name)
+        if type(value) is not int or not 1 <= value < 2**31:
+            problems.append(f"{where}: {name} is {escaped(repr(value))}, expected an integer >= 1")
+    layers = config.get("num_hidden_layers")
+    if type(layers) is int and layers > 10_000:
+        problems.append(f"{where}: num_hidden_layers is {layers}, which no model has")
+    tie = config.get("tie_word_embeddings", False)
+    if not isinstance(tie, bool):
+        problems.append(f"{where}: tie_word_embeddings is {escaped(repr(tie))}, expected true or false")
+    if problems:
+        raise InvalidInputError(listing(problems))
+
+
+def _check_quantization(config: dict[str, Any], where: Path) -> None:
+    if "quantization" in config:
+        if not isinstance(config["quantization"], dict):
+            raise InvalidInputError(f"{where}: quantization is not an object; restore the file")
+        return
+    foreign = config.get("quantization_config")
+    if foreign is not None:
+        method = foreign.get("quant_method", "unnamed") if isinstance(foreign, dict) else foreign
+        raise UnsupportedError(
+            f"{where}: the base is quantised ({escaped(str(method))}); give the full-precision base with --hf-path"
+        )
+
+
+def _lift_rope(config: dict[str, Any], model_type: str, where: Path, notes: list[str]) -> None:
+    """Bring ``rope_parameters`` of transformers 5 to ``rope_theta`` and ``rope_scaling`` at the top level."""
+    nested = config.pop("rope_parameters", None)
+    if nested is not None:
+        if not isinstance(nested, dict) or any(isinstance(value, dict) for value in nested.values()):
+            raise UnsupportedError(
+                f"{where}: rope_parameters is {escaped(repr(nested))}: one set for all layers expected"
+            )
+        scaling = dict(nested)
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name not in scaling:
+                continue
+            value = scaling.pop(name)
+            if name in config and config[name] != value:
+                raise InvalidInputError(
+                    f"{where}: {name} is {config[name]!r}, but {value!r} in rope_parameters; remove the wrong one"
+                )
+            config[name] = value
+        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+        if rope_type != "default":
+            older = config.get("rope_scaling")
+            if older is not None and older != nested and older != scaling:
+                raise InvalidInputError(f"{where}: rope_scaling and rope_parameters differ; remove the wrong one")
+            config["rope_scaling"] = scaling
+        elif config.get("rope_scaling") is None:
+            config["rope_scaling"] = None
+        notes.append("config.json: rope_parameters lifted to rope_theta and rope_scaling, where mlx-lm reads them")
+    theta = config.get("rope_theta")
+    if theta is None:
+        if model_type == "qwen2":
+            raise InvalidInputError(f"{where}: rope_theta is missing, and its defaults differ; add it to config.json")
+        config["rope_theta"] = 10000.0
+        notes.append("config.json: no rope_theta, set to 10000 as transformers does")
+    elif isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1e15:
+        raise InvalidInputError(f"{where}: rope_theta is {escaped(repr(theta))}, expected a positive number")
+    given = config.get("rope_scaling")
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        raise InvalidInputError(f"{where}: rope_scaling is {escaped(repr(given))}, expected an object")
+    scaling = dict(given)
+    rope_type = scaling.get("rope_type", scaling.get("type"))
+    unknown = sorted(set(scaling) - ROPE_FIELDS)
+    if rope_type not in ROPE_TYPES[model_type] or unknown:
+        detail = f"unknown field {escaped(unknown[0])}" if unknown else f"rope type {escaped(repr(rope_type))}"
+        raise UnsupportedError(
+            f"{where}: {detail} in the position encoding is not supported for {model_type}; "
+            f"supported types: {', '.join(ROPE_TYPES[model_type])}"
+        )
+    original = scaling.get("original_max_position_embeddings")
+    if model_type == "phi3" and original is not None:
+        config.setdefault("original_max_position_embeddings", original)
+    scaling["type"] = scaling["rope_type"] = rope_type
+    config["rope_scaling"] = None if rope_type == "default" else scaling
+
+
+def _module_tree(config: dict[str, Any], where: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
+    """Parameter shapes and linear layers of mlx-lm's model; its arrays are lazy and never computed."""
+    try:
+        model_class, args_class = _get_classes({"model_type": config["model_type"]})
+        model = model_class(args_class.from_dict(config))
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, MemoryError, RuntimeError) as error:
+        reason = escaped(" ".join(str(error).split()))
+        raise InvalidInputError(f"{where}: mlx-lm cannot build the model ({reason}); restore config.json") from error
+    parameters = {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}
+    linear = {
+        name: (int(module.weight.shape[0]), int(module.weight.shape[1]))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    return parameters, linear
+
+
+def _dropped(config: dict[str, Any], owner: dict[str, TensorFile]) -> dict[str, str]:
+    dropped = {name: "recomputed by the model" for name in owner if name.endswith(".rotary_emb.inv_freq")}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config["tie_word_embeddings"] and head in owner:
+        if embedding in owner and not _same(owner[head], head, owner[embedding], embedding):
+            raise InvalidInputError(
+                f"{at(owner[head].path, head)}: differs from {embedding} although config.json says "
+                "tie_word_embeddings true; set it to false or remove the tensor"
+            )
+        dropped[head] = f"tied: equal to {embedding}"
+    return dropped
+
+
+def _same(first: TensorFile, a: str, second: TensorFile, b: str) -> bool:
+    x, y = first.tensors[a], second.tensors[b]
+    if (x.dtype, x.shape) != (y.dtype, y.shape):
+        return False
+    return bool(mx.array_equal(first.read(a), second.read(b)).item())
+
+
+def _check_tensors(path: Path, kept: dict[str, TensorFile], parameters: dict[str, tuple[int, ...]]) -> None:
+    problems = []
+    for name in sorted(set(parameters) - set(kept)):
+        problems.append(f"{at(path, name)}: missing from the base's safetensors files; download the base again")
+    for name in sorted(set(kept) - set(parameters)):
+        problems.append(f"{at(kept[name].path, name)}: not part of the model that config.json describes")
+    for name in sorted(set(kept) & set(parameters)):
+        shape = kept[name].tensors[name].shape
+        if shape != parameters[name]:
+            problems.append(f"{at(kept[name].path, name)}: shape {shape}, config.json asks for {parameters[name]}")
+    if problems:
+        raise InvalidInputError(listing(problems))
+    for name, file in kept.items():
+        file.require_float(name)
+
+
+def _open_shards(path: Path) -> tuple[TensorFile, ...]:
+    """The base's weight files, each tensor in exactly one of them."""
+    present = sorted(file for file in path.iterdir() if re.fullmatch(r"model.*\.safetensors", file.name))
+    index = path / INDEX_NAME
+    if not present:
+        others = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        hint = f"{escaped(others[0])} cannot be read, save it as safetensors" if others else "download the base again"
+        raise InvalidInputError(f"{path}: no model*.safetensors; {hint}")
+    if index.exists():
+        wanted = _index_map(index)
+        files = _exactly(index, present, set(wanted.values()))
+        _check_index(index, wanted, files)
+        return files
+    if len(present) > 1:
+        match = re.fullmatch(r"model-00001-of-(\d{5})\.safetensors", present[0].name)
+        total = int(match.group(1)) if match else 0
+        if [f.name for f in present] != [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]:
+            raise InvalidInputError(
+                f"{path}: {', '.join(escaped(f.name) for f in present)} without {INDEX_NAME}; mlx-lm would mix them, "
+                "keep one complete set"
+            )
+    elif re.fullmatch(r"model-\d{5}-of-(?!00001)\d{5}\.safetensors", present[0].name):
+        raise InvalidInputError(f"{present[0]}: only one shard of several is here; download the base again")
+    files = tuple(open_tensors(file) for file in present)
+    twice = _duplicates(files)
+    if twice:
+        raise InvalidInputError(listing(f"{at(path, name)}: in two weight files; keep one" for name in twice))
+    return files
+
+
+def _index_map(index: Path) -> dict[str, str]:
+    raw = read_json(index)
+    weight_map = raw.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InvalidInputError(f"{index}: weight_map is not an object of file names; download the base again")
+    bad = sorted({v for v in weight_map.values() if not re.fullmatch(r"model[\w.\-]*\.safetensors", v) or ".." in v})
+    if bad:
+        raise InvalidInputError(
+            listing(f"{index}: {escaped(repr(name))} is not the name of a shard beside it" for name in bad)
+        )
+    return weight_map
+
+
+def _exactly(index: Path, present: list[Path], wanted: set[str]) -> tuple[TensorFile, ...]:
+    names = {file.name for file in present}
+    problems = [
+        f"{index}: names {name}, which is not there; download the base again" for name in sorted(wanted - names)
+    ]
+    problems += [
+        f"{index.parent / name}: not named in {INDEX_NAME}; mlx-lm would mix it in, remove it"
+        for name in sorted(names - wanted)
+    ]
+    if problems:
+        raise InvalidInputError(listing(problems))
+    return tuple(open_tensors(file) for file in present)
+
+
+def _check_index(index: Path, wanted: dict[str, str], files: tuple[TensorFile, ...]) -> None:
+    held = {(name, file.path.name) for file in files for name in file.tensors}
+    listed = set(wanted.items())
+    problems = [f"{index}: {escaped(name)} is not in {file}" for name, file in sorted(listed - held)]
+    problems += [f"{index}: {escaped(name)} of {file} is not listed" for name, file in sorted(held - listed)]
+    if problems:
+        raise InvalidInputError(listing(problems))
+
+
+def _duplicates(files: Iterable[TensorFile]) -> list[str]:
+    seen: set[str] = set()
+    twice = []
+    for file in files:
+        twice += [name for name in file.tensors if name in seen]
+        seen |= set(file.tensors)
+    return twice

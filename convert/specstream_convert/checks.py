@@ -1,0 +1,102 @@
+"""What must agree between an adapter, its streams and the base before anything is computed."""
+
+import hashlib
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from specstream_convert.base import Base
+from specstream_convert.merge import Lora
+from specstream_convert.messages import at, escaped, listing
+from specstream_convert.peft_config import PeftConfig, layer_of
+from specstream_convert.safetensors_io import mlx_dtype
+from specstream_mlx.config import StreamConfig
+from specstream_mlx.errors import InvalidInputError
+
+COMPARED = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+FINGERPRINT_TENSOR = "model.norm.weight"
+
+
+def fingerprint(base: Base, tensor: str = FINGERPRINT_TENSOR, dtype: str | None = None) -> dict[str, str]:
+    """The digest of one tensor as F32 little-endian: it tells bases of equal shape apart.
+
+    ``dtype`` is the one the tensor is written in, when that differs from the base's.
+    """
+    held = base.tensors[tensor].read_float32(tensor)
+    if dtype is not None:
+        held = held.astype(mlx_dtype(dtype)).astype(mx.float32)
+    value = np.array(held).astype("<f4")
+    return {"tensor": tensor, "sha256": hashlib.sha256(value.tobytes()).hexdigest()}
+
+
+def check_base_matches(config: StreamConfig, where: Any, base: Base) -> None:
+    """Refuse a base other than the one that ``specstream_config.json`` was trained on."""
+    recorded, actual = config.base_model, base.summary()
+    problems = []
+    for name in COMPARED:
+        if name in recorded and recorded[name] != actual[name]:
+            problems.append(
+                f"{where}: base_model.{name} is {escaped(repr(recorded[name]))}, "
+                f"the base {base.path} has {actual[name]!r}"
+            )
+    if config.num_stream_layers > base.num_layers:
+        problems.append(
+            f"{where}: num_stream_layers is {config.num_stream_layers}, "
+            f"the base {base.path} has {base.num_layers} layers"
+        )
+    if config.prune is not None and config.prune.layer > base.num_layers:
+        problems.append(f"{where}: prune.layer is {config.prune.layer}, the base has {base.num_layers} layers")
+    mark = recorded.get("fingerprint")
+    if mark is not None and not problems:
+        tensor, digest = (mark.get("tensor"), mark.get("sha256")) if isinstance(mark, dict) else (None, None)
+        if not isinstance(tensor, str) or not isinstance(digest, str) or tensor not in base.tensors:
+            problems.append(f"{where}: base_model.fingerprint does not name a tensor of the base and its sha256")
+        elif fingerprint(base, tensor)["sha256"] != digest.lower():
+            problems.append(
+                f"{at(base.tensors[tensor].path, tensor)}: not the tensor the streams were trained on (sha256 differs "
+                f"from base_model.fingerprint): same shapes, another base or revision"
+            )
+    if problems:
+        raise InvalidInputError(listing(problems))
+
+
+def check_coverage(peft: PeftConfig, items: tuple[Lora, ...], base: Base, config: StreamConfig | None) -> None:
+    """Refuse an adapter that lacks modules its own configuration asks for; a partial save looks fluent and is wrong."""
+    expected = peft.expected_modules(base.linear)
+    if expected is None or not items:
+        return
+    missing = expected - {item.module for item in items}
+    if config is not None and config.mode == "lossless":
+        first = base.num_layers - config.num_stream_layers
+        missing = {name for name in missing if (layer := layer_of(name)) is not None and layer >= first}
+    if missing:
+        file = items[0].pair.file.path
+        raise InvalidInputError(
+            listing(
+                f"{file}: no LoRA for {name}, which target_modules of adapter_config.json covers; the save is "
+                "incomplete, or the base has more layers than the one trained"
+                for name in sorted(missing)
+            )
+        )
+
+
+def check_lossless(items: tuple[Lora, ...], config: StreamConfig, base: Base) -> None:
+    """In lossless mode a LoRA may only be where stream rows are: in the top ``num_stream_layers`` layers."""
+    first = base.num_layers - config.num_stream_layers
+    problems = [
+        f"{at(item.pair.file.path, item.pair.a)}: mode lossless allows LoRA only in layers {first} to "
+        f"{base.num_layers - 1}; this one would change the main stream, retrain without it or use mode shared"
+        for item in items
+        if (layer := layer_of(item.module)) is None or layer < first
+    ]
+    if problems:
+        raise InvalidInputError(listing(problems))

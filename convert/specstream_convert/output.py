@@ -1,0 +1,192 @@
+"""The output directory: written beside its target, renamed into place when complete, removed when not.
+
+A reader of the target sees nothing or a complete directory. Only an earlier output of this converter is replaced.
+"""
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from specstream_convert.messages import escaped
+from specstream_convert.report import REPORT_NAME, TOOL
+from specstream_mlx.config import read_json
+from specstream_mlx.errors import InvalidInputError, UsageError
+
+
+class OutputDirectory:
+    """A context whose value is the temporary directory; :meth:`commit` renames it to the target."""
+
+    def __init__(self, target: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
+        self.target = Path(target).expanduser()
+        self._replace = False
+        self._made: list[Path] = []
+        self._check(overwrite, [path.resolve() for path in inputs])
+        self.path = self.target.parent / f".{self.target.name[:80]}.partial-{secrets.token_hex(6)}"
+
+    def _check(self, overwrite: bool, inputs: list[Path]) -> None:
+        target = self.target
+        if not target.name or target.name == "..":
+            raise UsageError(f"{target}: not a name for an output directory; choose another --mlx-path")
+        resolved = target.resolve()
+        for path in inputs:
+            home = path if path.is_dir() else path.parent
+            if resolved == home or home in resolved.parents:
+                raise UsageError(f"{target}: lies in the input {home}; choose another --mlx-path")
+            if resolved in home.parents:
+                raise UsageError(f"{target}: the input {home} lies in it; choose another --mlx-path")
+        if not (target.exists() or target.is_symlink()):
+            return
+        if not overwrite:
+            raise UsageError(f"{target}: already exists; choose another --mlx-path or give --overwrite")
+        foreign = not_ours(target)
+        if foreign:
+            raise UsageError(f"{target}: {foreign}; --overwrite replaces only an earlier output of this converter")
+        self._replace = True
+
+    def __enter__(self) -> Path:
+        try:
+            for parent in reversed([p for p in self.path.parents if not p.exists()]):
+                parent.mkdir()
+                self._made.append(parent)
+            self.path.mkdir()
+        except OSError as error:
+            self._remove()
+            raise UsageError(
+                f"{self.target}: cannot be created ({error.strerror}); choose another --mlx-path"
+            ) from error
+        return self.path
+
+    def commit(self) -> None:
+        """Put the complete directory in place; an output to be replaced goes away only after that."""
+        old = self.target.parent / f".{self.target.name[:80]}.replaced-{secrets.token_hex(6)}"
+        try:
+            if self._replace:
+                self.target.rename(old)
+            elif self.target.exists():
+                raise UsageError(f"{self.target}: was created by someone else meanwhile; nothing was replaced")
+            try:
+                self.path.rename(self.target)
+            except OSError:
+                if self._replace:
+                    old.rename(self.target)
+                raise
+        except OSError as error:
+            raise UsageError(f"{self.target}: cannot be written ({error.strerror})") from error
+        self._made = []
+        if self._replace:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        for parent in reversed(self._made):
+            try:
+                parent.rmdir()
+            except OSError:
+                return
+
+
+def not_ours(target: Path) -> str | None:
+    """Why ``target`` may not be replaced, or None when it is an output of this converter and nothing else."""
+    if target.is_symlink() or not target.is_dir():
+        return "not a directory"
+    try:
+        report = read_json(target / REPORT_NAME)
+    except InvalidInputError:
+        return f"has no readable {REPORT_NAME}"
+    files = report.get("output_files")
+    if report.get("tool") != TOOL or not isinstance(files, dict):
+        return f"its {REPORT_NAME} is not this converter's"
+    present = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+    foreign = sorted(present - set(files) - {REPORT_NAME})
+    if foreign:
+        return f"holds {escaped(foreign[0])}, which this converter did not write"
+    return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON the same way every time."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def tokenizer_directory(adapter: Path | None, base: Path) -> Path | None:
+    """Where the tokenizer is taken from: the adapter's when it is complete, otherwise the base's."""
+    for directory in (adapter, base):
+        if directory is not None and any(
+            (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+        ):
+            return directory
+    return None
+
+
+def check_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Refuse a tokenizer that has ids beyond the rows of the embedding."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return
+    raw = read_json(path)
+    model, added = raw.get("model"), raw.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = [i for i in vocabulary.values() if type(i) is int] if isinstance(vocabulary, dict) else []
+    if isinstance(added, list):
+        ids += [entry["id"] for entry in added if isinstance(entry, dict) and type(entry.get("id")) is int]
+    if ids and max(ids) >= vocab_size:
+        raise InvalidInputError(
+            f"{path}: has token id {max(ids)}, but the embedding has {vocab_size} rows; the vocabulary was resized, "
+            "merge the adapter in PEFT and give that directory as --hf-path"
+        )
+
+
+def model_card(*, base_name: str, mode: str | None, placement: str, gamma: int | None, adapter_only: bool) -> str:
+    """README.md of the output."""
+    front = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
+    if gamma is not None:
+        front.append("- speculative-decoding")
+    if "/" in base_name:
+        front.append(f"base_model: {base_name}")
+    front.append("---")
+    lines = ["", f"# {base_name} with speculative streams" if gamma else f"# {base_name}, fine-tuned", ""]
+    if gamma is not None:
+        lines += [
+            f"Converted by specstream-mlx: {gamma} speculative streams (Speculative Streaming, arXiv 2402.11131), "
+            f"mode `{mode}`.",
+            "",
+        ]
+    if mode == "lossless":
+        lines += ["The answers are those of the base model; the LoRA acts on the draft streams only.", ""]
+    elif placement == "live":
+        lines += ["The fine-tune is a live LoRA in `adapters/`, in mlx-lm's format.", ""]
+    elif placement == "merged":
+        lines += ["The fine-tune's LoRA is merged into the weights.", ""]
+    lines += ["```bash", "pip install specstream-mlx"]
+    if adapter_only:
+        lines += [f'specstream-mlx generate --model {base_name} --adapter . --prompt "..."', "```"]
+    else:
+        lines += ['specstream-mlx generate --model . --prompt "..."', "```"]
+        adapters = ', adapter_path="adapters"' if placement == "live" else ""
+        lines += ["", "Stock mlx-lm opens it without drafting:", "", "```python", "from mlx_lm import load", ""]
+        lines += [f'model, tokenizer = load("."{adapters})', "```"]
+    lines += ["", f"What became of every tensor is in `{REPORT_NAME}`.", ""]
+    return "\n".join(front + lines)

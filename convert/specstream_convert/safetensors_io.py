@@ -1,0 +1,307 @@
+"""Validated reading and reproducible writing of safetensors files, one tensor at a time.
+
+``mx.load`` accepts negative shapes, overlapping offsets and reads fp8 as ``uint8``; so every header is checked here,
+by this module and by the reference implementation, before a byte of tensor data is used. Tensors are read and written
+singly, which keeps the memory of a conversion at the size of its largest tensor. The bytes written depend only on
+names, dtypes, shapes and values.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from specstream_convert.messages import at, escaped, listing
+from specstream_mlx.errors import InvalidInputError, UnsupportedError
+
+MAX_HEADER = 100_000_000
+FLOATS = ("F32", "BF16", "F16")
+_MLX = {
+    "F32": mx.float32,
+    "BF16": mx.bfloat16,
+    "F16": mx.float16,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+    "U16": mx.uint16,
+    "I8": mx.int8,
+    "I16": mx.int16,
+    "I32": mx.int32,
+    "I64": mx.int64,
+    "U64": mx.uint64,
+    "BOOL": mx.bool_,
+}
+_NAMES = {dtype: name for name, dtype in _MLX.items()}
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("U8", "I8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+_RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One header entry; ``start`` is the byte of the file where the data begins."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A validated safetensors file; nothing but its header has been read."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    num_bytes: int
+
+    def read(self, name: str) -> mx.array:
+        """The tensor ``name`` in its stored dtype."""
+        info = self.tensors[name]
+        if info.dtype not in _MLX:
+            raise UnsupportedError(
+                f"{at(self.path, name)}: dtype {info.dtype} is not supported; save it as BF16 or F32"
+            )
+        dtype = _MLX[info.dtype]
+        try:
+            with self.path.open("rb") as file:
+                file.seek(info.start)
+                raw = file.read(info.num_bytes)
+        except OSError as error:
+            raise InvalidInputError(f"{self.path}: cannot be read ({error.strerror})") from error
+        if len(raw) != info.num_bytes:
+            raise InvalidInputError(f"{at(self.path, name)}: the file became shorter while it was read")
+        flat = mx.array(np.frombuffer(raw, dtype=_RAW[dtype.size]))
+        return flat.view(dtype).reshape(info.shape)
+
+    def read_float32(self, name: str) -> mx.array:
+        """The tensor ``name`` in float32, refused unless it is a finite F32, BF16 or F16 tensor."""
+        self.require_float(name)
+        value = self.read(name).astype(mx.float32)
+        num_bad = int((~mx.isfinite(value)).sum())
+        if num_bad:
+            raise InvalidInputError(
+                f"{at(self.path, name)}: {num_bad} of {value.size} values are NaN or infinite; "
+                "the training diverged or the file is damaged"
+            )
+        return value
+
+    def require_float(self, name: str) -> None:
+        """Refuse a tensor whose dtype has no exact float32 value here."""
+        dtype = self.tensors[name].dtype
+        if dtype in FLOATS:
+            return
+        place = at(self.path, name)
+        if dtype.startswith("F"):
+            raise UnsupportedError(f"{place}: dtype {dtype} is not supported; save it as BF16 or F32")
+        raise InvalidInputError(f"{place}: dtype is {dtype}, expected a float tensor (F32, BF16 or F16)")
+
+    def sha256(self) -> str:
+        """The digest of the whole file."""
+        return sha256_file(self.path)
+
+
+def sha256_file(path: Path) -> str:
+    """The digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Validate a safetensors file and return its header.
+
+    Raises:
+        InvalidInputError: missing, empty, truncated, a Git LFS pointer, or a header that contradicts the file.
+    """
+    if not path.exists():
+        raise InvalidInputError(f"{path}: file not found")
+    if not path.is_file():
+        raise InvalidInputError(f"{path}: not a regular file")
+    try:
+        num_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            header_bytes = _header_bytes(path, start, num_bytes, file.read)
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot be read ({error.strerror})") from error
+    header = _parse_header(path, header_bytes)
+    tensors = _check_header(path, header, 8 + len(header_bytes), num_bytes)
+    try:
+        with safe_open(path, framework="numpy") as checked:
+            if set(checked.keys()) != set(tensors):
+                raise InvalidInputError(
+                    f"{path}: the safetensors library reads other tensor names; the file is damaged"
+                )
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = escaped(" ".join(str(error).split()))
+        raise InvalidInputError(
+            f"{path}: not a valid safetensors file ({reason}); download or save it again"
+        ) from error
+    return TensorFile(path, tensors, num_bytes)
+
+
+def _header_bytes(path: Path, start: bytes, num_bytes: int, read: Callable[[int], bytes]) -> bytes:
+    if num_bytes == 0:
+        raise InvalidInputError(f"{path}: the file is empty; download or save it again")
+    if start.startswith(b"version "):
+        raise InvalidInputError(f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull`")
+    if num_bytes < 8:
+        raise InvalidInputError(f"{path}: {num_bytes} bytes are too few for a safetensors file; download it again")
+    (length,) = struct.unpack("<Q", start)
+    if length > MAX_HEADER:
+        raise InvalidInputError(f"{path}: the header claims {length} bytes, the limit is {MAX_HEADER}; not safetensors")
+    if length + 8 > num_bytes:
+        raise InvalidInputError(
+            f"{path}: the header needs {length + 8} bytes, the file has {num_bytes}; the download is incomplete"
+        )
+    return read(length)
+
+
+def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(pairs)
+        if len(seen) != len(pairs):
+            names = [key for key, _ in pairs]
+            twice = sorted({name for name in names if names.count(name) > 1})[:5] if len(names) < 10_000 else []
+            raise InvalidInputError(f"{path}: names appear twice in the header: {', '.join(map(escaped, twice))}")
+        return seen
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        reason = escaped(" ".join(str(error).split()))
+        raise InvalidInputError(f"{path}: the safetensors header is not valid JSON ({reason})") from error
+    if not isinstance(header, dict):
+        raise InvalidInputError(f"{path}: the safetensors header is not an object")
+    return header
+
+
+def _check_header(path: Path, header: dict[str, Any], data: int, num_bytes: int) -> dict[str, TensorInfo]:
+    problems: list[str] = []
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        problem = _entry_problem(entry)
+        if problem:
+            problems.append(f"{at(path, name)}: {problem}")
+            continue
+        begin, end = entry["data_offsets"]
+        tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), data + begin, end - begin)
+    end = data
+    for info in sorted(tensors.values(), key=lambda t: (t.start, t.num_bytes)):
+        if info.start != end:
+            problems.append(f"{at(path, info.name)}: its data begins at byte {info.start}, expected {end}")
+        end = max(end, info.start + info.num_bytes)
+    if problems:
+        raise InvalidInputError(listing(problems))
+    if end > num_bytes:
+        raise InvalidInputError(f"{path}: expected {end} bytes, the file has {num_bytes}; the download is incomplete")
+    if end < num_bytes:
+        raise InvalidInputError(f"{path}: expected {end} bytes, the file has {num_bytes}; it is damaged")
+    return tensors
+
+
+def _entry_problem(entry: Any) -> str | None:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return "the header entry needs exactly dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        return f"unknown dtype {escaped(str(dtype))}"
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+        return f"bad shape {escaped(str(shape))}"
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        return f"bad data_offsets {escaped(str(offsets))}"
+    expected = math.prod(shape) * _BITS[dtype] // 8
+    if offsets[1] - offsets[0] != expected:
+        return f"shape {shape} of {dtype} needs {expected} bytes, the offsets span {offsets[1] - offsets[0]}"
+    return None
+
+
+@dataclass(frozen=True)
+class TensorOut:
+    """A tensor to be written: its header entry now, its value when its turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    value: Callable[[], mx.array]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
+
+    @classmethod
+    def of(cls, name: str, array: mx.array) -> "TensorOut":
+        """A tensor whose value is at hand."""
+        return cls(name, _NAMES[array.dtype], tuple(array.shape), lambda: array)
+
+
+def write_tensors(
+    path: Path,
+    tensors: Iterable[TensorOut],
+    metadata: Mapping[str, str],
+    done: Callable[[int], None] | None = None,
+) -> str:
+    """Write ``tensors`` and return the sha256 of the file; ``done`` is told the bytes of each tensor written."""
+    ordered = sorted(tensors, key=lambda t: (-_BITS[t.dtype], t.name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for tensor in ordered:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.num_bytes],
+        }
+        offset += tensor.num_bytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in (struct.pack("<Q", len(text)), text):
+            file.write(piece)
+            digest.update(piece)
+        for tensor in ordered:
+            data = raw_bytes(tensor.value(), tensor)
+            file.write(data)
+            digest.update(data)
+            if done is not None:
+                done(tensor.num_bytes)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def raw_bytes(array: mx.array, tensor: TensorOut) -> memoryview:
+    """The little-endian bytes of ``array``, checked against the header entry they are written under."""
+    assert _NAMES[array.dtype] == tensor.dtype, (tensor.name, array.dtype, tensor.dtype)
+    assert tuple(array.shape) == tensor.shape, (tensor.name, array.shape, tensor.shape)
+    unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
+    flat = mx.contiguous(array.reshape(-1))
+    flat = flat.astype(mx.uint8) if array.dtype == mx.bool_ else flat.view(unsigned)
+    return np.ascontiguousarray(np.array(flat, copy=False)).data.cast("B")
+
+
+def dtype_name(array: mx.array) -> str:
+    """The safetensors name of an array's dtype."""
+    return _NAMES[array.dtype]
+
+
+def mlx_dtype(name: str) -> mx.Dtype:
+    """The MLX dtype of a safetensors dtype name."""
+    return _MLX[name]

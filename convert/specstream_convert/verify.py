@@ -1,0 +1,357 @@
+"""The check of what was written: reload it with stock mlx-lm and compare it with a reference made another way.
+
+The reference reads the inputs with ``mx.load``, merges in NumPy float64 and runs layer by layer; the output is
+opened by ``mlx_lm.utils.load_model``. So this package's reader, merge and writer do not vouch for themselves.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.utils import _get_classes, load_adapters, load_model
+
+from specstream_convert.base import Base
+from specstream_convert.merge import Lora, LoraSet
+from specstream_convert.messages import listing
+from specstream_convert.safetensors_io import dtype_name, mlx_dtype
+from specstream_convert.streams_in import PREFIX, StreamSource
+from specstream_mlx.errors import InvalidInputError, VerificationError
+
+NUM_TOKENS = 16
+WHOLE_MODEL_BYTES = 2 << 30  # above this the reloaded model is run layer by layer too
+ROUNDING = {"F32": 2.0**-24, "BF16": 2.0**-8, "F16": 2.0**-11}
+LOGIT_TOLERANCE = {"F32": 1e-4, "BF16": 2e-3, "F16": 1e-3}
+REFERENCE_TOLERANCE = {"F32": 1e-4, "BF16": 8e-2, "F16": 2e-2}
+ROWS = 1 << 22  # elements of one block of a float64 comparison
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the output must be: the inputs and the decisions, from which the reference is computed anew."""
+
+    base: Base
+    loras: LoraSet | None
+    placement: str
+    dtype: str | None
+    quantization: dict[str, Any] | None  # of this conversion
+    streams: StreamSource
+
+    def stored(self, name: str) -> str:
+        """The dtype a base tensor is written in."""
+        found = self.base.info(name).dtype
+        return self.dtype if self.dtype is not None and found in ROUNDING else found
+
+
+def to_numpy(array: mx.array) -> Array:
+    """Float values as NumPy float32, widened by bit shifts where NumPy has no such dtype."""
+    if array.dtype == mx.bfloat16:
+        return (np.array(array.view(mx.uint16)).astype(np.uint32) << 16).view(np.float32)
+    return np.array(array).astype(np.float32)
+
+
+def _load(path: Path) -> dict[str, mx.array]:
+    """``mx.load`` of a safetensors file: lazy arrays."""
+    tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+    return tensors
+
+
+class Loader:
+    """Tensors of several files through ``mx.load``, each read once and not kept."""
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        self.files = files
+
+    def __call__(self, name: str) -> mx.array:
+        value = _load(self.files[name])[name]
+        mx.eval(value)
+        return value
+
+
+def verify_output(
+    directory: Path, expected: Expected, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Compare the directory just written with the reference.
+
+    Returns:
+        The figures for the report.
+
+    Raises:
+        VerificationError: a tensor or a logit differs by more than rounding explains.
+    """
+    figures: dict[str, Any] = {}
+    if (directory / "config.json").exists():
+        if expected.quantization is None:
+            figures["tensors"] = _verify_tensors(directory, expected, progress)
+        figures["logits"] = _verify_logits(directory, expected)
+    figures["adapters"] = _verify_adapters(directory, expected)
+    figures["streams"] = _verify_streams(directory, expected.streams)
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _written(directory: Path) -> Loader:
+    files = {name: path for path in sorted(directory.glob("model*.safetensors")) for name in _load(path)}
+    return Loader(files)
+
+
+def _verify_tensors(directory: Path, expected: Expected, progress: Callable[[int, int], None] | None) -> dict[str, Any]:
+    output, source = _written(directory), Loader({n: f.path for n, f in expected.base.tensors.items()})
+    changed = expected.loras.by_weight() if expected.loras and expected.placement == "merged" else {}
+    problems = [f"{name}: not in the output" for name in sorted(set(source.files) - set(output.files))]
+    problems += [f"{name}: in the output without reason" for name in sorted(set(output.files) - set(source.files))]
+    largest, ratio = 0.0, 0.0
+    for i, name in enumerate(sorted(set(source.files) & set(output.files))):
+        item, found, original = changed.get(name), output(name), source(name)
+        if dtype_name(found) != expected.stored(name):
+            problems.append(f"{name}: written as {dtype_name(found)}, expected {expected.stored(name)}")
+        elif item is None:
+            wanted = original.astype(mlx_dtype(expected.stored(name)))
+            if not bool(mx.array_equal(found, wanted).item()):
+                problems.append(f"{name}: differs from the base although no LoRA touches it")
+        else:
+            error, share = _merge_error(found, original, item)
+            largest, ratio = max(largest, error), max(ratio, share)
+            if not share <= 1:
+                problems.append(
+                    f"{name}: differs from W + s*B@A by {error:.3g}, {share:.3g} times the rounding allowed"
+                )
+        if progress is not None:
+            progress(i + 1, len(source.files))
+    if problems:
+        raise VerificationError(listing(f"the output is wrong: {problem}" for problem in problems))
+    return {
+        "checked": len(source.files),
+        "merged": len(changed),
+        "max_abs_error": largest,
+        "max_share_of_rounding_bound": ratio,
+    }
+
+
+def _reference_factors(item: Lora) -> tuple[Array, Array]:
+    held = _load(item.pair.file.path)
+    return to_numpy(held[item.pair.a]).astype(np.float64), to_numpy(held[item.pair.b]).astype(np.float64)
+
+
+def _merge_error(found: mx.array, original: mx.array, item: Lora) -> tuple[float, float]:
+    """The largest error of a merged tensor against float64, absolute and as a share of the rounding bound."""
+    a, b = _reference_factors(item)
+    rounding = ROUNDING[dtype_name(found)]
+    block = max(1, ROWS // max(1, found.shape[1]))
+    largest, share = 0.0, 0.0
+    for start in range(0, found.shape[0], block):
+        rows = slice(start, start + block)
+        wanted = to_numpy(original[rows]).astype(np.float64) + item.scale * (b[rows] @ a)
+        error = np.abs(to_numpy(found[rows]).astype(np.float64) - wanted)
+        magnitude = abs(item.scale) * (np.abs(b[rows]) @ np.abs(a))
+        bound = 1.01 * rounding * np.abs(wanted) + (a.shape[0] + 8) * 2.0**-23 * (magnitude + np.abs(wanted)) + 1e-37
+        if dtype_name(found) == "F16":
+            bound += 2.0**-25
+        largest, share = max(largest, float(error.max())), max(share, float((error / bound).max()))
+    return largest, share
+
+
+def _verify_adapters(directory: Path, expected: Expected) -> dict[str, Any] | None:
+    """Live and sidecar LoRA: ``scale * lora_a @ lora_b`` must equal ``s * (B @ A).T``."""
+    if expected.loras is None or expected.placement not in ("live", "sidecar"):
+        return None
+    live = expected.placement == "live"
+    path = directory / ("adapters/adapters.safetensors" if live else "specstream.safetensors")
+    held = {name: value for name, value in _load(path).items() if live or not name.startswith(PREFIX)}
+    largest, problems = 0.0, []
+    prefix = "" if live else "lora."
+    for item in expected.loras.items:
+        a, b = _reference_factors(item)
+        names = [f"{prefix}{item.module}.{side}" for side in ("lora_a", "lora_b")]
+        if not set(names) <= set(held):
+            problems.append(f"{item.module}: its LoRA is not in the output")
+            continue
+        lora_a, lora_b = (to_numpy(held.pop(name)).astype(np.float64) for name in names)
+        wanted = item.scale * (b @ a)
+        error = float(np.abs(expected.loras.scale * (lora_a @ lora_b).T - wanted).max())
+        largest = max(largest, error)
+        if not error <= 1e-6 * max(1e-30, abs(item.scale) * float((np.abs(b) @ np.abs(a)).max())):
+            problems.append(f"{item.module}: its LoRA differs from s*B@A by {error:.3g}")
+    problems += [f"{name}: in the output without reason" for name in sorted(held)]
+    if problems:
+        raise VerificationError(listing(f"the output is wrong: {problem}" for problem in problems))
+    return {"checked": len(expected.loras.items), "max_abs_error": largest}
+
+
+def _verify_streams(directory: Path, streams: StreamSource) -> dict[str, Any] | None:
+    if not streams.tensors:
+        return None
+    held = _load(directory / "specstream.safetensors")
+    for name, source in streams.tensors.items():
+        files = [to_numpy(_load(source.file.path)[tensor]).reshape(-1) for tensor in source.names]
+        found = held.get(PREFIX + name)
+        if found is None or not np.array_equal(to_numpy(found).reshape(-1), np.concatenate(files)):
+            raise VerificationError(f"the output is wrong: {PREFIX}{name} differs from the input")
+    return {"checked": len(streams.tensors), "max_abs_error": 0.0}
+
+
+def sample_tokens(vocab_size: int) -> Array:
+    """The token ids of the comparison, the same every time."""
+    return np.random.default_rng(0).integers(0, vocab_size, NUM_TOKENS)
+
+
+def _verify_logits(directory: Path, expected: Expected) -> dict[str, Any]:
+    tokens = sample_tokens(int(expected.base.config["vocab_size"]))
+    found = output_logits(directory, tokens, live=expected.placement == "live")
+    wanted = reference_logits(expected, tokens)
+    difference = float(np.abs(found - wanted).max())
+    scale = max(1.0, float(np.abs(wanted).max()))
+    tolerance = _tolerance(expected, LOGIT_TOLERANCE, 1e-2) * scale
+    if not difference <= tolerance:
+        raise VerificationError(
+            f"the output is wrong: logits of the reloaded model differ from the float32 reference by {difference:.3g}, "
+            f"allowed {tolerance:.3g}"
+        )
+    return {"tokens": len(tokens), "max_abs_difference": difference, "tolerance": tolerance}
+
+
+def _tolerance(expected: Expected, table: dict[str, float], quantized: float) -> float:
+    if expected.quantization is not None or expected.base.quantized:
+        return quantized
+    stored = {expected.stored(name) for name in expected.base.tensors}
+    return max(table[name] for name in stored)
+
+
+def output_logits(directory: Path, tokens: Array, *, live: bool) -> Array:
+    """Logits (L, V) of the directory as stock mlx-lm opens it, computed in float32."""
+    try:
+        model, _ = load_model(directory, lazy=True)
+        if live:
+            model = load_adapters(model, str(directory / "adapters"))
+    except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
+        reason = " ".join(str(error).split())
+        raise VerificationError(f"the output is wrong: mlx-lm does not open it ({reason})") from error
+    model.eval()
+    model.set_dtype(mx.float32)
+    total = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    ids = mx.array(tokens)[None]
+    logits = model(ids) if total <= WHOLE_MODEL_BYTES else _by_layers(model, ids, lambda module, prefix: None)
+    return np.array(logits[0].astype(mx.float32))
+
+
+def reference_logits(expected: Expected, tokens: Array) -> Array:
+    """Logits (L, V) of the independently merged reference: float32 arithmetic, one layer in memory at a time."""
+    base = expected.base
+    model_class, args_class = _get_classes({"model_type": base.model_type})
+    model = model_class(args_class.from_dict(base.config))
+    model.eval()
+    source = Loader({name: file.path for name, file in base.tensors.items()})
+    changed = expected.loras.by_weight() if expected.loras and expected.placement in ("merged", "live") else {}
+
+    def fill(module: nn.Module, prefix: str) -> None:
+        names = [f"{prefix}{name}" for name, _ in tree_flatten(module.parameters())]
+        values = [(name.removeprefix(prefix), _reference_tensor(name, source, changed, expected)) for name in names]
+        module.load_weights(values)
+
+    return np.array(_by_layers(model, mx.array(tokens)[None], fill)[0])
+
+
+def _reference_tensor(name: str, source: Loader, changed: dict[str, Lora], expected: Expected) -> mx.array:
+    value, module = source(name), name.removesuffix(".weight")
+    if f"{module}.scales" in source.files and name.endswith(".weight"):
+        value = _dequantized(module, source, expected.base.config["quantization"])
+    item = changed.get(name)
+    if item is not None and expected.placement == "merged":
+        a, b = _reference_factors(item)
+        summed = to_numpy(value).astype(np.float64) + item.scale * (b @ a)
+        value = mx.array(summed.astype(np.float32)).astype(mlx_dtype(expected.stored(name)))
+    elif not expected.base.quantized:
+        value = value.astype(mlx_dtype(expected.stored(name)))
+    if expected.quantization is not None and value.ndim == 2:
+        how = {key: expected.quantization[key] for key in ("group_size", "bits", "mode")}
+        if value.shape[-1] % how["group_size"] == 0:
+            value = mx.dequantize(*mx.quantize(value, **how), **how)
+    value = value.astype(mx.float32)
+    if item is not None and expected.placement == "live":
+        a, b = _reference_factors(item)
+        value = value + mx.array((item.scale * (b @ a)).astype(np.float32))
+    return value
+
+
+def _dequantized(module: str, source: Loader, quantization: dict[str, Any]) -> mx.array:
+    own = quantization.get(module)
+    how = own if isinstance(own, dict) else quantization
+    settings = {key: how[key] for key in ("group_size", "bits", "mode") if key in how}
+    biases = source(f"{module}.biases") if f"{module}.biases" in source.files else None
+    return mx.dequantize(source(f"{module}.weight"), source(f"{module}.scales"), biases, **settings)
+
+
+def _by_layers(model: nn.Module, ids: mx.array, fill: Callable[[nn.Module, str], None]) -> mx.array:
+    """Logits (1, L, V): run the model one part at a time, letting ``fill`` load each part and dropping it after."""
+    inner = model.model
+    fill(inner.embed_tokens, "model.embed_tokens.")
+    hidden = inner.embed_tokens(ids).astype(mx.float32)
+    mask = create_attention_mask(hidden, None)
+    for i in range(len(inner.layers)):
+        layer = inner.layers[i]
+        inner.layers[i] = None
+        fill(layer, f"model.layers.{i}.")
+        hidden = layer(hidden, mask, None)
+        mx.eval(hidden)
+        del layer
+        gc.collect()
+    fill(inner.norm, "model.norm.")
+    hidden = inner.norm(hidden)
+    if "lm_head" not in model:
+        return inner.embed_tokens.as_linear(hidden)
+    fill(model.lm_head, "lm_head.")
+    return model.lm_head(hidden)
+
+
+def compare_reference_logits(directory: Path, path: Path, expected: Expected) -> dict[str, Any]:
+    """Compare with logits computed elsewhere: an npz of ``tokens`` (L,) and ``logits`` (L, V)."""
+    tokens, wanted = read_reference_logits(path, int(expected.base.config["vocab_size"]))
+    found = output_logits(directory, tokens, live=expected.placement == "live")
+    difference = float(np.abs(found - wanted).max())
+    quantized = expected.quantization is not None or expected.base.quantized
+    figure: dict[str, Any] = {
+        "tokens": len(tokens),
+        "max_abs_difference": difference,
+        "same_argmax": float((found.argmax(-1) == wanted.argmax(-1)).mean()),
+    }
+    if quantized:
+        return figure | {"tolerance": None}
+    tolerance = _tolerance(expected, REFERENCE_TOLERANCE, 0.0) * max(1.0, float(np.abs(wanted).max()))
+    if not difference <= tolerance:
+        raise VerificationError(
+            f"{path}: logits of the reloaded model differ from these by {difference:.3g}, allowed {tolerance:.3g}; "
+            "they belong to another model, or the conversion is wrong"
+        )
+    return figure | {"tolerance": tolerance}
+
+
+def read_reference_logits(path: Path, vocab_size: int) -> tuple[Array, Array]:
+    """``tokens`` and ``logits`` of an npz, checked; nothing pickled is read."""
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            missing = [name for name in ("tokens", "logits") if name not in held]
+            if missing:
+                raise InvalidInputError(
+                    f"{path}: has no array {' or '.join(missing)}; it needs tokens (L,), logits (L, V)"
+                )
+            tokens, logits = held["tokens"], held["logits"]
+    except InvalidInputError:
+        raise
+    except FileNotFoundError as error:
+        raise InvalidInputError(f"{path}: file not found") from error
+    except Exception as error:  # np.load raises whatever the damaged zip provokes
+        reason = " ".join(str(error).split())
+        raise InvalidInputError(f"{path}: not a readable npz file ({reason})") from error
+    if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu" or logits.dtype.kind != "f":
+        raise InvalidInputError(f"{path}: expected integer tokens (L,) and float logits (L, V)")
+    if logits.shape != (len(tokens), vocab_size):
+        raise InvalidInputError(f"{path}: logits have shape {logits.shape}, expected {(len(tokens), vocab_size)}")
+    if tokens.min() < 0 or tokens.max() >= vocab_size or not np.isfinite(logits).all():
+        raise InvalidInputError(f"{path}: token ids outside the vocabulary, or logits that are not finite")
+    return tokens.astype(np.int64), logits.astype(np.float32)

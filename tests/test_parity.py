@@ -1,0 +1,68 @@
+"""Parity with the PyTorch twin: a tiny PEFT fine-tune, converted, gives the twin's main and stream logits.
+
+The twin merges nothing: its logits come from the base with live LoRA on Hugging Face modules. float32; the tolerance
+of 1e-4 (on logits of size 1 to 10) allows for the order of summation and for LoRA merged against LoRA applied.
+"""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from specstream_convert import ConvertOptions, convert
+from specstream_mlx import load
+from specstream_mlx.model import SpecStreamModel
+from specstream_mlx.tree import DraftTree
+from tests.tiny import FAMILIES
+
+pytest.importorskip("torch", reason="the parity tests need the torch extra")
+
+from specstream_convert.torch_reference.generate import load_reference, reference_logits
+from specstream_convert.torch_reference.testing import make_tiny_checkpoint
+
+pytestmark = pytest.mark.parity
+
+ATOL = 1e-4
+CASES = {
+    "identity": {},
+    "low-rank-anchor-pruner": {"stream_init": "low_rank", "stream_position": "anchor", "prune": True},
+    "residual-tied-form-b": {"stream_init": "low_rank_residual", "tie_word_embeddings": True, "form": "B"},
+    "value-rotation": {"stream_id": "value_rotation", "num_stream_layers": 3, "use_rslora": True},
+    "lossless": {"mode": "lossless", "num_stream_layers": 2},
+}
+
+
+def our_logits(
+    model: SpecStreamModel, tokens: list[int], anchor: int, insert_streams: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Logits at ``anchor`` (main), of the streams attached to it, and of the early exit there."""
+    caches = model.make_cache()
+    if anchor:
+        model(mx.array([tokens[:anchor]]), cache=caches)
+    root = mx.array(tokens[anchor : anchor + 1])
+    verified = model.verify(root, DraftTree.chain(0), caches, insert_streams=insert_streams)
+    model.commit(verified, [0], caches)
+    pruner = np.array(model.early_exit_logits(verified.trunk)[0]) if model.prune_layer else None
+    return np.array(verified.logits[0]), np.array(model.stream_logits(verified, 0, caches)), pruner
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_converted_checkpoints_give_the_twins_logits(family: str, case: str, tmp_path: Path) -> None:
+    """Red when: a scale, a transposition, a rotary base, a stream position or the stream mask differs."""
+    base, adapter = make_tiny_checkpoint(family, tmp_path, seed=3, **CASES[case])
+    twin = load_reference(base, adapter)
+    out = tmp_path / "out"
+    convert(ConvertOptions(adapter_path=adapter, mlx_path=out, hf_path=str(base)))
+    model, _ = load(out)
+    tokens = [int(token) for token in np.random.default_rng(5).integers(3, 97, 23)]
+    for anchor in (0, 11, 22):
+        reference = reference_logits(twin, tokens, anchor)
+        for insert_streams in (False, True):
+            main, streams, pruner = our_logits(model, tokens, anchor, insert_streams)
+            assert np.abs(main - reference.main[anchor]).max() <= ATOL
+            assert np.abs(streams - reference.streams).max() <= ATOL
+            if reference.pruner is not None:
+                assert np.abs(pruner - reference.pruner[anchor]).max() <= ATOL
+        assert np.abs(reference.streams).max() > 0.5, "logits too small to prove anything"
