@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from specstream_mlx.bundled import default_model_path
 from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
+from specstream_mlx.families import check_supported
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.streams import StreamLoRALinear, Streams
 
@@ -57,6 +58,7 @@ def load(
     """
     path = resolve(path_or_repo) if path_or_repo is not None else default_model_path()
     config = read_json(path / "config.json")
+    check_supported(config.get("model_type"), f"{path / 'config.json'}: model_type")
     weight_files = sorted(path.glob("model*.safetensors"))
     if not weight_files:
         raise InvalidInputError(f"{path}: no model*.safetensors; give an MLX model directory (see convert)")
