@@ -55,14 +55,8 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@$(PIP) install -e .
 	@touch $@
 
-# On Linux PyPI's torch is the CUDA build of several GB; the CPU build has an index of its own and goes in first. Where
-# that index cannot be reached, PyPI's build does.
 $(VENV)/.tested: $(VENV)/.installed pyproject.toml
 	@echo '== installing the test extras'
-	@torch=$$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml); \
-	if [ "$$(uname -s)" = Linux ]; then \
-	  $(PIP) install --retries 0 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "$$torch" || true; \
-	fi
 	@$(PIP) install -e '.[test,torch]'
 	@touch $@
 
