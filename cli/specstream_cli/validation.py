@@ -27,8 +27,8 @@ def invalid_input(message: str) -> Exception:
 
 def within(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[float | None], float | None]:
     """An option callback that accepts ``low <= x <= high`` (``low < x`` with ``above``), never NaN or infinity."""
-    bound = f"above {low:g}" if above else f"of at least {low:g}"
-    expected = bound if math.isinf(high) else f"{bound} and at most {high:g}"
+    bound = f"above {low}" if above else f"of at least {low}"
+    expected = bound if math.isinf(high) else f"{bound} and at most {high}"
 
     def check(value: float | None) -> float | None:
         if value is None:

@@ -25,7 +25,7 @@ TREE = "expected chain:DEPTH, cartesian:K1xK2x... or best-first:NODES, such as '
         (["--xtc-threshold", "0.6"], f"--xtc-threshold: got 0.6, {NUMBER} of at least 0 and at most 0.5"),
         (["--max-tokens", "0"], f"--max-tokens: got 0, {NUMBER} of at least 1"),
         (["-m", "-5"], f"--max-tokens: got -5, {NUMBER} of at least 1"),
-        (["--seed", "-1"], f"--seed: got -1, {NUMBER} of at least 0 and at most 1.84467e+19"),
+        (["--seed", "-1"], f"--seed: got -1, {NUMBER} of at least 0 and at most 18446744073709551615"),
         (["--prune-threshold", "1.1"], f"--prune-threshold: got 1.1, {NUMBER} of at least 0 and at most 1"),
         (["--prefill-step-size", "0"], f"--prefill-step-size: got 0, {NUMBER} of at least 1"),
         (["--tree", "oak:3"], f"--tree: got 'oak:3', {TREE}"),

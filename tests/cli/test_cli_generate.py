@@ -1,5 +1,6 @@
 """``generate``: what reaches the library, what reaches standard output, and nothing else doing so."""
 
+import errno
 import io
 import json
 import os
@@ -225,15 +226,20 @@ def test_a_reader_that_goes_away_is_no_error(child, tmp_path):
     assert (process.returncode, stderr) == (141, b"library noise\n")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a Linux device")
 @pytest.mark.parametrize("extra", [(), ("--json",)])
-def test_no_space_for_the_answer_is_one_line(child, tmp_path, extra):
-    code = RUN.format(pause=0, script="None")
-    with open("/dev/full", "wb") as full:  # noqa: PTH123
-        process = child(code, "generate", "--model", str(tmp_path), "-p", "hi", *extra, stdout=full)
-        stderr = process.communicate(timeout=30)[1]
-    line = b"error: standard output: the answer cannot be written (No space left on device)\n"
-    assert (process.returncode, stderr) == (2, b"library noise\n" + line)
+def test_an_answer_that_cannot_be_written_is_one_line(child, tmp_path, extra):
+    """A full disk where the system has one to offer, a descriptor that only reads elsewhere."""
+    full, read_only = Path("/dev/full"), tmp_path / "read-only"
+    read_only.touch()
+    out = os.open(full, os.O_WRONLY) if full.exists() else os.open(read_only, os.O_RDONLY)
+    reason = os.strerror(errno.ENOSPC if full.exists() else errno.EBADF)
+    process = child(
+        RUN.format(pause=0, script="None"), "generate", "--model", str(tmp_path), "-p", "hi", *extra, stdout=out
+    )
+    stderr = process.communicate(timeout=30)[1]
+    os.close(out)
+    line = f"error: standard output: the answer cannot be written ({reason})\n"
+    assert (process.returncode, stderr.decode()) == (2, "library noise\n" + line)
 
 
 def test_closed_stdout_is_one_line(child, tmp_path):
