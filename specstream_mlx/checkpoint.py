@@ -57,6 +57,8 @@ def load(
         UnsupportedError: a family, format version or variant that we do not run.
     """
     path = resolve(path_or_repo) if path_or_repo is not None else default_model_path()
+    if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
+        raise InvalidInputError(f"{path}: a PEFT adapter, not a model; run specstream-mlx convert on it first")
     config = read_json(path / "config.json")
     check_supported(config.get("model_type"), f"{path / 'config.json'}: model_type")
     weight_files = sorted(path.glob("model*.safetensors"))
@@ -102,7 +104,10 @@ def resolve(path_or_repo: str | Path) -> Path:
     text = str(path_or_repo)
     if path.exists():
         raise InvalidInputError(f"{text}: is a file; give the model's directory")
-    if isinstance(path_or_repo, Path) or not _REPO_ID.fullmatch(text) or text.startswith("."):
+    looks_local = (
+        isinstance(path_or_repo, Path) or text.startswith(".") or path.parent.is_dir() and path.parent != Path()
+    )
+    if looks_local or not _REPO_ID.fullmatch(text):
         raise InvalidInputError(f"{text}: no such directory; give an existing one, or a repository id like org/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

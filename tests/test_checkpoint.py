@@ -282,6 +282,19 @@ def test_a_local_looking_path_is_not_downloaded(path):
         resolve(path)
 
 
+def test_a_mistyped_name_in_an_existing_directory_is_not_downloaded(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidInputError, match="no such directory"):
+        resolve("runs/modle")
+
+
+def test_an_adapter_is_not_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InvalidInputError, match="a PEFT adapter, not a model; run specstream-mlx convert"):
+        load(tmp_path)
+
+
 def test_a_file_is_not_a_model(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidInputError, match="is a file; give the model's directory"):
