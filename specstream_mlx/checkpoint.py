@@ -105,7 +105,7 @@ def resolve(path_or_repo: str | Path) -> Path:
     if path.exists():
         raise InvalidInputError(f"{text}: is a file; give the model's directory")
     looks_local = (
-        isinstance(path_or_repo, Path) or text.startswith(".") or path.parent.is_dir() and path.parent != Path()
+        isinstance(path_or_repo, Path) or text.startswith(".") or (path.parent.is_dir() and path.parent != Path())
     )
     if looks_local or not _REPO_ID.fullmatch(text):
         raise InvalidInputError(f"{text}: no such directory; give an existing one, or a repository id like org/name")
