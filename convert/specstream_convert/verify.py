@@ -263,9 +263,7 @@ def _reference_tensor(name: str, source: Loader, changed: dict[str, Lora], expec
         value = _dequantized(module, source, expected.base.config["quantization"])
     item = changed.get(name)
     if item is not None and expected.placement == "merged":
-        a, b = _reference_factors(item)
-        summed = to_numpy(value).astype(np.float64) + item.scale * (b @ a)
-        value = mx.array(summed.astype(np.float32)).astype(mlx_dtype(expected.stored(name)))
+        value = _merged_in_float64(value, item).astype(mlx_dtype(expected.stored(name)))
     elif not expected.base.quantized:
         value = value.astype(mlx_dtype(expected.stored(name)))
     if expected.quantization is not None and value.ndim == 2:
@@ -274,9 +272,19 @@ def _reference_tensor(name: str, source: Loader, changed: dict[str, Lora], expec
             value = mx.dequantize(*mx.quantize(value, **how), **how)
     value = value.astype(mx.float32)
     if item is not None and expected.placement == "live":
-        a, b = _reference_factors(item)
-        value = value + mx.array((item.scale * (b @ a)).astype(np.float32))
+        value = _merged_in_float64(value, item)
     return value
+
+
+def _merged_in_float64(weight: mx.array, item: Lora) -> mx.array:
+    """``W + s * B @ A`` summed in float64 block by block, in float32."""
+    a, b = _reference_factors(item)
+    result = np.empty(weight.shape, np.float32)
+    block = max(1, ROWS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], block):
+        rows = slice(start, start + block)
+        result[rows] = to_numpy(weight[rows]).astype(np.float64) + item.scale * (b[rows] @ a)
+    return mx.array(result)
 
 
 def _dequantized(module: str, source: Loader, quantization: dict[str, Any]) -> mx.array:
