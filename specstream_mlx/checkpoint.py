@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from specstream_mlx.bundled import default_model_path
 from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
+from specstream_mlx.families import check_supported
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.streams import StreamLoRALinear, Streams
 
@@ -56,7 +57,10 @@ def load(
         UnsupportedError: a family, format version or variant that we do not run.
     """
     path = resolve(path_or_repo) if path_or_repo is not None else default_model_path()
+    if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
+        raise InvalidInputError(f"{path}: a PEFT adapter, not a model; run specstream-mlx convert on it first")
     config = read_json(path / "config.json")
+    check_supported(config.get("model_type"), f"{path / 'config.json'}: model_type")
     weight_files = sorted(path.glob("model*.safetensors"))
     if not weight_files:
         raise InvalidInputError(f"{path}: no model*.safetensors; give an MLX model directory (see convert)")
@@ -100,7 +104,10 @@ def resolve(path_or_repo: str | Path) -> Path:
     text = str(path_or_repo)
     if path.exists():
         raise InvalidInputError(f"{text}: is a file; give the model's directory")
-    if isinstance(path_or_repo, Path) or not _REPO_ID.fullmatch(text) or text.startswith("."):
+    looks_local = (
+        isinstance(path_or_repo, Path) or text.startswith(".") or (path.parent.is_dir() and path.parent != Path())
+    )
+    if looks_local or not _REPO_ID.fullmatch(text):
         raise InvalidInputError(f"{text}: no such directory; give an existing one, or a repository id like org/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -137,7 +137,9 @@ class _Loop:
         if verified.stream_hidden is None:
             self.statistics.stream_passes += 1
         logits = self.model.stream_logits(verified, node, self.caches)
-        return self.plan.draft(root, logits, max_depth)
+        tree, node_tokens = self.plan.draft(root, logits, max_depth)
+        mx.async_eval(node_tokens)  # type: ignore[no-untyped-call]  # runs while the next pass's graph is built
+        return tree, node_tokens
 
 
 def generate_tokens(

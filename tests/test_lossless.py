@@ -103,7 +103,7 @@ def test_early_exit_pruning_changes_no_token(threshold, insertion):
 
 
 def test_pruning_above_the_first_stream_layer_changes_no_token():
-    """Red when: the trunk rows are not selected along with the pruned rows."""
+    """Red when: the rows of layers below and above the pruner are mixed up in commit."""
     model = make_model("llama", seed=6, prune={"type": "low_rank", "rank": 4, "layer": 3})
     prompt = random_prompt(8, seed=4)
     expected = plain_tokens(model.base, prompt, 30)
@@ -181,6 +181,7 @@ def test_end_of_text_and_max_tokens_inside_an_accepted_path(draft):
             assert [token for response in responses for token in response.tokens] == free[: index + 1]
             assert responses[-1].finish_reason == "stop"
             assert responses[-1].target_passes == 1 + -(-index // 5)
+            assert index + 1 == responses[-1].target_passes + sum(responses[-1].accepted_by_depth)
             assert "".join(response.text for response in responses) == "".join(f"{token} " for token in free[:index])
 
 

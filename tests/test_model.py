@@ -51,6 +51,36 @@ def test_parallel_and_deferred_insertion_give_the_same_stream_logits(family, var
         assert mx.allclose(parallel.logits, deferred.logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_streams_after_pruning_are_those_of_the_surviving_path(layer):
+    """Red when: the trunk rows are not selected along with the pruned rows."""
+    model = make_model("llama", seed=5, prune={"type": "low_rank", "rank": 4, "layer": layer})
+    tree = DraftTree.cartesian([4, 2])
+    prompt = random_prompt(9, seed=1)
+    node_tokens = mx.array(random_prompt(tree.size, seed=2))
+
+    def run(nodes, tokens, threshold):
+        caches = model.make_cache()
+        model(mx.array([prompt]), cache=caches)
+        return model.verify(tokens, nodes, caches, prune_threshold=threshold), caches
+
+    for threshold in 10.0 ** -np.arange(1, 12, 0.25):
+        pruned, caches = run(tree, node_tokens, float(threshold))
+        node = pruned.tree.size - 1
+        if pruned.kept[node] != node and pruned.tree.depths[node] == 2:
+            break
+    else:
+        pytest.fail("no threshold drops a node before another that stays")
+    path = pruned.tree.ancestors(node)
+    model.commit(pruned, path, caches)
+    tokens = pruned.node_tokens[mx.array(path)]
+    alone, fresh = run(DraftTree.chain(len(path) - 1), tokens, None)
+    model.commit(alone, range(len(path)), fresh)
+    assert mx.allclose(pruned.logits[node], alone.logits[-1], atol=1e-4)
+    expected = model.stream_logits(alone, len(path) - 1, fresh)
+    assert mx.allclose(model.stream_logits(pruned, node, caches), expected, atol=1e-4)
+
+
 def test_streams_differ_from_one_another_and_from_main():
     """Guards the comparison above: equal logits everywhere would satisfy it too."""
     for variant in VARIANTS.values():

@@ -1,7 +1,9 @@
 """Tiny random models, a tokenizer of plain numbers, and drafters that are as right as one likes."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,9 +12,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import generate_step
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from specstream_mlx import SpecStreamModel, stream_generate
-from specstream_mlx.config import StreamConfig
+from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME, StreamConfig
 from specstream_mlx.streams import Streams
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -77,6 +81,30 @@ def make_model(family: str = "llama", seed: int = 0, base_changes: Any = None, *
     streams = Streams(config, base.args.hidden_size)
     randomise(streams, seed + 1)
     return SpecStreamModel(base, family, config, streams)
+
+
+def save_directory(model: SpecStreamModel, path: Path) -> Path:
+    """Write a model as ``convert`` does: an MLX directory with streams and a tokenizer of one word per id."""
+    path.mkdir(parents=True)
+    config = base_config(model.model_type) | {"eos_token_id": END_OF_TEXT}
+    (path / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.base.parameters())))
+    save_streams(model, path)
+    words = {f"w{index}": index for index in range(VOCAB_SIZE)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=f"w{END_OF_TEXT}").save_pretrained(str(path))
+    return path
+
+
+def save_streams(model: SpecStreamModel, path: Path) -> None:
+    """Write the two stream files alone, which make a sidecar."""
+    assert model.stream_config is not None
+    assert model.streams is not None
+    path.mkdir(parents=True, exist_ok=True)
+    (path / CONFIG_NAME).write_text(json.dumps(model.stream_config.to_dict()))
+    tensors = {f"specstream.{name}": value for name, value in tree_flatten(model.streams.parameters())}
+    mx.save_safetensors(str(path / WEIGHTS_NAME), tensors)
 
 
 class NumberTokenizer(TokenizerWrapper):

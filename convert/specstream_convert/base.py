@@ -21,6 +21,7 @@ from specstream_convert.safetensors_io import TensorFile, TensorInfo, open_tenso
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
+_TOO_LARGE = (MemoryError, OverflowError)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 INDEX_NAME = "model.safetensors.index.json"
 ROPE_TYPES = {
@@ -147,8 +148,11 @@ def open_base(path: Path, name: str, revision: str | None = None) -> Base:
     owner = {name: file for file in files for name in file.tensors}
     dropped = _dropped(config, owner)
     kept = {name: file for name, file in owner.items() if name not in dropped}
-    if "quantization" not in config:
-        _check_tensors(path, kept, parameters)
+    if "quantization" in config:
+        parameters_held = _check_quantized(kept, parameters, config["quantization"])
+    else:
+        parameters_held = parameters
+    _check_tensors(path, kept, parameters_held)
     return Base(
         path=path,
         name=name,
@@ -213,6 +217,13 @@ def _check_numbers(config: dict[str, Any], where: Path) -> None:
     layers = config.get("num_hidden_layers")
     if type(layers) is int and layers > 10_000:
         problems.append(f"{where}: num_hidden_layers is {layers}, which no model has")
+    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value < 2**31):
+            problems.append(f"{where}: {name} is {escaped(repr(value))}, expected an integer >= 1")
+    epsilon = config.get("rms_norm_eps")
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
+        problems.append(f"{where}: rms_norm_eps is {escaped(repr(epsilon))}, expected a small number")
     tie = config.get("tie_word_embeddings", False)
     if not isinstance(tie, bool):
         problems.append(f"{where}: tie_word_embeddings is {escaped(repr(tie))}, expected true or false")
@@ -222,8 +233,9 @@ def _check_numbers(config: dict[str, Any], where: Path) -> None:
 
 def _check_quantization(config: dict[str, Any], where: Path) -> None:
     if "quantization" in config:
-        if not isinstance(config["quantization"], dict):
-            raise InvalidInputError(f"{where}: quantization is not an object; restore the file")
+        how = config["quantization"]
+        if not isinstance(how, dict) or not all(type(how.get(name)) is int for name in ("bits", "group_size")):
+            raise InvalidInputError(f"{where}: quantization needs integers bits and group_size; restore the file")
         return
     foreign = config.get("quantization_config")
     if foreign is not None:
@@ -292,9 +304,9 @@ def _lift_rope(config: dict[str, Any], model_type: str, where: Path, notes: list
 def _module_tree(config: dict[str, Any], where: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
     """Parameter shapes and linear layers of mlx-lm's model; its arrays are lazy and never computed."""
     try:
-        model_class, args_class = _get_classes({"model_type": config["model_type"]})
+        model_class, args_class = _get_classes(config)
         model = model_class(args_class.from_dict(config))
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, MemoryError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, RuntimeError, *_TOO_LARGE) as error:
         reason = escaped(" ".join(str(error).split()))
         raise InvalidInputError(f"{where}: mlx-lm cannot build the model ({reason}); restore config.json") from error
     parameters = {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}
@@ -327,6 +339,9 @@ def _same(first: TensorFile, a: str, second: TensorFile, b: str) -> bool:
 
 
 def _check_tensors(path: Path, kept: dict[str, TensorFile], parameters: dict[str, tuple[int, ...]]) -> None:
+    for name in sorted(kept):
+        if f"{name.removesuffix('.weight')}.scales" not in kept and not name.endswith(".scales"):
+            kept[name].require_float(name)
     problems = []
     for name in sorted(set(parameters) - set(kept)):
         problems.append(f"{at(path, name)}: missing from the base's safetensors files; download the base again")
@@ -338,8 +353,31 @@ def _check_tensors(path: Path, kept: dict[str, TensorFile], parameters: dict[str
             problems.append(f"{at(kept[name].path, name)}: shape {shape}, config.json asks for {parameters[name]}")
     if problems:
         raise InvalidInputError(listing(problems))
-    for name, file in kept.items():
-        file.require_float(name)
+
+
+def _check_quantized(
+    kept: dict[str, TensorFile], parameters: dict[str, tuple[int, ...]], quantization: dict[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes a quantised base must have: packed weights where there are scales, plain ones elsewhere."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, shape in parameters.items():
+        module = name.removesuffix(".weight")
+        scales = f"{module}.scales"
+        if not name.endswith(".weight") or scales not in kept:
+            expected[name] = shape
+            continue
+        own = quantization.get(module)
+        how = own if isinstance(own, dict) else quantization
+        bits, group_size = how.get("bits"), how.get("group_size")
+        if type(bits) is not int or type(group_size) is not int or bits < 1 or group_size < 1:
+            raise InvalidInputError(
+                f"config.json: quantization of {escaped(module)} needs integers bits and group_size"
+            )
+        expected[name] = (*shape[:-1], shape[-1] * bits // 32)
+        expected[scales] = (*shape[:-1], shape[-1] // group_size)
+        if f"{module}.biases" in kept:
+            expected[f"{module}.biases"] = expected[scales]
+    return expected
 
 
 def _open_shards(path: Path) -> tuple[TensorFile, ...]:

@@ -25,6 +25,7 @@ from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
 MAX_HEADER = 100_000_000
 FLOATS = ("F32", "BF16", "F16")
+CHECKED = 1 << 22  # values that are looked at together
 _MLX = {
     "F32": mx.float32,
     "BF16": mx.bfloat16,
@@ -91,9 +92,16 @@ class TensorFile:
 
     def read_float32(self, name: str) -> mx.array:
         """The tensor ``name`` in float32, refused unless it is a finite F32, BF16 or F16 tensor."""
+        return self.read_finite(name).astype(mx.float32)
+
+    def read_finite(self, name: str) -> mx.array:
+        """The float tensor ``name`` in its stored dtype, refused unless every value is finite."""
         self.require_float(name)
-        value = self.read(name).astype(mx.float32)
-        num_bad = int((~mx.isfinite(value)).sum())
+        value = self.read(name)
+        flat = value.reshape(-1)
+        num_bad = sum(
+            int((~mx.isfinite(flat[start : start + CHECKED])).sum()) for start in range(0, max(1, value.size), CHECKED)
+        )
         if num_bad:
             raise InvalidInputError(
                 f"{at(self.path, name)}: {num_bad} of {value.size} values are NaN or infinite; "
@@ -280,6 +288,8 @@ def write_tensors(
             data = raw_bytes(tensor.value(), tensor)
             file.write(data)
             digest.update(data)
+            del data
+            mx.clear_cache()
             if done is not None:
                 done(tensor.num_bytes)
         file.flush()

@@ -4,7 +4,6 @@ The reference reads the inputs with ``mx.load``, merges in NumPy float64 and run
 opened by ``mlx_lm.utils.load_model``. So this package's reader, merge and writer do not vouch for themselves.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +71,7 @@ class Loader:
     def __call__(self, name: str) -> mx.array:
         value = _load(self.files[name])[name]
         mx.eval(value)
+        mx.clear_cache()
         return value
 
 
@@ -243,7 +243,7 @@ def output_logits(directory: Path, tokens: Array, *, live: bool) -> Array:
 def reference_logits(expected: Expected, tokens: Array) -> Array:
     """Logits (L, V) of the independently merged reference: float32 arithmetic, one layer in memory at a time."""
     base = expected.base
-    model_class, args_class = _get_classes({"model_type": base.model_type})
+    model_class, args_class = _get_classes(base.config)
     model = model_class(args_class.from_dict(base.config))
     model.eval()
     source = Loader({name: file.path for name, file in base.tensors.items()})
@@ -263,9 +263,7 @@ def _reference_tensor(name: str, source: Loader, changed: dict[str, Lora], expec
         value = _dequantized(module, source, expected.base.config["quantization"])
     item = changed.get(name)
     if item is not None and expected.placement == "merged":
-        a, b = _reference_factors(item)
-        summed = to_numpy(value).astype(np.float64) + item.scale * (b @ a)
-        value = mx.array(summed.astype(np.float32)).astype(mlx_dtype(expected.stored(name)))
+        value = _merged_in_float64(value, item).astype(mlx_dtype(expected.stored(name)))
     elif not expected.base.quantized:
         value = value.astype(mlx_dtype(expected.stored(name)))
     if expected.quantization is not None and value.ndim == 2:
@@ -274,9 +272,19 @@ def _reference_tensor(name: str, source: Loader, changed: dict[str, Lora], expec
             value = mx.dequantize(*mx.quantize(value, **how), **how)
     value = value.astype(mx.float32)
     if item is not None and expected.placement == "live":
-        a, b = _reference_factors(item)
-        value = value + mx.array((item.scale * (b @ a)).astype(np.float32))
+        value = _merged_in_float64(value, item)
     return value
+
+
+def _merged_in_float64(weight: mx.array, item: Lora) -> mx.array:
+    """``W + s * B @ A`` summed in float64 block by block, in float32."""
+    a, b = _reference_factors(item)
+    result = np.empty(weight.shape, np.float32)
+    block = max(1, ROWS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], block):
+        rows = slice(start, start + block)
+        result[rows] = to_numpy(weight[rows]).astype(np.float64) + item.scale * (b[rows] @ a)
+    return mx.array(result)
 
 
 def _dequantized(module: str, source: Loader, quantization: dict[str, Any]) -> mx.array:
@@ -300,7 +308,7 @@ def _by_layers(model: nn.Module, ids: mx.array, fill: Callable[[nn.Module, str],
         hidden = layer(hidden, mask, None)
         mx.eval(hidden)
         del layer
-        gc.collect()
+        mx.clear_cache()
     fill(inner.norm, "model.norm.")
     hidden = inner.norm(hidden)
     if "lm_head" not in model:
@@ -334,7 +342,7 @@ def compare_reference_logits(directory: Path, path: Path, expected: Expected) ->
 def read_reference_logits(path: Path, vocab_size: int) -> tuple[Array, Array]:
     """``tokens`` and ``logits`` of an npz, checked; nothing pickled is read."""
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             missing = [name for name in ("tokens", "logits") if name not in held]
             if missing:
                 raise InvalidInputError(

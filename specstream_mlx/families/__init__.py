@@ -43,12 +43,21 @@ FAMILIES: dict[str, type[DecoderFamily]] = {
 }
 
 
+def check_supported(model_type: object, where: str = "model_type") -> None:
+    """Refuse families that are not verified here, before any weight is read.
+
+    Raises:
+        UnsupportedError: the family is not among ``FAMILIES``.
+    """
+    if model_type not in FAMILIES:
+        raise UnsupportedError(f"{where}: {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+
+
 def family_of(base: Any, model_type: str) -> DecoderFamily:
     """The family of a loaded mlx-lm model.
 
     Raises:
         UnsupportedError: the family is not one we have verified.
     """
-    if model_type not in FAMILIES:
-        raise UnsupportedError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    check_supported(model_type)
     return FAMILIES[model_type](base)

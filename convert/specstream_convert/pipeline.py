@@ -488,8 +488,7 @@ def _tensor_out(plan: Plan, name: str) -> TensorOut:
             return cast(merged(file.read_float32(name), item), stored, at(file.path, name))
         if info.dtype not in FLOATS:
             return file.read(name)
-        file.read_float32(name)  # refuses values that are not finite
-        return cast(file.read(name), stored, at(file.path, name))
+        return cast(file.read_finite(name), stored, at(file.path, name))
 
     return TensorOut(name, stored, info.shape, value)
 
@@ -498,7 +497,7 @@ def _write_quantized(
     plan: Plan, directory: Path, outs: dict[str, TensorOut], config: dict[str, Any], count: Callable[[int], None]
 ) -> dict[str, Any]:
     assert plan.quantization is not None
-    model_class, args_class = _get_classes({"model_type": config["model_type"]})
+    model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
     model.load_weights([(name, out.value()) for name, out in outs.items()])
     try:

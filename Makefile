@@ -1,0 +1,66 @@
+# make demo and make test work on a fresh clone: they create .venv, install into it, and re-use it until
+# pyproject.toml changes.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
+RUN = scripts/with-openblas
+
+# One BLAS thread per process: the models of the tests are too small to share.
+export OMP_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed ## Install, answer a sample question, and compare with plain decoding
+	@echo '== specstream-mlx generate'
+	@$(RUN) $(BIN)/specstream-mlx generate
+	@echo
+	@echo '== benchmarks/side_by_side.py'
+	@$(RUN) $(BIN)/python benchmarks/side_by_side.py
+
+test: $(VENV)/.tested ## Install with the test extras and run the tests
+	$(RUN) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.linted ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.linted ## Rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and the caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo 'make: Python 3.11 or newer is needed; set PYTHON=/path/to/python3' >&2; exit 1; }
+	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	       && { apt-get update -qq && apt-get install -y -qq python3-venv; } >/dev/null 2>&1 \
+	       && $(PYTHON) -m venv --clear $(VENV); } \
+	  || { echo 'make: cannot create a virtual environment; install python3-venv, or set PYTHON' >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	@echo '== installing specstream-mlx'
+	@$(PIP) install -e .
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed pyproject.toml
+	@echo '== installing the test extras'
+	@$(PIP) install -e '.[test,torch]'
+	@touch $@
+
+$(VENV)/.linted: $(VENV)/.tested pyproject.toml
+	@echo '== installing the development tools'
+	@$(PIP) install -e '.[dev]'
+	@touch $@

@@ -1,0 +1,115 @@
+"""Standard output belongs to the answer; everything else that speaks, speaks on standard error."""
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TextIO
+
+from specstream_cli.validation import usage_error
+
+Progress = Callable[[str, int, int], None]
+
+
+def to_stderr(line: str) -> None:
+    """Write one line to standard error; a reader that went away is not an error."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)
+
+
+class ReaderGone(Exception):
+    """Whoever read our standard output stopped reading. Not an OSError, which typer would take for its own."""
+
+
+class Answer:
+    """Standard output while a command runs; every write is flushed, so a reader sees text as it is made."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        """Write ``text`` at once.
+
+        Raises:
+            ReaderGone: the reader went away.
+            UsageError: the text cannot be stored, for instance because the disk is full.
+        """
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            silence_stdout()
+            raise ReaderGone from None
+        except OSError as error:
+            silence_stdout()
+            raise usage_error(f"standard output: the answer cannot be written ({error.strerror})") from error
+
+    def write_json(self, document: Mapping[str, Any]) -> None:
+        """Write ``document`` as one line of strict JSON."""
+        self.write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def answer() -> Iterator[Answer]:
+    """Reserve standard output for the answer; what libraries print meanwhile goes to standard error."""
+    stdout = sys.stdout
+    if stdout is None:
+        raise usage_error("standard output is closed; the answer has nowhere to go")
+    reconfigure = getattr(stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")  # a terminal that is not UTF-8 loses a character, not the answer
+    with contextlib.redirect_stdout(sys.stderr):
+        yield Answer(stdout)
+
+
+def silence_stdout() -> None:
+    """Point standard output at the null device, so that the interpreter's last flush cannot fail."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+
+
+def quieten_libraries(*, offline: bool, debug: bool) -> None:
+    """Set up transformers and huggingface_hub, which read the environment at their first import.
+
+    ``offline`` forbids the network: nobody named a repository, so nothing may be looked up in one.
+    """
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants = sys.modules.get("huggingface_hub.constants")
+        if constants is not None:  # imported already (python -m specstream_mlx), and read only then
+            vars(constants)["HF_HUB_OFFLINE"] = True
+    if not is_terminal():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        warnings.simplefilter("ignore")
+
+
+def is_terminal() -> bool:
+    """Whether standard error is watched by a person."""
+    return sys.stderr.isatty()
+
+
+@contextlib.contextmanager
+def progress_bar(*, quiet: bool = False) -> Iterator[Progress | None]:
+    """A ``progress(stage, done, total)`` that draws a bar on standard error, or None where nobody watches."""
+    if quiet or not is_terminal():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        stages: dict[str, TaskID] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.update(stages[stage], completed=done, total=total)
+
+        yield progress

@@ -1,0 +1,248 @@
+"""Break the code on purpose and see the tests turn red.
+
+    scripts/with-openblas python -m tests.breaks [NAME ...]
+
+Each break is one edit of one file, made in a temporary copy of the repository, with the test that must catch it. The
+exit code is 1 when a break goes unnoticed.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("specstream_mlx", "convert", "cli", "tests", "benchmarks", "recipes", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Break:
+    """Replace ``old`` by ``new`` in ``file``; ``test`` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+LOSSLESS = "tests/test_lossless.py::"
+BREAKS = (
+    Break(
+        "the tree mask shows every earlier row",
+        "specstream_mlx/tree_attention.py",
+        "if np.array_equal(visible, np.tri(length, dtype=np.bool_)):",
+        "if True:",
+        LOSSLESS + "test_tokens_equal_mlx_lm_in_every_family",
+    ),
+    Break(
+        "positions count rows instead of depths",
+        "specstream_mlx/model.py",
+        "positions = None if consecutive else mx.array(depths + start)",
+        "positions = None",
+        LOSSLESS + "test_tokens_equal_mlx_lm_in_every_family",
+    ),
+    Break(
+        "commit keeps the first rows whatever was accepted",
+        "specstream_mlx/tree_attention.py",
+        "    if in_place < len(rows):",
+        "    if False:",
+        LOSSLESS + "test_tokens_equal_mlx_lm_in_every_family",
+    ),
+    Break(
+        "commit leaves one rejected row in the cache",
+        "specstream_mlx/tree_attention.py",
+        "    cache.offset = end",
+        "    cache.offset = end + 1",
+        LOSSLESS + "test_tokens_equal_mlx_lm_in_every_family",
+    ),
+    Break(
+        "main rows see stream rows",
+        "specstream_mlx/tree_attention.py",
+        "[tree_mask, np.zeros((size, size * gamma), dtype=np.bool_)],",
+        "[tree_mask, np.ones((size, size * gamma), dtype=np.bool_)],",
+        LOSSLESS + "test_tokens_equal_mlx_lm_for_every_kind_of_stream",
+    ),
+    Break(
+        "stream rows stay in the caches",
+        "specstream_mlx/model.py",
+        "            drop_rows(caches[index], start)",
+        "            pass",
+        LOSSLESS + "test_tokens_equal_mlx_lm_for_every_kind_of_stream",
+    ),
+    Break(
+        "pruned and unpruned rows are mixed up in commit",
+        "specstream_mlx/model.py",
+        "unpruned if index < self.prune_layer else nodes",
+        "nodes",
+        LOSSLESS + "test_early_exit_pruning_changes_no_token",
+    ),
+    Break(
+        "the trunk is not pruned along",
+        "specstream_mlx/model.py",
+        "trunk[:, rows] if layer > trunk_layer else trunk",
+        "trunk",
+        "tests/test_model.py::test_streams_after_pruning_are_those_of_the_surviving_path",
+    ),
+    Break(
+        "any child is accepted",
+        "specstream_mlx/verification.py",
+        "children.get((nodes[-1], tokens[-1]))",
+        "next((child for (parent, _), child in children.items() if parent == nodes[-1]), None)",
+        LOSSLESS + "test_always_right_and_always_wrong_drafters",
+    ),
+    Break(
+        "acceptance stops one node early",
+        "specstream_mlx/verification.py",
+        "tokens[-1] not in stop_tokens and len(tokens) != max_tokens:",
+        "tokens[-1] not in stop_tokens and len(tokens) < 4:",
+        LOSSLESS + "test_always_right_and_always_wrong_drafters",
+    ),
+    Break(
+        "the walk goes on after end-of-text",
+        "specstream_mlx/verification.py",
+        "tokens[-1] not in stop_tokens and len(tokens) != max_tokens:",
+        "len(tokens) != max_tokens:",
+        LOSSLESS + "test_end_of_text_and_max_tokens_inside_an_accepted_path",
+    ),
+    Break(
+        "the walk goes on after max_tokens",
+        "specstream_mlx/verification.py",
+        "tokens[-1] not in stop_tokens and len(tokens) != max_tokens:",
+        "tokens[-1] not in stop_tokens:",
+        LOSSLESS + "test_end_of_text_and_max_tokens_inside_an_accepted_path",
+    ),
+    Break(
+        "every node draws with the root's key",
+        "specstream_mlx/sampling.py",
+        "self._restore(self.num_drawn + depth)",
+        "self._restore(self.num_drawn)",
+        LOSSLESS + "test_sampled_text_depends_on_the_seed_alone",
+    ),
+    Break(
+        "nodes of one depth draw one after another",
+        "specstream_mlx/sampling.py",
+        "                self._restore(self.num_drawn + depth)",
+        "                pass",
+        LOSSLESS + "test_sampled_text_depends_on_the_seed_alone",
+    ),
+    Break(
+        "processors do not see the path",
+        "specstream_mlx/sampling.py",
+        "mx.array(tree.ancestors(node))",
+        "mx.array([0])",
+        LOSSLESS + "test_logits_processors_see_each_path",
+    ),
+    Break(
+        "a prefill chunk is dropped",
+        "specstream_mlx/generate.py",
+        "for begin in range(0, len(tokens), step_size):",
+        "for begin in range(0, max(len(tokens) - step_size, 1), step_size):",
+        LOSSLESS + "test_prefill_in_chunks",
+    ),
+    Break(
+        "the last token is missing from a kept cache",
+        "specstream_mlx/generate.py",
+        "        if loop.keeps_cache:",
+        "        if False:",
+        LOSSLESS + "test_a_prompt_cache_continues_like_mlx_lm",
+    ),
+    Break(
+        "an abandoned pass stays in the cache",
+        "specstream_mlx/generate.py",
+        "            model.commit(launched.verified, [0], caches)",
+        "            pass",
+        LOSSLESS + "test_closing_the_generator",
+    ),
+    Break(
+        "streams see other nodes' streams",
+        "specstream_mlx/tree_attention.py",
+        "own = np.kron(np.eye(size, dtype=np.bool_), np.tri(gamma, dtype=np.bool_))",
+        "own = np.tri(size * gamma, dtype=np.bool_)",
+        "tests/test_model.py::test_parallel_and_deferred_insertion",
+    ),
+    Break(
+        "a stream sits one position late",
+        "specstream_mlx/model.py",
+        "np.arange(1, self.gamma + 1, dtype=np.int32)",
+        "np.arange(2, self.gamma + 2, dtype=np.int32)",
+        "tests/test_parity.py",
+    ),
+    Break(
+        "stream identities are shifted by one",
+        "specstream_mlx/streams.py",
+        "rows = rows + self.stream_embeddings",
+        "rows = rows + mx.roll(self.stream_embeddings, 1, axis=0)",
+        "tests/test_parity.py",
+    ),
+    Break(
+        "values turn the other way",
+        "specstream_mlx/tree_attention.py",
+        "angle = stream_index.astype(mx.float32) * epsilon",
+        "angle = -stream_index.astype(mx.float32) * epsilon",
+        "tests/test_parity.py",
+    ),
+    Break(
+        "stream LoRA acts on main rows too",
+        "specstream_mlx/streams.py",
+        "        if num_main is None:\n            return y",
+        "        num_main = num_main or 0",
+        "tests/test_parity.py",
+    ),
+    Break(
+        "rows rotate by their index",
+        "specstream_mlx/tree_attention.py",
+        "        if positions is None:\n            return self._rope(x, offset=offset)",
+        "        if True:\n            return self._rope(x, offset=offset)",
+        "tests/test_tree_attention.py::test_rope_gives_every_row_its_own_position",
+    ),
+)
+
+
+def goes_unnoticed(broken: Break) -> bool:
+    """Apply one break to a copy and run its test; True when the test still passes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in COPIED:
+            source, target = ROOT / name, Path(folder) / name
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, target)
+        file = Path(folder) / broken.file
+        text = file.read_text(encoding="utf-8")
+        if text.count(broken.old) != 1:
+            raise SystemExit(f"{broken.name}: {broken.file} holds the text to break {text.count(broken.old)} times")
+        file.write_text(text.replace(broken.old, broken.new), encoding="utf-8")
+        test, _, name = broken.test.partition("::")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
+        command += ["-k", name] if name else []
+        environment = os.environ | {"PYTHONPATH": folder}
+        finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        if finished.returncode not in (0, 1):
+            raise SystemExit(
+                f"{broken.name}: the tests did not run:\n{finished.stdout[-2000:]}{finished.stderr[-2000:]}"
+            )
+        return finished.returncode == 0
+
+
+def main() -> int:
+    """Break one thing after another."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("names", nargs="*", help="only breaks whose name holds one of these words")
+    wanted = parser.parse_args().names
+    unnoticed = 0
+    chosen = [broken for broken in BREAKS if not wanted or any(word in broken.name for word in wanted)]
+    for broken in chosen:
+        passed = goes_unnoticed(broken)
+        unnoticed += passed
+        print(f"{'GOES UNNOTICED' if passed else 'red':14} {broken.name}  ({broken.test})", flush=True)
+    print(f"{len(chosen) - unnoticed} of {len(chosen)} breaks are caught")
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""What the documents tell a reader to type exists, and the files they name are there."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from specstream_cli.app import app
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAM = get_command(app)
+LINES = [line.strip() for block in re.findall(r"```\w*\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = {
+    "generate": "--model --adapter --prompt --system-prompt --chat-template-config --ignore-chat-template --max-tokens "
+    "--stop --extra-eos-token --temp --top-p --top-k --min-p --xtc-probability --xtc-threshold --seed --draft --tree "
+    "--insertion --prune-threshold --prefill-step-size --json --quiet --debug",
+    "convert": "--hf-path --model --adapter-path --adapter-name --streams-path --specstream-config --mlx-path "
+    "--overwrite --fuse --keep-adapters --adapter-only --quantize --q-bits --q-group-size --q-mode --dtype --key-map "
+    "--ignore-keys --recompute-init --lora-only --allow-pickle --trust-remote-code --dry-run --verify --no-verify "
+    "--reference-logits --upload-repo --json --quiet --debug",
+    "inspect": "--model --json --debug",
+}
+
+
+def long_options(name):
+    options = [
+        option for parameter in PROGRAM.commands[name].params for option in [*parameter.opts, *parameter.secondary_opts]
+    ]
+    return {option for option in options if option.startswith("--")}
+
+
+def test_the_program_has_these_commands_and_no_stubs():
+    assert set(PROGRAM.commands) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_has_exactly_its_documented_options(name):
+    assert long_options(name) == set(COMMANDS[name].split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_explains_itself(name, run):
+    result = run(name, "--help")
+    assert (result.code, result.stderr) == (0, "")
+    for parameter in PROGRAM.commands[name].params:
+        assert parameter.help, parameter.name
+        assert parameter.opts[0] in result.stdout or parameter.param_type_name == "argument"
+
+
+def test_make_demo_and_make_test_are_the_first_commands():
+    assert LINES[:2] == ["make demo", "make test"]
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test", "lint", "help"):
+        assert re.search(rf"^{target}:", makefile, re.M)
+
+
+def test_the_commands_of_the_readme_exist():
+    lines = [line for line in LINES if line.startswith("specstream-mlx ")]
+    assert len(lines) >= 9
+    for line in lines:
+        words = shlex.split(line.split("   ")[0])
+        options = {word for word in words if word.startswith("--")}
+        assert options <= long_options(words[1]), line
+
+
+def test_the_benchmark_commands_of_the_readme_parse():
+    spec = importlib.util.spec_from_file_location("side_by_side", ROOT / "benchmarks" / "side_by_side.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    lines = [line for line in LINES if line.startswith("python benchmarks/")]
+    assert len(lines) == 2
+    for line in lines:
+        script.parse(shlex.split(line)[2:])
+
+
+def test_the_files_of_the_readme_are_there():
+    tree = README.split("## Files")[1].split("```")[1].strip("\n").splitlines()
+    folder = ROOT
+    for line in tree:
+        name = line.split()[0]
+        path = folder / name if line.startswith(" ") else ROOT / name
+        assert path.exists(), path
+        if not line.startswith(" "):
+            folder = path
+
+
+def test_every_link_of_the_readme_to_a_file_leads_somewhere():
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / target).exists(), target
