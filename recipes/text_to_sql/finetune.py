@@ -40,7 +40,7 @@ class FinetuneSettings:
     """
 
     seed: int = 1
-    num_steps: int = 1800
+    num_steps: int = 2400
     batch_size: int = 16
     gamma: int = 4
     num_stream_layers: int = 2
