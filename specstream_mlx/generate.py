@@ -104,6 +104,7 @@ class _Loop:
     keeps_cache: bool  # whether somebody goes on with the caches afterwards
     statistics: DraftStatistics = field(init=False)
     parking: Parking = field(default_factory=Parking)
+    drafted: bool = False  # whether streams were run for the pass under way
 
     def __post_init__(self) -> None:
         self.statistics = DraftStatistics([0] * self.model.gamma, [0] * self.model.gamma)
@@ -132,7 +133,8 @@ class _Loop:
     ) -> tuple[DraftTree, mx.array]:
         """The next tree, from the streams anchored at the last accepted node."""
         max_depth = remaining - 1 if self.plan.mode == "auto" and remaining is not None else None
-        if self.parked or max_depth == 0:
+        self.drafted = not self.parked and max_depth != 0
+        if not self.drafted:
             return DraftTree.chain(0), mx.array([root])
         if verified.stream_hidden is None:
             self.statistics.stream_passes += 1
@@ -183,7 +185,7 @@ def generate_tokens(
             tokens = list(accepted.tokens)
             loop.statistics.record(verified.tree, accepted.num_drafts)
             loop.sampler.advance(len(tokens))
-            loop.parking.record(verified.tree.size > 1, accepted.num_drafts)
+            loop.parking.record(loop.drafted, accepted.num_drafts)
             if loop.history is not None:
                 loop.history += [root, *tokens[:-1]]
             root = tokens[-1]
