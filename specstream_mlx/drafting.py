@@ -139,6 +139,11 @@ class Parking:
         """Whether the next pass should be plain decoding."""
         return self._passes_left > 0
 
+    @property
+    def stays_parked(self) -> bool:
+        """Whether the pass after the next one should be plain too."""
+        return self._passes_left > 1
+
 
 def top_candidates(stream_logits: mx.array, count: int) -> mx.array:
     """The ``count`` likeliest tokens of every stream in falling order, (gamma, V) -> (gamma, count) ids."""
