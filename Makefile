@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
 RUN = scripts/with-openblas
+TESTED_TORCH = torch==2.13.0
 
 # One BLAS thread per process: the models of the tests are too small to share.
 export OMP_NUM_THREADS ?= 1
@@ -57,6 +58,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 
 $(VENV)/.tested: $(VENV)/.installed pyproject.toml
 	@echo '== installing the test extras'
+	@$(PIP) install '$(TESTED_TORCH)'
 	@$(PIP) install -e '.[test,torch]'
 	@touch $@
 

@@ -61,6 +61,12 @@ def load(
         raise InvalidInputError(f"{path}: a PEFT adapter, not a model; run specstream-mlx convert on it first")
     config = read_json(path / "config.json")
     check_supported(config.get("model_type"), f"{path / 'config.json'}: model_type")
+    if "rope_parameters" in config and "rope_theta" not in config and config["model_type"] != "qwen3":
+        # mlx-lm reads rope_parameters for qwen3 alone and would fall back to a default base elsewhere.
+        raise UnsupportedError(
+            f"{path / 'config.json'}: rope_parameters (transformers 5), which mlx-lm does not read for this family, so "
+            "all positions would be wrong; put its rope_theta (and rope_scaling) at the top level"
+        )
     weight_files = sorted(path.glob("model*.safetensors"))
     if not weight_files:
         raise InvalidInputError(f"{path}: no model*.safetensors; give an MLX model directory (see convert)")

@@ -13,6 +13,7 @@ DraftMode = Literal["auto", "tree", "chain", "off"]
 Insertion = Literal["deferred", "parallel"]
 
 DEFAULT_BUDGET = 8
+AUTO_MIN_PROBABILITY = 0.1  # a drafted node less likely than this to be accepted rarely pays for its row
 MAX_NODES = 1024
 # Acceptance of a stream's k-th guess, given its parent was right: what a fine-tuned model typically shows. It only
 # shapes the default tree; calibration replaces it by what the model at hand does.
@@ -48,12 +49,16 @@ class DraftReport:
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """How to draft: a fixed tree, or a best-first tree of up to ``budget`` nodes made anew in every pass."""
+    """How to draft: a fixed tree, or a best-first tree made anew in every pass.
+
+    The latter has up to ``budget`` nodes, each on a path that the streams give at least ``min_probability``.
+    """
 
     mode: DraftMode
     gamma: int
     tree: DraftTree | None
     budget: int
+    min_probability: float = 0.0
     insertion: Insertion = "deferred"
     prune_threshold: float | None = None
     source: str = "default"
@@ -62,6 +67,11 @@ class DraftPlan:
     def drafts(self) -> bool:
         """Whether streams are used at all."""
         return self.budget > 0
+
+    @property
+    def floor(self) -> float:
+        """``min_probability`` as a log-probability."""
+        return math.log(self.min_probability) if self.min_probability > 0 else -math.inf
 
     def report(self) -> DraftReport:
         """The plan in the terms of ``generate --json``."""
@@ -86,7 +96,7 @@ class DraftPlan:
             candidates = top_candidates(stream_logits, min(self.budget, stream_logits.shape[-1]))
             logprobs = stream_logits - mx.logsumexp(stream_logits, axis=-1, keepdims=True)
             ranked = mx.take_along_axis(logprobs, candidates, axis=-1)[:depth].astype(mx.float32)
-            tree = DraftTree.best_first(ranked.tolist(), self.budget)  # type: ignore[arg-type]
+            tree = DraftTree.best_first(ranked.tolist(), self.budget, self.floor)  # type: ignore[arg-type]
         if tree.size == 1:
             return tree, mx.array([root])
         drafted = candidates[mx.array(tree.depths[1:]) - 1, mx.array(tree.ranks[1:])]
@@ -111,7 +121,7 @@ class Parking:
         self._passes_left = 0
 
     def record(self, drafted: bool, num_accepted: int) -> None:
-        """Count one pass; ``drafted`` says whether its tree held more than the root."""
+        """Count one pass; ``drafted`` says whether streams were run for it."""
         if not drafted:
             self._passes_left = max(self._passes_left - 1, 0)
             return
@@ -128,6 +138,11 @@ class Parking:
     def parked(self) -> bool:
         """Whether the next pass should be plain decoding."""
         return self._passes_left > 0
+
+    @property
+    def stays_parked(self) -> bool:
+        """Whether the pass after the next one should be plain too."""
+        return self._passes_left > 1
 
 
 def top_candidates(stream_logits: mx.array, count: int) -> mx.array:
@@ -158,7 +173,7 @@ def make_plan(mode: DraftMode, gamma: int, options: DraftOptions | None = None, 
         raise UsageError(f"tree {options.tree!r} goes with draft 'tree' or 'auto', not {mode!r}")
     insertion = options.insertion or "deferred"
     if mode == "off" or gamma == 0:
-        return DraftPlan(mode, gamma, DraftTree.chain(0), 0, insertion)
+        return DraftPlan(mode, gamma, DraftTree.chain(0), 0, insertion=insertion)
     source = "default" if options.tree is None else "user"
     if options.tree is not None:
         tree, budget = _parse_tree(options.tree, gamma, vocab_size)
@@ -169,7 +184,8 @@ def make_plan(mode: DraftMode, gamma: int, options: DraftOptions | None = None, 
         budget = tree.size - 1
     else:
         tree, budget = None, DEFAULT_BUDGET
-    return DraftPlan(mode, gamma, tree, budget, insertion, options.prune_threshold, source)
+    min_probability = AUTO_MIN_PROBABILITY if mode == "auto" and options.tree is None else 0.0
+    return DraftPlan(mode, gamma, tree, budget, min_probability, insertion, options.prune_threshold, source)
 
 
 def default_tree(gamma: int, budget: int = DEFAULT_BUDGET) -> DraftTree:

@@ -104,6 +104,7 @@ class _Loop:
     keeps_cache: bool  # whether somebody goes on with the caches afterwards
     statistics: DraftStatistics = field(init=False)
     parking: Parking = field(default_factory=Parking)
+    drafted: bool = False  # whether streams were run for the pass under way
 
     def __post_init__(self) -> None:
         self.statistics = DraftStatistics([0] * self.model.gamma, [0] * self.model.gamma)
@@ -112,6 +113,11 @@ class _Loop:
     def parked(self) -> bool:
         """Whether drafting is left off for now."""
         return not self.plan.drafts or (self.plan.mode == "auto" and self.parking.parked)
+
+    def goes_on_plainly(self, launched: _Launched) -> bool:
+        """Whether the pass after this one is plain decoding too, so that it can start before this one is read back."""
+        stays = not self.plan.drafts or (self.parked and self.parking.stays_parked and not self.drafted)
+        return stays and launched.verified.tree.size == 1 and self.history is None
 
     def launch(self, tree: DraftTree, node_tokens: mx.array) -> _Launched:
         """Start a verification pass and the target's draws on it."""
@@ -132,7 +138,8 @@ class _Loop:
     ) -> tuple[DraftTree, mx.array]:
         """The next tree, from the streams anchored at the last accepted node."""
         max_depth = remaining - 1 if self.plan.mode == "auto" and remaining is not None else None
-        if self.parked or max_depth == 0:
+        self.drafted = not self.parked and max_depth != 0
+        if not self.drafted:
             return DraftTree.chain(0), mx.array([root])
         if verified.stream_hidden is None:
             self.statistics.stream_passes += 1
@@ -161,17 +168,21 @@ def generate_tokens(
     if loop.history is not None:
         loop.history = prompt[:-1]
     launched: _Launched | None = None
+    ahead: _Launched | None = None
     tokens: list[int] = []
     tree, node_tokens, root = DraftTree.chain(0), mx.array(prompt[-1:]), prompt[-1]
     try:
         while True:
+            remaining = max_tokens - loop.statistics.generation_tokens if max_tokens > 0 else None
             with mx.stream(generation_stream):
-                launched = loop.launch(tree, node_tokens)
+                launched, ahead = ahead or loop.launch(tree, node_tokens), None
+                if remaining != 1 and loop.goes_on_plainly(launched):
+                    loop.sampler.advance(1)
+                    ahead = loop.launch(DraftTree.chain(0), launched.drawn)
             if tokens:
                 yield tokens
             elif progress is not None:
                 progress(len(prompt), len(prompt))
-            remaining = max_tokens - loop.statistics.generation_tokens if max_tokens > 0 else None
             verified = launched.verified
             accepted = accept(
                 verified.tree,
@@ -182,27 +193,33 @@ def generate_tokens(
             )
             tokens = list(accepted.tokens)
             loop.statistics.record(verified.tree, accepted.num_drafts)
-            loop.sampler.advance(len(tokens))
-            loop.parking.record(verified.tree.size > 1, accepted.num_drafts)
+            loop.parking.record(loop.drafted, accepted.num_drafts)
             if loop.history is not None:
                 loop.history += [root, *tokens[:-1]]
             root = tokens[-1]
-            with mx.stream(generation_stream):
-                model.commit(verified, accepted.nodes, caches)
-                launched = None
-                if root in stop_tokens or len(tokens) == remaining:
-                    break
-                left = None if remaining is None else remaining - len(tokens)
-                tree, node_tokens = loop.draft(verified, accepted.nodes[-1], root, left)
+            finished = root in stop_tokens or len(tokens) == remaining
+            if ahead is None:
+                loop.sampler.advance(len(tokens))
+                with mx.stream(generation_stream):
+                    model.commit(verified, accepted.nodes, caches)
+                    launched = None
+                    if not finished:
+                        left = None if remaining is None else remaining - len(tokens)
+                        tree, node_tokens = loop.draft(verified, accepted.nodes[-1], root, left)
+            if finished:
+                break
             if loop.statistics.target_passes % _CLEAR_CACHE_EVERY == 0:
                 mx.clear_cache()
-        if loop.keeps_cache:
+        if ahead is not None:  # it has fed the last token already
+            loop.sampler.advance(0)
+        elif loop.keeps_cache:
             prefill(model, [root], caches, prefill_step_size, None, 1)
+        launched = None
         yield tokens
     finally:
-        if launched is not None:  # closed while a pass was under way: its root has been yielded, nothing else
+        if launched is not None:  # closed while passes were under way: the first one's root has been yielded, no more
             model.commit(launched.verified, [0], caches)
-            loop.sampler.advance(0)
+            loop.sampler.advance(0 if ahead is None else -1)
 
 
 def prefill(

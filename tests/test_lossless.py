@@ -127,6 +127,22 @@ def test_always_right_and_always_wrong_drafters_give_the_same_text(draft):
         assert responses[-1].tokens_per_pass == pytest.approx(41 / passes)
 
 
+def test_parking_and_probing_change_no_token():
+    """Red when: a pass launched ahead of a parked one is counted, sampled or rolled back wrongly."""
+    model = make_model("llama", seed=7)
+    prompt = random_prompt(12, seed=5)
+    for temp in (0.0, 0.9):
+        sampler = make_sampler(temp)
+        expected = plain_tokens(model.base, prompt, 90, end_of_text=(), seed=4, sampler=sampler)
+        tokenizer = NumberTokenizer(end_of_text=())
+        with drafter(model, expected, len(prompt), 0.1, seed=3):
+            responses = list(stream_generate(model, tokenizer, prompt, 90, sampler=sampler, seed=4))
+        assert [token for response in responses for token in response.tokens] == expected
+        last = responses[-1]
+        assert 8 <= last.stream_passes < last.target_passes - 16, "it must have parked, and drafted before that"
+        assert last.generation_tokens == last.target_passes + sum(last.accepted_by_depth)
+
+
 @pytest.mark.parametrize("draft", ["chain", "tree"])
 def test_statistics_add_up(draft):
     """Red when: a pass is counted twice, or a draft beyond the end of the text counts as accepted."""
@@ -291,12 +307,13 @@ def test_a_prompt_cache_continues_like_mlx_lm(draft):
     assert {cache.offset for cache in caches} == {len(first) + len(second) + sum(map(len, expected))}
 
 
-def test_closing_the_generator_leaves_the_cache_at_what_was_yielded():
-    """Red when: the rows of the pass under way stay in the caches."""
+@pytest.mark.parametrize("draft", ["off", "chain", "auto"])
+def test_closing_the_generator_leaves_the_cache_at_what_was_yielded(draft):
+    """Red when: the rows of the passes under way stay in the caches."""
     model = make_model("llama", seed=14)
     prompt = random_prompt(9, seed=12)
     caches = model.make_cache()
-    responses = stream_generate(model, NumberTokenizer(end_of_text=()), prompt, 20, prompt_cache=caches)
+    responses = stream_generate(model, NumberTokenizer(end_of_text=()), prompt, 20, draft=draft, prompt_cache=caches)
     tokens = next(responses).tokens + next(responses).tokens
     responses.close()
     assert {cache.offset for cache in caches} == {len(prompt) + len(tokens)}

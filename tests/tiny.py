@@ -182,8 +182,8 @@ def drafter(
     """Replace what the streams predict by a script that knows the right continuation.
 
     With probability ``accuracy`` a stream has the right token among its guesses, at a random one of its first three
-    ranks; otherwise the right token is its last choice. 1.0 with ``accuracy`` always finds, 0.0 never does. The
-    stream pass still runs, so that everything it does to the caches happens.
+    ranks; otherwise the right token is its last choice. 1.0 is always right at rank 0, and sure of it; 0.0 never is.
+    The stream pass still runs, so that everything it does to the caches happens.
     """
     rng = np.random.default_rng(seed)
     original = model.stream_logits
@@ -199,7 +199,7 @@ def drafter(
             right = continuation[index]
             if rng.random() < accuracy:
                 rank = 0 if accuracy == 1 else int(rng.integers(3))
-                upper = order[rank - 1] if rank else order[0] + 2
+                upper = order[rank - 1] if rank else order[0] + (20 if accuracy == 1 else 2)
                 logits[stream, right] = (upper + order[rank]) / 2 if rank else upper
             else:
                 logits[stream, right] = order[-1] - 1
