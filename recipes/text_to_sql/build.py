@@ -103,7 +103,7 @@ def build(out: Path, bundle: Path = BUNDLE, report: Callable[[str], None] = prin
     trained = pretrain(PretrainSettings(), out)
     report(f"base: {trained}")
     write_heldout(HELDOUT)
-    base = rescale(trained, out / "base_rescaled")
+    base = rescale(trained, out / "text-to-sql-base")
     adapter = finetune(FinetuneSettings(), base, out, report=report)
     report(f"fine-tune: {adapter}")
     model = convert_model(base, adapter, out / "model")
