@@ -12,8 +12,7 @@ from specstream_mlx.tree import DraftTree
 DraftMode = Literal["auto", "tree", "chain", "off"]
 Insertion = Literal["deferred", "parallel"]
 
-DEFAULT_BUDGET = 8
-AUTO_MIN_PROBABILITY = 0.1  # a drafted node less likely than this to be accepted rarely pays for its row
+DEFAULT_NODES = 6
 MAX_NODES = 1024
 # Acceptance of a stream's k-th guess, given its parent was right: what a fine-tuned model typically shows. It only
 # shapes the default tree; calibration replaces it by what the model at hand does.
@@ -49,16 +48,12 @@ class DraftReport:
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """How to draft: a fixed tree, or a best-first tree made anew in every pass.
-
-    The latter has up to ``budget`` nodes, each on a path that the streams give at least ``min_probability``.
-    """
+    """How to draft: a fixed tree, or with ``tree`` None a best-first tree of ``budget`` nodes made anew every pass."""
 
     mode: DraftMode
     gamma: int
     tree: DraftTree | None
     budget: int
-    min_probability: float = 0.0
     insertion: Insertion = "deferred"
     prune_threshold: float | None = None
     source: str = "default"
@@ -67,11 +62,6 @@ class DraftPlan:
     def drafts(self) -> bool:
         """Whether streams are used at all."""
         return self.budget > 0
-
-    @property
-    def floor(self) -> float:
-        """``min_probability`` as a log-probability."""
-        return math.log(self.min_probability) if self.min_probability > 0 else -math.inf
 
     def report(self) -> DraftReport:
         """The plan in the terms of ``generate --json``."""
@@ -96,7 +86,7 @@ class DraftPlan:
             candidates = top_candidates(stream_logits, min(self.budget, stream_logits.shape[-1]))
             logprobs = stream_logits - mx.logsumexp(stream_logits, axis=-1, keepdims=True)
             ranked = mx.take_along_axis(logprobs, candidates, axis=-1)[:depth].astype(mx.float32)
-            tree = DraftTree.best_first(ranked.tolist(), self.budget, self.floor)  # type: ignore[arg-type]
+            tree = DraftTree.best_first(ranked.tolist(), self.budget)  # type: ignore[arg-type]
         if tree.size == 1:
             return tree, mx.array([root])
         drafted = candidates[mx.array(tree.depths[1:]) - 1, mx.array(tree.ranks[1:])]
@@ -173,25 +163,21 @@ def make_plan(mode: DraftMode, gamma: int, options: DraftOptions | None = None, 
         raise UsageError(f"tree {options.tree!r} goes with draft 'tree' or 'auto', not {mode!r}")
     insertion = options.insertion or "deferred"
     if mode == "off" or gamma == 0:
-        return DraftPlan(mode, gamma, DraftTree.chain(0), 0, insertion=insertion)
+        return DraftPlan(mode, gamma, DraftTree.chain(0), 0, insertion)
     source = "default" if options.tree is None else "user"
     if options.tree is not None:
         tree, budget = _parse_tree(options.tree, gamma, vocab_size)
-    elif mode == "chain":
-        tree, budget = DraftTree.chain(gamma), gamma
-    elif mode == "tree":
-        tree = default_tree(gamma)
-        budget = tree.size - 1
     else:
-        tree, budget = None, DEFAULT_BUDGET
-    min_probability = AUTO_MIN_PROBABILITY if mode == "auto" and options.tree is None else 0.0
-    return DraftPlan(mode, gamma, tree, budget, min_probability, insertion, options.prune_threshold, source)
+        # Until costs are measured, auto takes the cheapest rows: the chain needs no mask and moves nothing on commit.
+        tree = default_tree(gamma) if mode == "tree" else DraftTree.chain(gamma)
+        budget = tree.size - 1
+    return DraftPlan(mode, gamma, tree, budget, insertion, options.prune_threshold, source)
 
 
-def default_tree(gamma: int, budget: int = DEFAULT_BUDGET) -> DraftTree:
+def default_tree(gamma: int, nodes: int = DEFAULT_NODES) -> DraftTree:
     """The fixed tree used when nothing was calibrated: best-first under typical acceptance."""
     profile = [TYPICAL_ACCEPTANCE[min(depth, len(TYPICAL_ACCEPTANCE) - 1)] for depth in range(gamma)]
-    return DraftTree.best_first([[math.log(rate) for rate in row] for row in profile], budget)
+    return DraftTree.best_first([[math.log(rate) for rate in row] for row in profile], nodes)
 
 
 def _parse_tree(text: str, gamma: int, vocab_size: int) -> tuple[DraftTree | None, int]:

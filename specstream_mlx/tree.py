@@ -19,7 +19,6 @@ committing it to the cache moves nothing.
 
 import heapq
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,14 +52,13 @@ class DraftTree:
         return cls.from_paths(itertools.product(*(range(width) for width in widths)))
 
     @classmethod
-    def best_first(cls, logprobs: Sequence[Sequence[float]], budget: int, floor: float = -math.inf) -> "DraftTree":
+    def best_first(cls, logprobs: Sequence[Sequence[float]], budget: int) -> "DraftTree":
         """The ``budget`` paths of highest probability product, by a heap (DDTree, OPT-Tree).
 
         Args:
             logprobs: per depth, the log-probabilities of its candidates in falling order, (gamma, K). Fixed
                 acceptance statistics give a fixed tree, one pass's stream log-probabilities a tree for that pass.
             budget: number of drafted nodes, the root not counted.
-            floor: least log-probability of a path; fewer nodes are drafted when no more reach it.
         """
         heap: list[tuple[float, Path]] = []
         if logprobs and logprobs[0]:
@@ -68,8 +66,6 @@ class DraftTree:
         paths: list[Path] = []
         while heap and len(paths) < budget:
             cost, path = heapq.heappop(heap)
-            if -cost < floor:
-                break
             paths.append(path)
             depth, rank = len(path), path[-1]
             if rank + 1 < len(logprobs[depth - 1]):

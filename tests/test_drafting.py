@@ -50,7 +50,8 @@ def test_plans_by_mode():
     tree = make_plan("tree", 4).tree
     assert tree == default_tree(4)
     assert tree.max_depth == 4, "the default tree must reach as deep as the streams"
-    assert make_plan("auto", 4).tree is None
+    assert make_plan("auto", 4).tree == DraftTree.chain(4)
+    assert make_plan("auto", 4, DraftOptions("best-first:5")).tree is None
     assert make_plan("tree", 2, DraftOptions("cartesian:3x2")).report().plan == "user"
     assert {default_tree(gamma).max_depth for gamma in range(1, 9)} <= set(range(1, 9))
 

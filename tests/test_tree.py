@@ -82,13 +82,6 @@ def test_best_first_takes_the_likeliest_paths(profile, budget):
     assert sorted((score(path) for path in tree.paths[1:]), reverse=True) == pytest.approx(best)
 
 
-def test_best_first_drafts_nothing_below_the_floor():
-    logprobs = [[math.log(0.6), math.log(0.3)], [math.log(0.5), math.log(0.1)]]
-    paths = DraftTree.best_first(logprobs, 9, floor=math.log(0.2)).paths
-    assert paths == ((), (0,), (0, 0), (1,))
-    assert DraftTree.best_first(logprobs, 9, floor=0.0).paths == ((),)
-
-
 @given(paths=st.lists(st.lists(st.integers(0, 2), max_size=4).map(tuple), max_size=12))
 def test_every_tree_is_a_preorder(paths):
     tree = DraftTree.from_paths(paths)
