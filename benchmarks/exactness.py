@@ -22,8 +22,8 @@ import mlx.core as mx
 import mlx_lm
 from mlx_lm.sample_utils import make_sampler
 
+from recipes.text_to_sql.heldout import HELDOUT
 from specstream_mlx import DraftOptions, load
-from specstream_mlx.bundled import samples
 from tests.tiny import (
     END_OF_TEXT,
     FAMILIES,
@@ -61,9 +61,10 @@ def tiny_arm(family: str, num_prompts: int) -> Arm:
 
 
 def bundled_arm(num_prompts: int) -> Arm:
-    """The bundled model on held-out questions."""
+    """The bundled model on held-out questions of its recipe."""
     model, tokenizer = load()
-    texts = itertools.islice(itertools.cycle(row["prompt"] for row in samples()), num_prompts)
+    lines = HELDOUT.read_text(encoding="utf-8").splitlines()
+    texts = (json.loads(line)["prompt"] for line in itertools.islice(lines, num_prompts))
     prompts = [tokenizer.encode(text) for text in texts]
     return Arm("bundled", model, tokenizer, prompts, tuple(tokenizer.eos_token_ids), 128)
 

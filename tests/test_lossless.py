@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from benchmarks.exactness import bundled_arm, cases, tiny_arm
 from specstream_mlx import DraftOptions, stream_generate
 from tests.tiny import (
     END_OF_TEXT,
@@ -376,3 +377,10 @@ def _property_model():
     if not _MODELS:
         _MODELS.append(make_model("llama", seed=16))
     return _MODELS[0]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "bundled"])
+def test_a_slice_of_the_exactness_grid(name):
+    """Red when: any of the breaks above; ``python -m benchmarks.exactness`` runs the whole grid."""
+    arm = bundled_arm(4) if name == "bundled" else tiny_arm(name, 8)
+    assert [case for equal, case in cases(arm) if not equal] == []
