@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--draft",
         action="append",
         choices=("auto", "tree", "chain", "off"),
-        help="an arm beside mlx-lm; may be repeated (default: chain and auto)",
+        help="an arm beside mlx-lm; may be repeated (default: auto and tree)",
     )
     parser.add_argument("--tree", help="tree of the tree and auto arms, such as best-first:8 or cartesian:2x2x1x1")
     parser.add_argument("--insertion", choices=("deferred", "parallel"), help="how streams are run")
@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON document, indented, to FILE")
     options = parser.parse_args(arguments)
-    options.draft = list(dict.fromkeys(options.draft or ["chain", "auto"]))
+    options.draft = list(dict.fromkeys(options.draft or ["auto", "tree"]))
     return options
 
 

@@ -285,7 +285,9 @@ def test_code_in_a_checkpoint_is_not_run(copy):
 
 
 @pytest.mark.parametrize("path", ["./no/such", "no_such_model", "/no/such/model", "a/b/c", "../x", Path("org/name")])
-def test_a_local_looking_path_is_not_downloaded(path):
+def test_a_local_looking_path_is_not_downloaded(path, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(InvalidInputError, match="no such directory"):
         resolve(path)
 
