@@ -27,7 +27,7 @@ from convert_cases import (
 )
 from mlx_lm.utils import load_adapters, load_model
 
-from specstream_convert import ConvertOptions, convert, pipeline
+from specstream_convert import ConvertOptions, convert, pipeline, plan, write
 from specstream_convert.safetensors_io import TensorOut, open_tensors, write_tensors
 from specstream_convert.verify import output_logits, to_numpy
 from specstream_mlx.config import StreamConfig, read_json
@@ -373,7 +373,7 @@ def test_failed_overwrite_keeps_the_old(case: Case, monkeypatch: pytest.MonkeyPa
 
 
 def scaled(factor: float) -> Callable[..., mx.array]:
-    original = pipeline.merged
+    original = write.merged
     return lambda weight, item: weight + factor * (original(weight, item) - weight)
 
 
@@ -390,7 +390,7 @@ def test_verification_catches(
     case: Case, monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, message: str
 ) -> None:
     """A merge broken on purpose is found, nothing is written; without verification it would have been."""
-    monkeypatch.setattr(pipeline, name, broken)
+    monkeypatch.setattr(write, name, broken)
     before = snapshot(case.root)
     with pytest.raises(VerificationError, match=message):
         convert(case.options())
@@ -399,15 +399,15 @@ def test_verification_catches(
 
 
 def test_verification_catches_a_wrong_sidecar(lossless_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.LoraSet, "live", lambda self, item: tuple(2 * x.T for x in item.read()))
+    monkeypatch.setattr(plan.LoraSet, "live", lambda self, item: tuple(2 * x.T for x in item.read()))
     with pytest.raises(VerificationError, match=r"LoRA differs from s\*B@A"):
         convert(lossless_case.options())
 
 
 def test_verification_catches_a_wrong_config(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rope_theta that did not arrive changes the logits and nothing else."""
-    original = pipeline._write_weights
-    monkeypatch.setattr(pipeline, "_write_weights", lambda *a: original(*a) | {"rope_theta": 10.0})
+    original = write._write_weights
+    monkeypatch.setattr(write, "_write_weights", lambda *a: original(*a) | {"rope_theta": 10.0})
     with pytest.raises(VerificationError, match="logits"):
         convert(case.options())
 

@@ -1,0 +1,363 @@
+"""Open and check every input and decide what becomes of every tensor; nothing is written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from specstream_convert.adapter import (
+    Adapter,
+    LoraPair,
+    compile_ignored,
+    find_adapter,
+    open_adapter,
+    read_renames,
+    stream_file,
+)
+from specstream_convert.base import Base, open_base, resolve_base
+from specstream_convert.checks import check_base_matches, check_coverage, check_lossless
+from specstream_convert.merge import Lora, LoraSet, check_effect
+from specstream_convert.messages import at, escaped, listing
+from specstream_convert.options import DTYPES, ConvertOptions
+from specstream_convert.output import check_tokenizer, tokenizer_directory
+from specstream_convert.peft_config import MERGE_IN_PEFT
+from specstream_convert.report import TensorFate
+from specstream_convert.safetensors_io import FLOATS, TensorFile, open_tensors
+from specstream_convert.streams_in import (
+    WHY_NO_STREAMS,
+    StreamSource,
+    check_streams,
+    from_stream_file,
+    gather,
+    join,
+    read_stream_config,
+)
+from specstream_convert.verify import read_reference_logits
+from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME, StreamConfig
+from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+
+Progress = Callable[[str, int, int], None]
+ADAPTERS = "adapters/adapters.safetensors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided before the first byte is written."""
+
+    options: ConvertOptions
+    base: Base
+    adapter: Adapter | None
+    loras: LoraSet | None
+    streams: StreamSource
+    config: StreamConfig | None
+    config_path: Path | None
+    placement: str  # merged, live, sidecar or none
+    dtype: str | None
+    quantization: dict[str, Any] | None
+    tokenizer: Path | None
+    fates: tuple[TensorFate, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def mode(self) -> str | None:
+        return self.config.mode if self.config else None
+
+
+def make_plan(options: ConvertOptions, progress: Progress) -> Plan:
+    """Open and check all inputs; nothing is written."""
+    renames, ignored = read_renames(options.key_map), compile_ignored(options.ignore_keys)
+    adapter = None
+    if options.adapter_path is not None:
+        directory = find_adapter(options.adapter_path, options.adapter_name)
+        adapter = open_adapter(directory, options.adapter_name, renames, ignored)
+    streams, config, config_path, stream_fates = _open_streams(options, adapter, renames, ignored)
+    base = _open_base(options, adapter, config)
+    notes = [*base.notes, *streams.notes]
+    warnings = list(base.warnings)
+    fates = list(stream_fates)
+    loras: LoraSet | None = None
+    if adapter is not None:
+        notes += adapter.notes
+        warnings += adapter.config.notes
+        items, map_notes = _map_modules(adapter, base)
+        notes += map_notes
+        fates += [*adapter.fates, *_saved_copies(adapter, base)]
+        check_coverage(adapter.config, items, base, config)
+        loras = LoraSet(items) if items else None
+    if config is not None:
+        assert config_path is not None
+        check_base_matches(config, config_path, base)
+        warnings += check_streams(streams, config, base.hidden_size, config_path)
+        if config.mode == "lossless" and loras is not None:
+            check_lossless(loras.items, config, base)
+    if loras is not None:
+        warnings += check_effect(loras.items)
+    elif adapter is not None and (config is None or config.mode == "shared"):
+        raise InvalidInputError(f"{adapter.file.path}: holds no LoRA tensor; give the streams alone as --streams-path")
+    placement = _placement(options, base, loras, config)
+    if loras is not None:
+        fates += _lora_fates(loras, placement)
+    tokenizer = None
+    if not options.adapter_only:
+        tokenizer = tokenizer_directory(adapter.directory if adapter else None, base.path)
+        if tokenizer is None:
+            notes.append("no tokenizer files were found in the adapter or the base; the output has none")
+        else:
+            check_tokenizer(tokenizer, int(base.config["vocab_size"]))
+    plan = Plan(
+        options=options,
+        base=base,
+        adapter=adapter,
+        loras=loras,
+        streams=streams,
+        config=config,
+        config_path=config_path,
+        placement=placement,
+        dtype=DTYPES[options.dtype] if options.dtype else None,
+        quantization=_quantization(options, base),
+        tokenizer=tokenizer,
+        fates=tuple(fates),
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+    )
+    if options.reference_logits is not None:
+        read_reference_logits(options.reference_logits, int(base.config["vocab_size"]))
+    if not options.adapter_only:
+        plan = replace(plan, fates=plan.fates + _base_fates(plan))
+    return plan
+
+
+def _open_streams(
+    options: ConvertOptions, adapter: Adapter | None, renames: dict[str, str], ignored: Any
+) -> tuple[StreamSource, StreamConfig | None, Path | None, tuple[TensorFate, ...]]:
+    form_a = gather(adapter.file, adapter.streams) if adapter else None
+    if options.lora_only:
+        if form_a is not None and form_a.tensors:
+            raise UsageError(
+                f"{form_a.fates[0].file}: holds stream tensors; leave out --lora-only, or drop them with "
+                "--ignore-keys '.*specstream.*'"
+            )
+        return StreamSource({}, (), ()), None, None, ()
+    homes = _homes(options, adapter)
+    path = options.streams_path
+    if path is None:
+        path = next((home for home in homes if (home / WEIGHTS_NAME).exists()), None)
+    form_b = from_stream_file(open_tensors(stream_file(path)), renames, ignored) if path is not None else None
+    streams = join(form_a, form_b)
+    config_path = options.specstream_config
+    if config_path is None:
+        config_path = next((home / CONFIG_NAME for home in homes if (home / CONFIG_NAME).exists()), None)
+    if config_path is None:
+        config_path = homes[0] / CONFIG_NAME
+    if not streams.tensors and not config_path.exists():
+        where = adapter.file.path if adapter else path
+        raise InvalidInputError(f"{where}: {WHY_NO_STREAMS}")
+    config = read_stream_config(config_path, streams)
+    if not streams.tensors and config.tensor_shapes(1):
+        where = adapter.file.path if adapter else path
+        raise InvalidInputError(f"{where}: {WHY_NO_STREAMS}")
+    return streams, config, config_path, streams.fates
+
+
+def _homes(options: ConvertOptions, adapter: Adapter | None) -> list[Path]:
+    """Directories where the stream file and configuration are looked for, nearest first."""
+    homes = []
+    if options.streams_path is not None:
+        homes.append(options.streams_path if options.streams_path.is_dir() else options.streams_path.parent)
+    if adapter is not None:
+        homes.append(adapter.directory)
+    if options.adapter_path is not None and options.adapter_path not in homes:
+        homes.append(options.adapter_path)
+    return homes
+
+
+def _open_base(options: ConvertOptions, adapter: Adapter | None, config: StreamConfig | None) -> Base:
+    revision: str | None = None
+    if options.hf_path is not None:
+        path, name = resolve_base(options.hf_path, None)
+    else:
+        assert adapter is not None
+        named = adapter.config.base_model
+        if named is None:
+            raise InvalidInputError(
+                f"{adapter.config.path}: base_model_name_or_path is missing; give the base model with --hf-path"
+            )
+        revision = adapter.config.revision
+        recorded = config.base_model if config else {}
+        if revision is None and recorded.get("name_or_path") == named and isinstance(recorded.get("revision"), str):
+            revision = recorded["revision"]
+        path, name = resolve_base(named, revision, relative_to=adapter.directory)
+    return open_base(path, name, revision)
+
+
+def _map_modules(adapter: Adapter, base: Base) -> tuple[tuple[Lora, ...], list[str]]:
+    """Match PEFT's module paths with mlx-lm's; every module must exist and fit."""
+    names = [pair.module for pair in adapter.pairs]
+    strip, add = _prefix(names, base)
+    notes = []
+    if strip or add:
+        change = f"'{escaped(strip)}' removed from" if strip else f"'{add}' put before"
+        notes.append(f"{adapter.file.path.name}: prefix {change} every module path")
+    problems, items = [], []
+    for pair in adapter.pairs:
+        module = add + pair.module.removeprefix(strip)
+        problem = _module_problem(pair, module, adapter, base)
+        if problem:
+            problems.append(problem)
+        else:
+            items.append(Lora(module, pair, adapter.config.scale_of(pair.module)))
+    if problems:
+        named = adapter.config.base_model or "an unnamed base"
+        raise InvalidInputError(
+            listing([*problems, f"the adapter was trained on {escaped(named)}, the base given is {base.name}"])
+        )
+    return tuple(items), notes
+
+
+def _prefix(names: list[str], base: Base) -> tuple[str, str]:
+    """The one prefix to remove from, or to put before, every module path so that all of them exist."""
+    if not names or all(name in base.linear for name in names):
+        return "", ""
+    if all(f"model.{name}" in base.linear for name in names):
+        return "", "model."
+    fits = [known for known in base.linear if names[0].endswith("." + known)]
+    for known in fits:
+        prefix = names[0].removesuffix(known)
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in base.linear for name in names):
+            return prefix, ""
+    return "", ""
+
+
+def _module_problem(pair: LoraPair, module: str, adapter: Adapter, base: Base) -> str | None:
+    place = at(pair.file.path, pair.a)
+    if module not in base.linear:
+        if module == "lm_head" and base.config["tie_word_embeddings"]:
+            raise UnsupportedError(
+                f"{place}: LoRA on the LM head of a base with tied embeddings is not supported; {MERGE_IN_PEFT}"
+            )
+        return f"{place}: the base has no linear layer {escaped(module)}"
+    if pair.shape != base.linear[module]:
+        return f"{place}: fits a weight of shape {pair.shape}, the base's is {base.linear[module]} (out, in)"
+    rank = adapter.config.rank_of(pair.module)
+    if rank != pair.rank:
+        return f"{place}: rank {pair.rank}, but adapter_config.json says {rank}, so its scale is not known"
+    return None
+
+
+def _saved_copies(adapter: Adapter, base: Base) -> list[TensorFate]:
+    """Full tensors in the adapter file: dropped when they are the base's own bits, otherwise refused."""
+    fates, unknown, changed = [], [], []
+    for name, raw in adapter.saved.items():
+        place = at(adapter.file.path, raw)
+        target = next((n for n in (name, f"model.{name}") if n in base.parameters), None)
+        if target is None and name == "lm_head.weight" and base.config["tie_word_embeddings"]:
+            target = "model.embed_tokens.weight"
+        if target is None or base.quantized:
+            unknown.append(
+                f"{place}: not a tensor this converter knows; map it with --key-map or drop it with --ignore-keys"
+            )
+            continue
+        ours, theirs = adapter.file.tensors[raw], base.info(target)
+        if ours.shape == theirs.shape and ours.dtype in FLOATS:
+            value, original = adapter.file.read(raw), base.tensors[target].read(target)
+            same = value.astype(mx.float32) == original.astype(value.dtype).astype(mx.float32)
+            if bool(same.all().item()):
+                fates.append(TensorFate(adapter.file.path.name, raw, f"equal to the base's {target}, dropped"))
+                continue
+        changed.append(f"{place}: a trained or resized copy of {target} is not supported; {MERGE_IN_PEFT}")
+    if unknown:
+        raise InvalidInputError(listing(unknown + changed))
+    if changed:
+        raise UnsupportedError(listing(changed))
+    return fates
+
+
+def _placement(options: ConvertOptions, base: Base, loras: LoraSet | None, config: StreamConfig | None) -> str:
+    """Where the LoRA goes."""
+    if config is not None and config.mode == "lossless":
+        if options.fuse:
+            raise UsageError("--fuse contradicts mode lossless: the LoRA may act on stream rows only; leave it out")
+        return "sidecar" if loras is not None else "none"
+    if loras is None:
+        return "none"
+    if options.adapter_only:
+        return "live"
+    if options.fuse and base.quantized:
+        raise UnsupportedError(
+            f"{base.path}: the base is quantised, and merging into it keeps 12-23% of a small LoRA; give the "
+            "full-precision base with --hf-path (and --quantize), or --keep-adapters"
+        )
+    if options.fuse is None:
+        return "live" if base.quantized else "merged"
+    return "merged" if options.fuse else "live"
+
+
+def _quantization(options: ConvertOptions, base: Base) -> dict[str, Any] | None:
+    if base.quantized and (options.quantize or options.dtype):
+        raise UsageError(f"{base.path}: the base is already quantised; leave out --quantize and --dtype")
+    if not options.quantize:
+        return None
+    return {"group_size": options.q_group_size, "bits": options.q_bits, "mode": options.q_mode}
+
+
+def _lora_fates(loras: LoraSet, placement: str) -> list[TensorFate]:
+    fates = []
+    for item in loras.items:
+        targets = {
+            "merged": (f"model:{item.module}.weight",) * 2,
+            "live": (f"{ADAPTERS}:{item.module}.lora_a", f"{ADAPTERS}:{item.module}.lora_b"),
+            "sidecar": (f"{WEIGHTS_NAME}:lora.{item.module}.lora_a", f"{WEIGHTS_NAME}:lora.{item.module}.lora_b"),
+        }[placement]
+        what = "merged" if placement == "merged" else "transposed"
+        for raw, target in zip((item.pair.a, item.pair.b), targets, strict=True):
+            fates.append(TensorFate(item.pair.file.path.name, raw, what, target))
+    return fates
+
+
+def _base_fates(plan: Plan) -> tuple[TensorFate, ...]:
+    changed = plan.loras.by_weight() if plan.loras and plan.placement == "merged" else {}
+    fates = []
+    for file, output in shards(plan):
+        for name in sorted(file.tensors):
+            if name in plan.base.dropped:
+                fates.append(TensorFate(file.path.name, name, f"dropped: {plan.base.dropped[name]}"))
+                continue
+            what = "merged with LoRA" if name in changed else "copied"
+            if stored(plan, name) != plan.base.info(name).dtype:
+                what += f", cast to {stored(plan, name)}"
+            if plan.quantization is not None:
+                what += ", quantised where the layer allows"
+            fates.append(TensorFate(file.path.name, name, what, f"{output}:{name}"))
+    return tuple(fates)
+
+
+def shards(plan: Plan) -> list[tuple[TensorFile, str]]:
+    """Each input file and the output file its tensors go to; a quantised output is written as one file."""
+    files = plan.base.files
+    if len(files) == 1 or plan.quantization is not None:
+        return [(file, "model.safetensors") for file in files]
+    return [(file, f"model-{i + 1:05d}-of-{len(files):05d}.safetensors") for i, file in enumerate(files)]
+
+
+def stored(plan: Plan, name: str) -> str:
+    """The dtype that a base tensor is written in."""
+    found = plan.base.info(name).dtype
+    return plan.dtype if plan.dtype is not None and found in FLOATS else found
+
+
+def lora_summary(plan: Plan) -> dict[str, Any] | None:
+    """The ``lora`` block of ``specstream_config.json`` and of the report."""
+    if plan.loras is None or plan.adapter is None:
+        return None
+    return {
+        "rank": plan.loras.rank,
+        "scale": plan.loras.scale,
+        "placement": plan.placement,
+        "num_modules": len(plan.loras.items),
+        "use_rslora": plan.adapter.config.use_rslora,
+        "ranks": sorted({item.pair.rank for item in plan.loras.items}),
+        "scales": sorted({item.scale for item in plan.loras.items}),
+    }
