@@ -14,9 +14,9 @@ Insertion = Literal["deferred", "parallel"]
 
 DEFAULT_NODES = 6
 MAX_NODES = 1024
-# Acceptance of a stream's k-th guess, given its parent was right: what a fine-tuned model typically shows. It only
-# shapes the default tree; calibration replaces it by what the model at hand does.
-TYPICAL_ACCEPTANCE = ((0.85, 0.07, 0.02), (0.78, 0.09, 0.03), (0.72, 0.10, 0.04), (0.66, 0.10, 0.04))
+# Assumed acceptance of a stream's k-th guess when its parent was right. Nothing was measured for it: it shapes the
+# default tree and no more, until calibration replaces it by what the model at hand does.
+ASSUMED_ACCEPTANCE = ((0.85, 0.07, 0.02), (0.78, 0.09, 0.03), (0.72, 0.10, 0.04), (0.66, 0.10, 0.04))
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ def make_plan(mode: DraftMode, gamma: int, options: DraftOptions | None = None, 
 
 
 def default_tree(gamma: int, nodes: int = DEFAULT_NODES) -> DraftTree:
-    """The fixed tree used when nothing was calibrated: best-first under typical acceptance."""
-    profile = [TYPICAL_ACCEPTANCE[min(depth, len(TYPICAL_ACCEPTANCE) - 1)] for depth in range(gamma)]
+    """The fixed tree used when nothing was calibrated: best-first under assumed acceptance."""
+    profile = [ASSUMED_ACCEPTANCE[min(depth, len(ASSUMED_ACCEPTANCE) - 1)] for depth in range(gamma)]
     return DraftTree.best_first([[math.log(rate) for rate in row] for row in profile], nodes)
 
 
