@@ -19,14 +19,20 @@ from mlx_lm.utils import load_model, load_tokenizer
 from safetensors import SafetensorError, safe_open
 
 from specstream_mlx.bundled import default_model_path
-from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME, StreamConfig, read_json
+from specstream_mlx.config import (
+    CONFIG_NAME,
+    FINGERPRINT_TENSOR,
+    LORA_PREFIX,
+    PREFIX,
+    WEIGHTS_NAME,
+    StreamConfig,
+    read_json,
+)
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families import check_supported
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.streams import StreamLoRALinear, Streams
 
-PREFIX = "specstream."
-LORA_PREFIX = "lora."
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FLOATS = ("F32", "F16", "BF16")
 _DOWNLOAD = ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
@@ -153,6 +159,11 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+def tensor_sha256(value: mx.array) -> str:
+    """The digest of a tensor as F32 little-endian, which tells bases of equal shape apart."""
+    return hashlib.sha256(np.array(value.astype(mx.float32)).astype("<f4").tobytes()).hexdigest()
+
+
 def _with_streams(base: nn.Module, config: dict[str, Any], source: Path, required: bool) -> SpecStreamModel:
     model_type = str(config.get("model_type"))
     config_file, weights_file = source / CONFIG_NAME, source / WEIGHTS_NAME
@@ -217,21 +228,20 @@ def _check_base(stream_config: StreamConfig, base: Any, config: dict[str, Any], 
             problems.append(
                 f"{where}: streams were trained for {key} {trained_for[key]!r}, this base has {config[key]!r}"
             )
-    layers = len(base.model.layers) if hasattr(base, "model") else config.get("num_hidden_layers", 0)
+    layers = len(base.model.layers)
     if stream_config.num_stream_layers > layers:
         problems.append(
             f"{where}: num_stream_layers is {stream_config.num_stream_layers}, the base has {layers} layers"
         )
     if stream_config.prune is not None and stream_config.prune.layer > layers:
         problems.append(f"{where}: prune.layer is {stream_config.prune.layer}, the base has {layers} layers")
-    fingerprint = trained_for.get("fingerprint")
-    if isinstance(fingerprint, dict) and fingerprint.get("tensor") == "model.norm.weight" and hasattr(base, "model"):
-        weight = np.array(base.model.norm.weight.astype(mx.float32)).astype("<f4")
-        if hashlib.sha256(weight.tobytes()).hexdigest() != fingerprint.get("sha256"):
-            problems.append(
-                f"{where}: fingerprint of model.norm.weight differs; the shapes fit, but this is another base than "
-                f"{trained_for.get('name_or_path', 'the one the streams were trained for')!r}"
-            )
+    fingerprint: Any = trained_for.get("fingerprint")
+    marked = isinstance(fingerprint, dict) and fingerprint.get("tensor") == FINGERPRINT_TENSOR
+    if marked and tensor_sha256(base.model.norm.weight) != fingerprint.get("sha256"):
+        problems.append(
+            f"{where}: fingerprint of {FINGERPRINT_TENSOR} differs; the shapes fit, but this is another base than "
+            f"{trained_for.get('name_or_path', 'the one the streams were trained for')!r}"
+        )
     if problems:
         raise InvalidInputError("\n".join(problems))
 

@@ -50,11 +50,6 @@ class DraftStatistics:
             self.drafted_by_depth[depth] += 1
             self.accepted_by_depth[depth] += depth < num_accepted
 
-    @property
-    def tokens_per_pass(self) -> float:
-        """The paper's call reduction ratio."""
-        return self.generation_tokens / max(self.target_passes, 1)
-
 
 @dataclass(frozen=True)
 class GenerationResponse:
@@ -65,6 +60,7 @@ class GenerationResponse:
         tokens: the new ids; end-of-text is among them when generated.
         finish_reason: None while going on, "stop" (end-of-text or a stop string) or "length".
         prompt_tps, generation_tps: tokens per second.
+        tokens_per_pass: the paper's call reduction ratio.
         peak_memory: GB.
     """
 

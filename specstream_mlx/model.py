@@ -86,9 +86,9 @@ class SpecStreamModel(nn.Module):
         self.stream_config = stream_config
         self.streams = streams
         self._family = family_of(base, model_type)
-        self._context = PassContext()
+        self.context = PassContext()  # what the modules wrapped by the seam read; stream-only LoRA layers share it
         check_caches(self.make_cache())
-        install(self._family.layers, self._context)
+        install(self._family.layers, self.context)
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         """The base model: (B, L) ids -> (B, L, V) logits."""
@@ -103,11 +103,6 @@ class SpecStreamModel(nn.Module):
     def layers(self) -> Sequence[Any]:
         """The base model's blocks, N of them."""
         return self._family.layers
-
-    @property
-    def context(self) -> PassContext:
-        """What the modules wrapped by the seam read; stream-only LoRA layers share it."""
-        return self._context
 
     @property
     def gamma(self) -> int:
@@ -171,12 +166,12 @@ class SpecStreamModel(nn.Module):
         trunk_layer = self.num_trunk_layers
         kept: Sequence[int] = range(tree.size)
         hidden = self._family.embed(node_tokens[None])
-        trunk, stream_rows = hidden, 0
+        trunk, inserted = hidden, False
         layer = 0
         for boundary in sorted({prune_layer, trunk_layer, len(self.layers)}):
-            main_rows = tree.size if stream_rows else None
-            visible = with_streams(tree.ancestor_mask, self.gamma) if stream_rows else tree.ancestor_mask
-            depths = self._row_depths(tree, bool(stream_rows))
+            main_rows = tree.size if inserted else None
+            visible = with_streams(tree.ancestor_mask, self.gamma) if inserted else tree.ancestor_mask
+            depths = self._row_depths(tree, inserted)
             hidden = self._run(hidden, range(layer, boundary), caches, start, depths, visible, main_rows)
             layer = boundary
             if prune_threshold is not None and layer == prune_layer > 0:
@@ -190,7 +185,7 @@ class SpecStreamModel(nn.Module):
                 if insert_streams:
                     assert self.streams is not None
                     hidden = mx.concatenate([hidden, self.streams(trunk)], axis=1)
-                    stream_rows = tree.size * self.gamma
+                    inserted = True
         logits = self._family.head(self._family.norm(hidden[:, : tree.size]))[0]
         stream_hidden = hidden[:, tree.size :] if insert_streams else None
         return VerificationPass(tree, node_tokens, logits, trunk, stream_hidden, start, kept)
@@ -250,19 +245,18 @@ class SpecStreamModel(nn.Module):
         consecutive = np.array_equal(depths, np.arange(len(depths)))
         positions = None if consecutive else mx.array(depths + start)
         mask = attention_mask(start, visible)
-        with self._context.rows_at(positions, num_main_rows):
+        epsilon = self.stream_config.stream_id.epsilon if self.stream_config is not None else None
+        stream_index: mx.array | None = None
+        if num_main_rows is not None and epsilon is not None:
+            num_streams = len(depths) - num_main_rows
+            stream_index = mx.array([0] * num_main_rows + [1 + row % self.gamma for row in range(num_streams)])
+        with self.context.rows_at(positions, num_main_rows):
             for index in layers:
-                cache = self._stream_cache(caches[index], num_main_rows, len(depths))
+                cache = caches[index]
+                if stream_index is not None and epsilon is not None:
+                    cache = ValueRotation(cache, stream_index, epsilon)
                 hidden = self.layers[index](hidden, mask, cache)
         return hidden
-
-    def _stream_cache(self, cache: Any, num_main_rows: int | None, length: int) -> Any:
-        config = self.stream_config
-        if num_main_rows is None or config is None or config.stream_id.type != "value_rotation":
-            return cache
-        assert config.stream_id.epsilon is not None
-        index = [0] * num_main_rows + [1 + row % self.gamma for row in range(length - num_main_rows)]
-        return ValueRotation(cache, mx.array(index), config.stream_id.epsilon)
 
     def _stream_depths(self) -> np.ndarray[Any, Any]:
         """(gamma,) position of each stream relative to its anchor."""

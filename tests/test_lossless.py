@@ -4,6 +4,8 @@ The reference is always ``mlx_lm.generate.generate_step`` on the same weights. E
 turns the test red; all were made once by hand.
 """
 
+import functools
+
 import mlx.core as mx
 import pytest
 from hypothesis import given, settings
@@ -370,13 +372,9 @@ def test_any_prompt_any_tree(seed, length, max_tokens, accuracy, tree, insertion
     assert tokens[-1] == END_OF_TEXT or len(tokens) == max_tokens
 
 
-_MODELS: list = []
-
-
+@functools.cache
 def _property_model():
-    if not _MODELS:
-        _MODELS.append(make_model("llama", seed=16))
-    return _MODELS[0]
+    return make_model("llama", seed=16)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "bundled"])

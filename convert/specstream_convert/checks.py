@@ -1,17 +1,16 @@
 """What must agree between an adapter, its streams and the base before anything is computed."""
 
-import hashlib
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from specstream_convert.base import Base
 from specstream_convert.merge import Lora
 from specstream_convert.messages import at, escaped, listing
 from specstream_convert.peft_config import PeftConfig, layer_of
 from specstream_convert.safetensors_io import mlx_dtype
-from specstream_mlx.config import StreamConfig
+from specstream_mlx.checkpoint import tensor_sha256
+from specstream_mlx.config import FINGERPRINT_TENSOR, StreamConfig
 from specstream_mlx.errors import InvalidInputError
 
 COMPARED = (
@@ -23,7 +22,6 @@ COMPARED = (
     "vocab_size",
     "tie_word_embeddings",
 )
-FINGERPRINT_TENSOR = "model.norm.weight"
 
 
 def fingerprint(base: Base, tensor: str = FINGERPRINT_TENSOR, dtype: str | None = None) -> dict[str, str]:
@@ -34,8 +32,7 @@ def fingerprint(base: Base, tensor: str = FINGERPRINT_TENSOR, dtype: str | None 
     held = base.tensors[tensor].read_float32(tensor)
     if dtype is not None:
         held = held.astype(mlx_dtype(dtype)).astype(mx.float32)
-    value = np.array(held).astype("<f4")
-    return {"tensor": tensor, "sha256": hashlib.sha256(value.tobytes()).hexdigest()}
+    return {"tensor": tensor, "sha256": tensor_sha256(held)}
 
 
 def check_base_matches(config: StreamConfig, where: Any, base: Base) -> None:

@@ -10,8 +10,8 @@ from specstream_convert.messages import escaped
 from specstream_convert.peft_config import ADAPTER_CONFIG
 from specstream_convert.report import REPORT_NAME
 from specstream_convert.safetensors_io import TensorFile, open_tensors
-from specstream_convert.streams_in import PREFIX, StreamSource, from_stream_file, gather, join, read_stream_config
-from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME, StreamConfig, read_json
+from specstream_convert.streams_in import StreamSource, from_stream_file, gather, join, read_stream_config
+from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError, SpecStreamError
 
 
@@ -158,7 +158,7 @@ class _Findings:
             if file is not None:
                 self._sidecar_lora(file)
                 plain = TensorFile(
-                    file.path, {n: t for n, t in file.tensors.items() if not n.startswith("lora.")}, file.num_bytes
+                    file.path, {n: t for n, t in file.tensors.items() if not n.startswith(LORA_PREFIX)}, file.num_bytes
                 )
                 form_b = self._try(lambda: from_stream_file(plain, {}, None))
                 source = self._try(lambda: join(source, form_b)) or source
@@ -196,9 +196,11 @@ class _Findings:
                 )
 
     def _sidecar_lora(self, file: TensorFile) -> None:
-        shapes = [t.shape for name, t in file.tensors.items() if name.startswith("lora.") and name.endswith(".lora_a")]
+        shapes = [
+            t.shape for name, t in file.tensors.items() if name.startswith(LORA_PREFIX) and name.endswith(".lora_a")
+        ]
         if shapes:
-            sizes = [_size(t.shape) for name, t in file.tensors.items() if name.startswith("lora.")]
+            sizes = [_size(t.shape) for name, t in file.tensors.items() if name.startswith(LORA_PREFIX)]
             self.fields["num_lora_parameters"] = sum(sizes)
 
     def _model(self, path: Path) -> None:

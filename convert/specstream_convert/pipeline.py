@@ -14,10 +14,9 @@ from specstream_convert.output import OutputDirectory, write_json
 from specstream_convert.plan import Plan, Progress, lora_summary, make_plan
 from specstream_convert.report import REPORT_NAME, ConversionReport
 from specstream_convert.safetensors_io import sha256_file
-from specstream_convert.streams_in import PREFIX
 from specstream_convert.verify import Expected, compare_reference_logits, verify_output
 from specstream_convert.write import write_output
-from specstream_mlx.config import CONFIG_NAME
+from specstream_mlx.config import CONFIG_NAME, PREFIX
 from specstream_mlx.errors import UsageError
 
 

@@ -35,7 +35,7 @@ from specstream_convert.streams_in import (
     read_stream_config,
 )
 from specstream_convert.verify import read_reference_logits
-from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME, StreamConfig
+from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 
 Progress = Callable[[str, int, int], None]
@@ -309,7 +309,10 @@ def _lora_fates(loras: LoraSet, placement: str) -> list[TensorFate]:
         targets = {
             "merged": (f"model:{item.module}.weight",) * 2,
             "live": (f"{ADAPTERS}:{item.module}.lora_a", f"{ADAPTERS}:{item.module}.lora_b"),
-            "sidecar": (f"{WEIGHTS_NAME}:lora.{item.module}.lora_a", f"{WEIGHTS_NAME}:lora.{item.module}.lora_b"),
+            "sidecar": (
+                f"{WEIGHTS_NAME}:{LORA_PREFIX}{item.module}.lora_a",
+                f"{WEIGHTS_NAME}:{LORA_PREFIX}{item.module}.lora_b",
+            ),
         }[placement]
         what = "merged" if placement == "merged" else "transposed"
         for raw, target in zip((item.pair.a, item.pair.b), targets, strict=True):

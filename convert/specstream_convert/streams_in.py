@@ -16,10 +16,9 @@ from specstream_convert.messages import at, escaped, listing
 from specstream_convert.peft_keys import Kind, parse
 from specstream_convert.report import TensorFate
 from specstream_convert.safetensors_io import FLOATS, TensorFile
-from specstream_mlx.config import CONFIG_NAME, REQUIRED, StreamConfig, read_json
+from specstream_mlx.config import CONFIG_NAME, PREFIX, REQUIRED, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError
 
-PREFIX = "specstream."
 WHY_NO_STREAMS = (
     "no specstream.* tensor was saved. Known causes: the module was attached after get_peft_model, its tensors are "
     "bare parameters named in modules_to_save, or modules_to_save=['specstream'] was forgotten; retrain, or convert "

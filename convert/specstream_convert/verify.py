@@ -20,7 +20,8 @@ from specstream_convert.base import Base
 from specstream_convert.merge import Lora, LoraSet
 from specstream_convert.messages import listing
 from specstream_convert.safetensors_io import dtype_name, mlx_dtype
-from specstream_convert.streams_in import PREFIX, StreamSource
+from specstream_convert.streams_in import StreamSource
+from specstream_mlx.config import LORA_PREFIX, PREFIX
 from specstream_mlx.errors import InvalidInputError, VerificationError
 
 NUM_TOKENS = 16
@@ -165,7 +166,7 @@ def _verify_adapters(directory: Path, expected: Expected) -> dict[str, Any] | No
     path = directory / ("adapters/adapters.safetensors" if live else "specstream.safetensors")
     held = {name: value for name, value in _load(path).items() if live or not name.startswith(PREFIX)}
     largest, problems = 0.0, []
-    prefix = "" if live else "lora."
+    prefix = "" if live else LORA_PREFIX
     for item in expected.loras.items:
         a, b = _reference_factors(item)
         names = [f"{prefix}{item.module}.{side}" for side in ("lora_a", "lora_b")]

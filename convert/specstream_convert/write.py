@@ -18,8 +18,7 @@ from specstream_convert.options import DTYPES
 from specstream_convert.output import TOKENIZER_FILES, model_card, write_json
 from specstream_convert.plan import ADAPTERS, Plan, Progress, lora_summary, shards, stored
 from specstream_convert.safetensors_io import FLOATS, TensorOut, sha256_file, write_tensors
-from specstream_convert.streams_in import PREFIX
-from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME
+from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME
 from specstream_mlx.errors import UsageError
 
 METADATA = {"format": "mlx"}
@@ -157,8 +156,8 @@ def _write_sidecar(plan: Plan, directory: Path, hashes: dict[str, str]) -> None:
         assert plan.loras is not None
         for item in plan.loras.items:
             lora_a, lora_b = plan.loras.live(item)
-            outs.append(TensorOut.of(f"lora.{item.module}.lora_a", lora_a))
-            outs.append(TensorOut.of(f"lora.{item.module}.lora_b", lora_b))
+            outs.append(TensorOut.of(f"{LORA_PREFIX}{item.module}.lora_a", lora_a))
+            outs.append(TensorOut.of(f"{LORA_PREFIX}{item.module}.lora_b", lora_b))
     write_tensors(directory / WEIGHTS_NAME, outs, METADATA)
     base_model = dict(plan.config.base_model) | plan.base.summary()
     recorded = plan.config.base_model.get("name_or_path")

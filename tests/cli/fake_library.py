@@ -93,7 +93,7 @@ class Library:
             total += len(tokens)
             last = index == len(self.script) - 1
             yield Response(text, tokens, "stop" if last else None, total, index + 1, total / (index + 1))
-            time.sleep(self.pause)
+            time.sleep(self.pause)  # gives a test the time to interrupt the process
 
     def install(self) -> None:
         """Take the library's place in this process."""
