@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specstream_mlx.calibration.planner import Curve, PassCosts, best_paths, expected_accepted, solve
+from specstream_mlx.calibration.planner import Candidates, Curve, PassCosts, best_paths, solve
 from specstream_mlx.tree import DraftTree
 
 GAMMA, WIDTH = 3, 2
@@ -38,7 +38,9 @@ def pass_costs(draw):
     def curve():
         return Curve(tuple((rows, draw(cost)) for rows in range(1, MAX_NODES + 2)))
 
-    return PassCosts(draw(cost), curve(), curve(), curve(), draw(cost))
+    tree = curve()
+    chain = Curve(tuple((rows, min(seconds, draw(cost))) for rows, seconds in tree.points))
+    return PassCosts(draw(cost), chain, tree, curve(), draw(cost))
 
 
 @settings(max_examples=150, deadline=None)
@@ -76,9 +78,15 @@ def test_best_paths_fall_and_are_closed_under_prefix(rates):
     assert seen == {(), *ALL_PATHS}
 
 
-def test_expected_tokens_are_counted_by_depth():
-    accepted = expected_accepted(DraftTree.from_paths([(0, 0), (0, 1), (1,), (5,)]), [[0.5, 0.25], [0.5, 0.125], [1.0]])
-    assert accepted == (0.75, 0.5 * 0.5 + 0.5 * 0.125, 0.0)
+@given(rates=rates)
+def test_expected_tokens_of_many_trees_at_once(rates):
+    """Red when: a node takes the probability of another node's parent, or of another rank."""
+    trees = [DraftTree.chain(0), *TREES[::7], DraftTree.from_paths([(0, 0), (5,), (0, 0, 1, 0)])]
+    together = Candidates(trees, WIDTH).tokens(rates)
+    for tree, tokens in zip(trees[:-1], together[:-1], strict=True):
+        assert tokens == pytest.approx(1 + sum(_by_hand(tree, rates)))
+    known = DraftTree.from_paths([(0, 0, 1)])
+    assert together[-1] == pytest.approx(1 + sum(_by_hand(known, rates))), "unknown ranks and depths are never right"
 
 
 def test_plain_decoding_is_a_plan_like_any_other():

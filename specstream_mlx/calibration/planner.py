@@ -4,13 +4,17 @@ A pass over a tree yields one token plus, for every drafted node, the probabilit
 Under acceptance rates per depth and rank that probability is a product, so for a given number of rows the best tree
 holds the paths of highest product (Sequoia's dynamic programme finds the same tree, since here a child's rate does
 not depend on its parent's rank). What a pass costs depends on its rows in steps, and can fall as rows grow, so every
-number of rows is tried.
+number of rows is tried. Of trees of one size, a chain is taken to cost no more than another.
 """
 
 import heapq
+import itertools
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from specstream_mlx.drafting import Insertion
 from specstream_mlx.tree import DraftTree, Path
@@ -65,19 +69,41 @@ class PassCosts:
             return self.parallel.at(tree.size)
         return (self.chain if tree.is_chain else self.tree).at(tree.size) + self.streams
 
+    def best_of(self, tree: DraftTree, insertion: Insertion | None = None) -> tuple[float, Insertion]:
+        """A pass with the cheaper insertion, or with the given one."""
+        if insertion is None:
+            insertion = "parallel" if self.of(tree, "parallel") < self.of(tree, "deferred") else "deferred"
+        return self.of(tree, insertion), insertion
 
-@dataclass(frozen=True)
-class Candidate:
-    """A way to draft: a tree, an insertion, and the expected number of accepted nodes at every depth, (gamma,)."""
 
-    tree: DraftTree
-    insertion: Insertion
-    accepted: tuple[float, ...]
+class Candidates:
+    """Trees whose expected tokens are computed together, in a few array operations."""
 
-    @property
-    def tokens(self) -> float:
-        """Expected tokens per pass."""
-        return 1 + sum(self.accepted)
+    def __init__(self, trees: Sequence[DraftTree], num_ranks: int) -> None:
+        """``num_ranks``: K of the rates to come; higher ranks are never right."""
+        self.trees = tuple(trees)
+        paths = sorted({path for tree in trees for path in tree.paths[1:]}, key=lambda path: (len(path), path))
+        index = {path: place for place, path in enumerate(paths)}
+        self._member = np.array(
+            [[path in held for path in paths] for held in (set(t.paths) for t in trees)], dtype=float
+        )
+        self._levels = []
+        for _, group in itertools.groupby(paths, key=len):
+            level = list(group)
+            parents = np.array([index.get(path[:-1], -1) for path in level])
+            self._levels.append((parents, np.array([min(path[-1], num_ranks) for path in level])))
+
+    def tokens(self, rates: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Expected tokens per pass of every tree, (C,), under (gamma, K) rates."""
+        padded = np.pad(np.asarray(rates, dtype=float), ((0, 0), (0, 1)))
+        before, parts = np.ones(1), []
+        offset = 0
+        for depth, (parents, ranks) in enumerate(self._levels):
+            known = padded[depth, ranks] if depth < len(padded) else 0.0
+            parts.append(before[parents - offset if depth else 0] * known)
+            offset += len(before) if depth else 0
+            before = parts[-1]
+        return 1 + self._member @ np.concatenate(parts) if parts else np.ones(len(self.trees))
 
 
 @dataclass(frozen=True)
@@ -94,19 +120,6 @@ class Plan:
     def speedup(self) -> float:
         """Expected tokens per second over those of plain decoding."""
         return self.tokens * self.plain_seconds / self.seconds
-
-
-def expected_accepted(tree: DraftTree, rates: Rates) -> tuple[float, ...]:
-    """Expected number of accepted nodes at every depth, (gamma,); ranks without a rate are never right."""
-    by_depth = [0.0] * len(rates)
-    product: dict[Path, float] = {(): 1.0}
-    for path in tree.paths[1:]:
-        depth, rank = len(path), path[-1]
-        known = depth <= len(rates) and rank < len(rates[depth - 1])
-        product[path] = product[path[:-1]] * rates[depth - 1][rank] if known else 0.0
-        if known:
-            by_depth[depth - 1] += product[path]
-    return tuple(by_depth)
 
 
 def best_paths(rates: Rates) -> Iterator[Path]:
@@ -132,18 +145,19 @@ def best_paths(rates: Rates) -> Iterator[Path]:
         push(parent_rate, (*places[:-1], places[-1] + 1), path[:-1])
 
 
-def candidates(rates: Rates, max_rows: int) -> list[Candidate]:
-    """Every way to draft that can be best under some cost: chains, and the best tree of each size, both insertions."""
+def candidate_trees(rates: Rates, max_rows: int) -> list[DraftTree]:
+    """Every tree that can be best under some costs: the chains, and of each size the likeliest paths."""
     trees = [DraftTree.chain(depth) for depth in range(1, min(len(rates), max_rows - 1) + 1)]
     paths: list[Path] = []
-    for path in best_paths(rates):
-        if len(paths) == max_rows - 1:
-            break
+    for path in itertools.islice(best_paths(rates), max_rows - 1):
         paths.append(path)
         trees.append(DraftTree.from_paths(paths))
-    unique = list(dict.fromkeys(trees))
-    insertions: tuple[Insertion, ...] = ("deferred", "parallel")
-    return [Candidate(tree, insertion, expected_accepted(tree, rates)) for tree in unique for insertion in insertions]
+    return list(dict.fromkeys(trees))
+
+
+def expected_tokens(tree: DraftTree, rates: Rates) -> float:
+    """Expected tokens per pass over ``tree``."""
+    return float(Candidates([tree], len(rates[0]) if rates else 0).tokens(rates)[0])
 
 
 def solve(costs: PassCosts, rates: Rates, max_rows: int | None = None, *, drafting: bool = False) -> Plan:
@@ -156,8 +170,11 @@ def solve(costs: PassCosts, rates: Rates, max_rows: int | None = None, *, drafti
         drafting: leave plain decoding out, and take the best tree whether it pays or not.
     """
     plain = Plan(DraftTree.chain(0), "deferred", 1.0, costs.plain, costs.plain)
+    trees = candidate_trees(rates, max_rows or max(costs.chain.max_rows, costs.tree.max_rows))
+    if not trees:
+        return plain
     plans = [] if drafting else [plain]
-    for candidate in candidates(rates, max_rows or max(costs.chain.max_rows, costs.tree.max_rows)):
-        seconds = costs.of(candidate.tree, candidate.insertion)
-        plans.append(Plan(candidate.tree, candidate.insertion, candidate.tokens, seconds, costs.plain))
-    return max(plans, key=lambda plan: plan.tokens / plan.seconds, default=plain)
+    for tree, tokens in zip(trees, Candidates(trees, len(rates[0])).tokens(rates), strict=True):
+        seconds, insertion = costs.best_of(tree)
+        plans.append(Plan(tree, insertion, float(tokens), seconds, costs.plain))
+    return max(plans, key=lambda plan: plan.tokens / plan.seconds)

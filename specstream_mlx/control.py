@@ -1,0 +1,236 @@
+"""What to draft next, decided anew in every pass of ``auto`` (method section 7.4). It never changes the text.
+
+The control keeps a running estimate of how much more or less often each depth is right than planned, and picks the
+candidate of most expected tokens per second under it. When none beats plain decoding it parks: a pause of plain
+passes, then a short probe; every failed probe doubles the next pause, so what probing costs stays bounded.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from specstream_mlx.calibration.planner import Candidates, PassCosts, Rates
+from specstream_mlx.drafting import Insertion
+from specstream_mlx.tree import DraftTree
+
+
+class Costs(Protocol):
+    """What the control must know of the machine."""
+
+    def at(self, context: int) -> tuple[npt.NDArray[np.float64], float]:
+        """Costs of a pass over every tree, (C,), and of a plain step, after ``context`` cached rows."""
+
+    def insertion(self, tree: int, context: int) -> Insertion:
+        """How streams are best inserted in a pass over a tree."""
+
+    @property
+    def wants_plain_passes(self) -> bool:
+        """Whether a few plain passes should be made to see what they cost."""
+
+    def observe(self, tree: int | None, seconds: float) -> None:
+        """Take note of what a pass took; None is a plain step."""
+
+
+class TabulatedCosts:
+    """Calibrated costs at a few lengths of context, straight lines between them."""
+
+    wants_plain_passes = False
+
+    def __init__(
+        self, trees: Sequence[DraftTree], table: Sequence[tuple[int, PassCosts]], insertion: Insertion | None = None
+    ) -> None:
+        """``table``: rising lengths of context with their costs; ``insertion``: the only one to use."""
+        self._contexts = [context for context, _ in table]
+        best = [[costs.best_of(tree, insertion) for tree in trees] for _, costs in table]
+        rows = [[*(cost for cost, _ in row), costs.plain] for row, (_, costs) in zip(best, table, strict=True)]
+        self._costs = np.array(rows)  # (contexts, C + 1)
+        self._insertions = [[chosen for _, chosen in row] for row in best]
+
+    def at(self, context: int) -> tuple[npt.NDArray[np.float64], float]:
+        """As ``Costs``; beyond the measured lengths, those of the nearest."""
+        below, part = self._place(context)
+        row = self._costs[below]
+        if part:
+            row = row + part * (self._costs[below + 1] - row)
+        return row[:-1], float(row[-1])
+
+    def insertion(self, tree: int, context: int) -> Insertion:
+        """As ``Costs``, by the nearest measured length."""
+        below, part = self._place(context)
+        return self._insertions[below + (part > 0.5)][tree]
+
+    def observe(self, tree: int | None, seconds: float) -> None:
+        """Calibrated costs stay as they are."""
+
+    def _place(self, context: int) -> tuple[int, float]:
+        place = float(np.interp(context, self._contexts, range(len(self._contexts))))
+        return int(place), place - int(place)
+
+
+@dataclass
+class PassTimes:
+    """Seconds of recent passes, kept with the model so that every generation after the first knows them."""
+
+    RECENT = 9
+    drafted: dict[tuple[object, ...], deque[float]] = field(default_factory=dict)
+    plain: deque[float] = field(default_factory=lambda: deque(maxlen=PassTimes.RECENT))
+
+    def of(self, *drafting: object) -> deque[float]:
+        """The times of one way to draft."""
+        return self.drafted.setdefault(drafting, deque(maxlen=self.RECENT))
+
+
+class LearnedCosts:
+    """The costs of one tree and of plain decoding, learned from passes as they are made."""
+
+    ASSUMED = 1.5  # plain steps per drafted pass until both were seen; the paper's range on a GPU is 1.15 to 1.6
+    ENOUGH = 3
+
+    def __init__(self, tree: DraftTree, insertion: Insertion, times: PassTimes) -> None:
+        self._insertion = insertion
+        self._drafted = times.of(tree, insertion)
+        self._plain = times.plain
+
+    def at(self, context: int) -> tuple[npt.NDArray[np.float64], float]:
+        """As ``Costs``, whatever the context."""
+        if min(len(self._drafted), len(self._plain)) < self.ENOUGH:
+            return np.array([self.ASSUMED]), 1.0
+        return np.array([median(self._drafted)]), median(self._plain)
+
+    def insertion(self, tree: int, context: int) -> Insertion:
+        """The one it was made for."""
+        return self._insertion
+
+    @property
+    def wants_plain_passes(self) -> bool:
+        """Once drafted passes have been seen often enough, and plain ones have not."""
+        return len(self._drafted) == self._drafted.maxlen and len(self._plain) < self.ENOUGH
+
+    def observe(self, tree: int | None, seconds: float) -> None:
+        """Remember one pass."""
+        (self._plain if tree is None else self._drafted).append(seconds)
+
+
+class Acceptance:
+    """Running acceptance by depth and rank: (prior * planned rate + hits) / (prior + trials).
+
+    Older passes and the prior fade together. A depth that was not reached follows the one before it: its planned
+    rates are multiplied by what became of the same ranks there.
+    """
+
+    PRIOR = 8.0  # trials that the planned rates count for
+    FADE = 0.98  # per drafted pass
+
+    def __init__(self, rates: Rates) -> None:
+        self._planned = np.array(rates, dtype=float)
+        self._prior = self.PRIOR
+        self._hits = np.zeros_like(self._planned)
+        self._trials = np.zeros_like(self._planned)
+        self._children: dict[DraftTree, list[list[int]]] = {}
+
+    def record(self, tree: DraftTree, nodes: Sequence[int]) -> None:
+        """Count a pass over ``tree`` that accepted ``nodes``, the root first."""
+        self.forget(self.FADE)
+        children = self._children.get(tree) or self._children.setdefault(tree, self._ranks_of_children(tree))
+        for depth, node in enumerate(nodes):
+            if children[node]:
+                self._trials[depth, children[node]] += 1
+        for depth, node in enumerate(nodes[1:]):
+            if tree.ranks[node] < self._hits.shape[1]:
+                self._hits[depth, tree.ranks[node]] += 1
+
+    def forget(self, kept: float) -> None:
+        """Keep this share of what was seen, so that what comes next counts for more."""
+        self._prior *= kept
+        self._hits *= kept
+        self._trials *= kept
+
+    def rates(self) -> npt.NDArray[np.float64]:
+        """(gamma, K)."""
+        rates = np.empty_like(self._planned)
+        change: Any = 1.0
+        for depth, planned in enumerate(self._planned):
+            expected = np.minimum(planned * change, 1.0)
+            row = (self._prior * expected + self._hits[depth]) / (self._prior + self._trials[depth])
+            rates[depth] = row / max(row.sum(), 1.0)
+            change = rates[depth] / np.maximum(planned, 1e-6)
+        return rates
+
+    def _ranks_of_children(self, tree: DraftTree) -> list[list[int]]:
+        """Per node, the ranks of its children that have a rate."""
+        gamma, num_ranks = self._planned.shape
+        ranks: list[list[int]] = [[] for _ in range(tree.size)]
+        for node, parent in enumerate(tree.parents[1:], start=1):
+            if tree.depths[node] <= gamma and tree.ranks[node] < num_ranks:
+                ranks[parent].append(tree.ranks[node])
+        return ranks
+
+
+class Control:
+    """Chooses a tree, or plain decoding, for every pass."""
+
+    KEEP = 1.02  # another tree must promise this much more to be taken
+    FIRST_PAUSE = 48  # plain passes
+    LONGEST_PAUSE = 768
+    PROBE = 2  # drafted passes before parking again
+    REMEMBERED = 0.25  # share of the counts that a probe starts from
+    PROVEN = 16  # drafted passes in a row after which the next pause is the first again
+    LEARNING_PAUSE = 4  # plain passes made to see what they cost
+
+    def __init__(self, trees: Sequence[DraftTree], rates: Rates, costs: Costs) -> None:
+        """``rates``, (gamma, K), are those the trees were planned for."""
+        self._candidates = Candidates(trees, len(rates[0]))
+        self._acceptance = Acceptance(rates)
+        self._costs = costs
+        self._current: int | None = None
+        self._pause = self.FIRST_PAUSE
+        self._plain_left = 0
+        self._probe_left = 0
+        self._drafted_in_a_row = 0
+
+    @property
+    def stays_plain(self) -> bool:
+        """Whether the pass after the next one is plain too."""
+        return self._plain_left > 1
+
+    def choose(self, context: int) -> tuple[DraftTree, Insertion] | None:
+        """How to draft the next pass, which follows ``context`` cached rows; None is plain decoding."""
+        if self._plain_left:
+            return None
+        costs, plain = self._costs.at(context)
+        speed = self._candidates.tokens(self._acceptance.rates()) / costs
+        best = int(np.argmax(speed))
+        if self._current is not None and speed[best] < self.KEEP * speed[self._current]:
+            best = self._current
+        if not self._probe_left and speed[best] * plain <= 1:
+            self._plain_left, self._probe_left, self._drafted_in_a_row = self._pause, self.PROBE, 0
+            self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
+            self._acceptance.forget(self.REMEMBERED)
+            return None
+        self._current = best
+        return self._candidates.trees[best], self._costs.insertion(best, context)
+
+    def record(self, drafted: bool, tree: DraftTree, nodes: Sequence[int]) -> None:
+        """Count a pass over ``tree`` that accepted ``nodes``; ``drafted`` says whether streams were run for it."""
+        if not drafted:
+            self._plain_left = max(self._plain_left - 1, 0)
+            return
+        self._acceptance.record(tree, nodes)
+        self._probe_left = max(self._probe_left - 1, 0)
+        self._drafted_in_a_row += 1
+        if self._drafted_in_a_row >= self.PROVEN:
+            self._pause = self.FIRST_PAUSE
+        if not self._probe_left and self._costs.wants_plain_passes:
+            self._plain_left = self.LEARNING_PAUSE
+
+    def observe(self, drafted: bool, tree: DraftTree, seconds: float) -> None:
+        """Tell what a pass over ``tree`` took."""
+        if not drafted:
+            self._costs.observe(None, seconds)
+        elif self._current is not None and self._candidates.trees[self._current] == tree:
+            self._costs.observe(self._current, seconds)
