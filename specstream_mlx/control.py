@@ -5,17 +5,20 @@ candidate of most expected tokens per second under it. When none beats plain dec
 passes, then a short probe; every failed probe doubles the next pause, so what probing costs stays bounded.
 """
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from specstream_mlx.calibration.planner import Candidates, PassCosts, Rates
-from specstream_mlx.drafting import Insertion
+from specstream_mlx.calibration.planner import Candidates, PassCosts, Rates, candidate_trees
+from specstream_mlx.calibration.store import find
+from specstream_mlx.calibration.times import PassTimes
+from specstream_mlx.drafting import DraftMode, DraftOptions, DraftPlan, Insertion, assumed_rates, make_plan
+from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.tree import DraftTree
 
 
@@ -70,19 +73,6 @@ class TabulatedCosts:
     def _place(self, context: int) -> tuple[int, float]:
         place = float(np.interp(context, self._contexts, range(len(self._contexts))))
         return int(place), place - int(place)
-
-
-@dataclass
-class PassTimes:
-    """Seconds of recent passes, kept with the model so that every generation after the first knows them."""
-
-    RECENT = 9
-    drafted: dict[tuple[object, ...], deque[float]] = field(default_factory=dict)
-    plain: deque[float] = field(default_factory=lambda: deque(maxlen=PassTimes.RECENT))
-
-    def of(self, *drafting: object) -> deque[float]:
-        """The times of one way to draft."""
-        return self.drafted.setdefault(drafting, deque(maxlen=self.RECENT))
 
 
 class LearnedCosts:
@@ -234,3 +224,38 @@ class Control:
             self._costs.observe(None, seconds)
         elif self._current is not None and self._candidates.trees[self._current] == tree:
             self._costs.observe(self._current, seconds)
+
+
+def steer(mode: DraftMode, model: SpecStreamModel, options: DraftOptions) -> tuple[DraftPlan, Control | None]:
+    """The plan for a generation, from what the user asked for and what was measured, and its control in ``auto``.
+
+    A stored calibration that cannot be used is left aside, and the plan's note says why.
+
+    Raises:
+        UsageError: as ``make_plan``.
+    """
+    plan = make_plan(mode, model.gamma, options, model.args.vocab_size)
+    if mode not in ("auto", "tree") or model.gamma == 0:
+        return plan, None
+    calibration, note = options.calibration, None
+    if calibration == "stored":
+        try:
+            calibration = find(model)
+        except InvalidInputError as error:
+            calibration, note = None, f"{error}; going on without it"
+    if calibration is not None and plan.source == "default":
+        planned = calibration.plan(0, options.insertion, drafting=mode == "tree")
+        plan = replace(
+            plan, tree=planned.tree, budget=planned.tree.size - 1, insertion=planned.insertion, source="calibrated"
+        )
+    plan = replace(plan, note=note)
+    if mode == "tree":
+        return plan, None
+    rates = calibration.rates if calibration is not None else assumed_rates(model.gamma)
+    if plan.source == "calibrated" and calibration is not None:
+        trees = calibration.trees
+    else:
+        trees = [plan.tree or candidate_trees(rates, plan.budget + 1)[-1]]
+    if calibration is None:
+        return plan, Control(trees, rates, LearnedCosts(trees[0], plan.insertion, model.pass_times))
+    return plan, Control(trees, rates, TabulatedCosts(trees, calibration.costs, options.insertion))

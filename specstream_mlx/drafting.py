@@ -2,12 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import mlx.core as mx
 
 from specstream_mlx.errors import UsageError
 from specstream_mlx.tree import DraftTree
+
+if TYPE_CHECKING:
+    from specstream_mlx.calibration.calibration import Calibration
 
 DraftMode = Literal["auto", "tree", "chain", "off"]
 Insertion = Literal["deferred", "parallel"]
@@ -28,27 +31,36 @@ class DraftOptions:
             every pass, of the likeliest paths under the streams' own probabilities).
         insertion: deferred or parallel.
         prune_threshold: early-exit pruning below this probability.
+        calibration: measured costs and acceptance; "stored": what ``calibrate`` left on this machine, if anything.
     """
 
     tree: str | None = None
     insertion: Insertion | None = None
     prune_threshold: float | None = None
+    calibration: "Calibration | Literal['stored'] | None" = "stored"
 
 
 @dataclass(frozen=True)
 class DraftReport:
-    """The plan as shown to users: ``nodes`` counts drafted nodes (the most per pass), the root not included."""
+    """The plan as shown to users: ``nodes`` counts drafted nodes (the most per pass), the root not included.
+
+    ``note`` says why a stored calibration was left aside.
+    """
 
     mode: str
     gamma: int
     nodes: int
     insertion: str
     plan: str
+    note: str | None = None
 
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """How to draft: a fixed tree, or with ``tree`` None a best-first tree of ``budget`` nodes made anew every pass."""
+    """How to draft: a fixed tree, or with ``tree`` None a best-first tree of ``budget`` nodes made anew every pass.
+
+    In ``auto`` the tree is where the control starts; a tree of the root alone is plain decoding.
+    """
 
     mode: DraftMode
     gamma: int
@@ -56,30 +68,34 @@ class DraftPlan:
     budget: int
     insertion: Insertion = "deferred"
     prune_threshold: float | None = None
-    source: str = "default"
+    source: Literal["default", "user", "calibrated"] = "default"
+    note: str | None = None
 
     @property
     def drafts(self) -> bool:
-        """Whether streams are used at all."""
-        return self.budget > 0
+        """Whether streams may be used at all."""
+        return self.gamma > 0 and self.mode != "off"
 
     def report(self) -> DraftReport:
         """The plan in the terms of ``generate --json``."""
-        return DraftReport(self.mode, self.gamma, self.budget, self.insertion, self.source)
+        return DraftReport(self.mode, self.gamma, self.budget, self.insertion, self.source, self.note)
 
-    def draft(self, root: int, stream_logits: mx.array, max_depth: int | None = None) -> tuple[DraftTree, mx.array]:
+    def draft(
+        self, root: int, stream_logits: mx.array, tree: DraftTree | None, max_depth: int | None = None
+    ) -> tuple[DraftTree, mx.array]:
         """The next tree and its tokens.
 
         Args:
             root: the newest token.
             stream_logits: (gamma, V) from the node that the root followed; row ``g - 1`` fills depth ``g``.
+            tree: the tree to fill; None: the ``budget`` likeliest paths under the streams' own probabilities.
             max_depth: deepest guess of use, when fewer tokens than that are still wanted.
 
         Returns:
-            The tree, and (T,) ids of its nodes; a fixed tree reads nothing back from the device.
+            The tree, and (T,) ids of its nodes; a given tree reads nothing back from the device.
         """
-        if self.tree is not None:
-            tree = self.tree if max_depth is None else self.tree.truncate(max_depth)
+        if tree is not None:
+            tree = tree if max_depth is None else tree.truncate(max_depth)
             candidates = top_candidates(stream_logits, max(tree.widths, default=0))
         else:
             depth = min(self.gamma, self.gamma if max_depth is None else max_depth)
@@ -89,50 +105,11 @@ class DraftPlan:
             tree = DraftTree.best_first(ranked.tolist(), self.budget)  # type: ignore[arg-type]
         if tree.size == 1:
             return tree, mx.array([root])
-        drafted = candidates[mx.array(tree.depths[1:]) - 1, mx.array(tree.ranks[1:])]
-        return tree, mx.concatenate([mx.array([root], dtype=drafted.dtype), drafted])
-
-
-class Parking:
-    """Leaves off drafting while it does not pay and probes again later (method section 7.4); ``auto`` only.
-
-    Drafting costs a stream pass and more rows. Without measured costs, a mean of ``MIN_ACCEPTED`` accepted drafts over
-    the last ``WINDOW`` drafted passes is taken as worth it. Each probe that fails doubles the time until the next.
-    """
-
-    WINDOW = 8
-    MIN_ACCEPTED = 0.5
-    FIRST_PAUSE = 16
-    LONGEST_PAUSE = 256
-
-    def __init__(self) -> None:
-        self._recent: list[int] = []
-        self._pause = self.FIRST_PAUSE
-        self._passes_left = 0
-
-    def record(self, drafted: bool, num_accepted: int) -> None:
-        """Count one pass; ``drafted`` says whether streams were run for it."""
-        if not drafted:
-            self._passes_left = max(self._passes_left - 1, 0)
-            return
-        self._recent = [*self._recent, num_accepted][-self.WINDOW :]
-        if len(self._recent) < self.WINDOW:
-            return
-        if sum(self._recent) < self.MIN_ACCEPTED * self.WINDOW:
-            self._passes_left, self._recent = self._pause, []
-            self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
+        if tree.is_chain:
+            drafted = candidates[: tree.max_depth, 0]
         else:
-            self._pause = self.FIRST_PAUSE
-
-    @property
-    def parked(self) -> bool:
-        """Whether the next pass should be plain decoding."""
-        return self._passes_left > 0
-
-    @property
-    def stays_parked(self) -> bool:
-        """Whether the pass after the next one should be plain too."""
-        return self._passes_left > 1
+            drafted = candidates[mx.array(tree.depths[1:]) - 1, mx.array(tree.ranks[1:])]
+        return tree, mx.concatenate([mx.array([root], dtype=drafted.dtype), drafted])
 
 
 def top_candidates(stream_logits: mx.array, count: int) -> mx.array:
@@ -164,11 +141,11 @@ def make_plan(mode: DraftMode, gamma: int, options: DraftOptions | None = None, 
     insertion = options.insertion or "deferred"
     if mode == "off" or gamma == 0:
         return DraftPlan(mode, gamma, DraftTree.chain(0), 0, insertion)
-    source = "default" if options.tree is None else "user"
+    source: Literal["default", "user"] = "default" if options.tree is None else "user"
     if options.tree is not None:
         tree, budget = _parse_tree(options.tree, gamma, vocab_size)
     else:
-        # Until costs are measured, auto takes the cheapest rows: the chain needs no mask and moves nothing on commit.
+        # Without measured costs, auto takes the cheapest rows: the chain needs no mask and moves nothing on commit.
         tree = default_tree(gamma) if mode == "tree" else DraftTree.chain(gamma)
         budget = tree.size - 1
     return DraftPlan(mode, gamma, tree, budget, insertion, options.prune_threshold, source)
@@ -176,8 +153,12 @@ def make_plan(mode: DraftMode, gamma: int, options: DraftOptions | None = None, 
 
 def default_tree(gamma: int, nodes: int = DEFAULT_NODES) -> DraftTree:
     """The fixed tree used when nothing was calibrated: best-first under assumed acceptance."""
-    profile = [ASSUMED_ACCEPTANCE[min(depth, len(ASSUMED_ACCEPTANCE) - 1)] for depth in range(gamma)]
-    return DraftTree.best_first([[math.log(rate) for rate in row] for row in profile], nodes)
+    return DraftTree.best_first([[math.log(rate) for rate in row] for row in assumed_rates(gamma)], nodes)
+
+
+def assumed_rates(gamma: int) -> list[tuple[float, ...]]:
+    """Acceptance per depth and rank, (gamma, K), where nothing was measured."""
+    return [ASSUMED_ACCEPTANCE[min(depth, len(ASSUMED_ACCEPTANCE) - 1)] for depth in range(gamma)]
 
 
 def _parse_tree(text: str, gamma: int, vocab_size: int) -> tuple[DraftTree | None, int]:

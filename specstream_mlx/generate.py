@@ -13,7 +13,8 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from specstream_mlx.drafting import DraftMode, DraftOptions, DraftPlan, DraftReport, Parking, make_plan
+from specstream_mlx.control import Control, steer
+from specstream_mlx.drafting import DraftMode, DraftOptions, DraftPlan, DraftReport, Insertion
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.model import SpecStreamModel, VerificationPass
 from specstream_mlx.sampling import LogitsProcessor, Sampler, TargetSampler
@@ -89,30 +90,39 @@ class _Launched:
 
 
 @dataclass
-class _Loop:
+class Loop:
     """The state of one generation between passes."""
 
     model: SpecStreamModel
     caches: Sequence[Any]
     plan: DraftPlan
+    control: Control | None  # None: the plan's tree in every pass, or plain decoding
     sampler: TargetSampler
-    history: list[int] | None  # every id before the root, kept only for logits processors
-    keeps_cache: bool  # whether somebody goes on with the caches afterwards
+    history: list[int] | None = None  # every id before the root, kept only for logits processors
+    keeps_cache: bool = False  # whether somebody goes on with the caches afterwards
+    watch: Callable[[int, mx.array], None] | None = None  # told the tokens so far and (gamma, V) stream logits
     statistics: DraftStatistics = field(init=False)
-    parking: Parking = field(default_factory=Parking)
+    choice: tuple[DraftTree | None, Insertion] | None = None  # how the next tree is drafted; None: plain decoding
     drafted: bool = False  # whether streams were run for the pass under way
 
     def __post_init__(self) -> None:
         self.statistics = DraftStatistics([0] * self.model.gamma, [0] * self.model.gamma)
+        self.choose()
 
-    @property
-    def parked(self) -> bool:
-        """Whether drafting is left off for now."""
-        return not self.plan.drafts or (self.plan.mode == "auto" and self.parking.parked)
+    def choose(self) -> None:
+        """Decide how to draft the next tree."""
+        if not self.plan.drafts:
+            self.choice = None
+        elif self.control is None:
+            self.choice = (self.plan.tree, self.plan.insertion)
+        else:
+            self.choice = self.control.choose(self.caches[0].offset)
+            if self.choice is not None and self.plan.tree is None:
+                self.choice = (None, self.choice[1])
 
     def goes_on_plainly(self, launched: _Launched) -> bool:
         """Whether the pass after this one is plain decoding too, so that it can start before this one is read back."""
-        stays = not self.plan.drafts or (self.parked and self.parking.stays_parked and not self.drafted)
+        stays = not self.plan.drafts or (self.control is not None and self.control.stays_plain and not self.drafted)
         return stays and launched.verified.tree.size == 1 and self.history is None
 
     def launch(self, tree: DraftTree, node_tokens: mx.array) -> _Launched:
@@ -121,7 +131,7 @@ class _Loop:
             node_tokens,
             tree,
             self.caches,
-            insert_streams=self.plan.insertion == "parallel" and not self.parked,
+            insert_streams=self.choice is not None and self.choice[1] == "parallel",
             prune_threshold=self.plan.prune_threshold if tree.size > 1 else None,
         )
         history = mx.array(self.history) if self.history else None
@@ -133,21 +143,55 @@ class _Loop:
         self, verified: VerificationPass, node: int, root: int, remaining: int | None
     ) -> tuple[DraftTree, mx.array]:
         """The next tree, from the streams anchored at the last accepted node."""
+        self.choose()
         max_depth = remaining - 1 if self.plan.mode == "auto" and remaining is not None else None
-        self.drafted = not self.parked and max_depth != 0
-        if not self.drafted:
+        self.drafted = self.choice is not None and max_depth != 0
+        if self.choice is None or not self.drafted:
             return DraftTree.chain(0), mx.array([root])
         if verified.stream_hidden is None:
             self.statistics.stream_passes += 1
         logits = self.model.stream_logits(verified, node, self.caches)
-        tree, node_tokens = self.plan.draft(root, logits, max_depth)
+        if self.watch is not None:
+            self.watch(self.statistics.generation_tokens, logits)
+        tree, node_tokens = self.plan.draft(root, logits, self.choice[0], max_depth)
         mx.async_eval(node_tokens)  # type: ignore[no-untyped-call]  # runs while the next pass's graph is built
         return tree, node_tokens
+
+    def record(self, tree: DraftTree, nodes: Sequence[int], seconds: float | None) -> None:
+        """Count a pass that took ``seconds``, where that says something about the pass."""
+        self.statistics.record(tree, len(nodes) - 1)
+        if self.control is not None:
+            self.control.record(self.drafted, tree, nodes)
+            if seconds is not None:
+                self.control.observe(self.drafted, tree, seconds)
+
+
+class _Clock:
+    """Times the passes of a loop, from one read-back to the next."""
+
+    MOST_AWAY = 0.1  # a pass during which the caller was busy for longer than this share says nothing
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._away = 0.0
+
+    def left(self, seconds: float) -> None:
+        """The caller had the tokens for this long."""
+        self._away += seconds
+
+    def lap(self) -> float | None:
+        """Seconds since the last call; None for the first one and for passes that the caller held up."""
+        now = time.perf_counter()
+        seconds = None if self._last is None else now - self._last
+        if seconds is not None and self._away > self.MOST_AWAY * seconds:
+            seconds = None
+        self._last, self._away = now, 0.0
+        return seconds
 
 
 def generate_tokens(
     prompt: list[int],
-    loop: _Loop,
+    loop: Loop,
     *,
     max_tokens: int,
     stop_tokens: set[int],
@@ -167,16 +211,20 @@ def generate_tokens(
     ahead: _Launched | None = None
     tokens: list[int] = []
     tree, node_tokens, root = DraftTree.chain(0), mx.array(prompt[-1:]), prompt[-1]
+    clock, was_ahead = _Clock(), False
     try:
         while True:
             remaining = max_tokens - loop.statistics.generation_tokens if max_tokens > 0 else None
             with mx.stream(generation_stream):
+                was_ahead = ahead is not None
                 launched, ahead = ahead or loop.launch(tree, node_tokens), None
                 if remaining != 1 and loop.goes_on_plainly(launched):
                     loop.sampler.advance(1)
                     ahead = loop.launch(DraftTree.chain(0), launched.drawn)
             if tokens:
+                away = time.perf_counter()
                 yield tokens
+                clock.left(time.perf_counter() - away)
             elif progress is not None:
                 progress(len(prompt), len(prompt))
             verified = launched.verified
@@ -188,8 +236,8 @@ def generate_tokens(
                 stop_tokens=stop_tokens,
             )
             tokens = list(accepted.tokens)
-            loop.statistics.record(verified.tree, accepted.num_drafts)
-            loop.parking.record(loop.drafted, accepted.num_drafts)
+            seconds = clock.lap()
+            loop.record(verified.tree, accepted.nodes, seconds if was_ahead or loop.drafted else None)
             if loop.history is not None:
                 loop.history += [root, *tokens[:-1]]
             root = tokens[-1]
@@ -283,17 +331,18 @@ def stream_generate(
     if any(not text for text in stop):
         raise UsageError("stop holds an empty string, which would stop at once; remove it")
     vocab_size = model.args.vocab_size
-    plan = make_plan(draft, model.gamma, draft_options, vocab_size)
+    plan, control = steer(draft, model, draft_options or DraftOptions())
     if plan.prune_threshold is not None:
         model.check_pruning(plan.insertion == "parallel")
     ids = _prompt_ids(tokenizer, prompt, vocab_size)
     caches = model.make_cache() if prompt_cache is None else prompt_cache
     check_caches(caches)
     _check_context(model, caches[0].offset, len(ids))
-    loop = _Loop(
+    loop = Loop(
         model,
         caches,
         plan,
+        control,
         TargetSampler(sampler, logits_processors, vocab_size, seed),
         history=[] if logits_processors else None,
         keeps_cache=prompt_cache is not None,

@@ -21,6 +21,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from specstream_mlx.calibration.times import PassTimes
 from specstream_mlx.config import StreamConfig
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.families import family_of
@@ -86,6 +87,7 @@ class SpecStreamModel(nn.Module):
         self.stream_config = stream_config
         self.streams = streams
         self._family = family_of(base, model_type)
+        self.pass_times = PassTimes()
         self.context = PassContext()  # what the modules wrapped by the seam read; stream-only LoRA layers share it
         check_caches(self.make_cache())
         install(self._family.layers, self.context)

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specstream_mlx.drafting import DraftOptions, Parking, default_tree, make_plan, top_candidates
+from specstream_mlx.drafting import DraftOptions, default_tree, make_plan, top_candidates
 from specstream_mlx.errors import UsageError
 from specstream_mlx.tree import DraftTree
 
@@ -20,7 +20,7 @@ def test_a_tree_is_filled_depth_by_stream_and_rank_by_rank():
     """Red when a depth takes its candidates from another stream."""
     logits = mx.random.normal((3, 50), key=mx.random.key(1))
     plan = make_plan("tree", 3, DraftOptions(tree="cartesian:2x1x2"))
-    tree, tokens = plan.draft(17, logits)
+    tree, tokens = plan.draft(17, logits, plan.tree)
     best = np.argsort(-np.array(logits), axis=-1)
     expected = [17] + [best[len(path) - 1][path[-1]] for path in tree.paths[1:]]
     assert tokens.tolist() == expected
@@ -29,7 +29,7 @@ def test_a_tree_is_filled_depth_by_stream_and_rank_by_rank():
 
 def test_best_first_follows_the_streams_own_probabilities():
     logits = mx.log(mx.array([[0.5, 0.4, 0.05, 0.05], [0.97, 0.01, 0.01, 0.01]]))
-    tree, tokens = make_plan("auto", 2, DraftOptions(tree="best-first:4")).draft(3, logits)
+    tree, tokens = make_plan("auto", 2, DraftOptions(tree="best-first:4")).draft(3, logits, None)
     assert tree.paths == ((), (0,), (0, 0), (1,), (1, 0))
     assert tokens.tolist() == [3, 0, 0, 1, 0]
 
@@ -37,7 +37,8 @@ def test_best_first_follows_the_streams_own_probabilities():
 def test_no_deeper_than_tokens_are_wanted():
     logits = 5 * mx.random.normal((4, 50), key=mx.random.key(2))
     for tree in (None, "best-first:6", "cartesian:2x2x2x2"):
-        drafted, tokens = make_plan("auto", 4, DraftOptions(tree=tree)).draft(3, logits, max_depth=2)
+        plan = make_plan("auto", 4, DraftOptions(tree=tree))
+        drafted, tokens = plan.draft(3, logits, plan.tree, max_depth=2)
         assert drafted.max_depth == 2
         assert tokens.shape == (drafted.size,)
 
@@ -77,25 +78,3 @@ def test_plans_by_mode():
 def test_contradictions_are_refused(mode, gamma, options, message):
     with pytest.raises(UsageError, match=message):
         make_plan(mode, gamma, DraftOptions(**options), vocab_size=50)
-
-
-def test_parking_after_a_window_of_rejections_and_longer_after_each_failed_probe():
-    parking = Parking()
-    pauses = []
-    for _ in range(3):
-        for _ in range(Parking.WINDOW):
-            assert not parking.parked
-            parking.record(drafted=True, num_accepted=0)
-        pause = 0
-        while parking.parked:
-            parking.record(drafted=False, num_accepted=0)
-            pause += 1
-        pauses.append(pause)
-    assert pauses == [16, 32, 64]
-
-
-def test_no_parking_while_drafts_are_accepted():
-    parking = Parking()
-    for index in range(100):
-        parking.record(drafted=True, num_accepted=index % 2)
-        assert not parking.parked

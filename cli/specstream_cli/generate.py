@@ -143,6 +143,8 @@ def generate(
                 prompt_progress_callback=_prompt_progress(progress, prefill_step_size),
             )
             first = next(iter(responses), None)
+        if first is not None and first.draft.note:
+            to_stderr(f"warning: {first.draft.note}")
         run = _Run(out, as_json)
         run.consume([first] if first is not None else [])
         run.consume(responses)

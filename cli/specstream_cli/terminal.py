@@ -95,15 +95,15 @@ def is_terminal() -> bool:
 
 @contextlib.contextmanager
 def progress_bar(*, quiet: bool = False) -> Iterator[Progress | None]:
-    """A ``progress(stage, done, total)`` that draws a bar on standard error, or None where nobody watches."""
+    """A ``progress(stage, done, total)`` that draws a bar and the time left on standard error, or None unwatched."""
     if quiet or not is_terminal():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         stages: dict[str, TaskID] = {}
 

@@ -160,13 +160,21 @@ def expected_tokens(tree: DraftTree, rates: Rates) -> float:
     return float(Candidates([tree], len(rates[0]) if rates else 0).tokens(rates)[0])
 
 
-def solve(costs: PassCosts, rates: Rates, max_rows: int | None = None, *, drafting: bool = False) -> Plan:
+def solve(
+    costs: PassCosts,
+    rates: Rates,
+    max_rows: int | None = None,
+    *,
+    insertion: Insertion | None = None,
+    drafting: bool = False,
+) -> Plan:
     """The plan of most expected tokens per second.
 
     Args:
         costs: at the length of context to plan for.
         rates: (gamma, K).
         max_rows: most rows of a pass; None: as many as were measured.
+        insertion: the only one to use; None: the cheaper one.
         drafting: leave plain decoding out, and take the best tree whether it pays or not.
     """
     plain = Plan(DraftTree.chain(0), "deferred", 1.0, costs.plain, costs.plain)
@@ -175,6 +183,6 @@ def solve(costs: PassCosts, rates: Rates, max_rows: int | None = None, *, drafti
         return plain
     plans = [] if drafting else [plain]
     for tree, tokens in zip(trees, Candidates(trees, len(rates[0])).tokens(rates), strict=True):
-        seconds, insertion = costs.best_of(tree)
-        plans.append(Plan(tree, insertion, float(tokens), seconds, costs.plain))
+        seconds, inserted = costs.best_of(tree, insertion)
+        plans.append(Plan(tree, inserted, float(tokens), seconds, costs.plain))
     return max(plans, key=lambda plan: plan.tokens / plan.seconds)

@@ -20,6 +20,7 @@ class Draft:
     nodes: int = 6
     insertion: str = "deferred"
     plan: str = "default"
+    note: str | None = None
 
 
 @dataclass

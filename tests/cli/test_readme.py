@@ -23,6 +23,8 @@ COMMANDS = {
     "--ignore-keys --recompute-init --lora-only --allow-pickle --trust-remote-code --dry-run --verify --no-verify "
     "--reference-logits --upload-repo --json --quiet --debug",
     "inspect": "--model --json --debug",
+    "calibrate": "--model --adapter --prompts-file --prompts --max-tokens --context --repeats --store --no-store "
+    "--plot --json --quiet --debug",
 }
 
 

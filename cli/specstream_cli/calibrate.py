@@ -1,0 +1,153 @@
+"""``specstream-mlx calibrate``: measure this machine and model once, and store the plan that ``generate`` uses."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specstream_cli.plots import check_plot, draw
+from specstream_cli.tables import table
+from specstream_cli.terminal import answer, progress_bar, quieten_libraries, to_stderr
+from specstream_cli.validation import is_repo_id, within
+
+
+def calibrate(
+    model: Annotated[
+        str | None,
+        typer.Option(help="MLX model directory or Hugging Face repository; default: the model shipped here."),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Directory with a stream adapter for this base (convert --adapter-only).")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines with a 'prompt' each; default: samples.jsonl of the model, or text it samples."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(callback=within(1), help="Prompts to measure acceptance on.")] = 24,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", callback=within(2), help="Most tokens per answer.")
+    ] = 128,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(help="Length of context to time passes at; may be repeated. Default: 128, 512 and 2048."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(callback=within(1), help="Times every kind of pass is timed.")] = 7,
+    store: Annotated[bool, typer.Option("--store/--no-store", help="Keep the result for 'generate'.")] = True,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw costs and acceptance.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no remarks on standard error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
+) -> None:
+    """Measure what passes cost here and how often streams are right, and store the draft plan."""
+    for length in context or []:
+        within(1)(length)
+    check_plot(plot)
+    remote = [
+        is_repo_id(value, option) for option, value in (("--model", model), ("--adapter", adapter)) if value is not None
+    ]
+    quieten_libraries(offline=not any(remote), debug=debug)
+    with answer() as out:
+        from specstream_mlx import load
+        from specstream_mlx.calibration.measure import encode_prompt, find_samples, measure, read_prompts
+        from specstream_mlx.calibration.store import save
+
+        file = prompts_file
+        if file is None:
+            file = find_samples(model)
+        rows = read_prompts(file)[:prompts] if file is not None else None
+        target, tokenizer = load(model, adapter=adapter)
+        with progress_bar(quiet=quiet) as progress:
+            calibration = measure(
+                target,
+                tokenizer,
+                [encode_prompt(tokenizer, row["prompt"]) for row in rows] if rows is not None else None,
+                text=f"{file.name}, {len(rows)} prompts" if file is not None and rows is not None else None,
+                contexts=context,
+                repeats=repeats,
+                max_tokens=max_tokens,
+                progress=progress,
+            )
+        found = calibration.to_dict()
+        if plot is not None:
+            draw(plot, _panels(found), f"{found['key']['processor']}, {found['key']['device']}")
+        if store:
+            path = save(calibration)
+            found["stored"] = str(path)
+            if not quiet:
+                to_stderr(f"stored in {path}")
+        if as_json:
+            out.write_json(found)
+        else:
+            out.write(_tables(found))
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.2f}"
+
+
+def _tables(found: dict[str, Any]) -> str:
+    text = []
+    for costs, plan in zip(found["costs"], found["plans"], strict=True):
+        curves = {name: dict(costs[name]) for name in ("chain", "tree", "parallel")}
+        rows = [
+            [
+                rows,
+                *(_milliseconds(curves[name][rows]) if rows in curves[name] else "-" for name in curves),
+                f"{curves['chain'][rows] / costs['plain']:.2f}",
+            ]
+            for rows in curves["chain"]
+        ]
+        text.append(
+            f"context {costs['context']}: plain step {_milliseconds(costs['plain'])} ms, "
+            f"stream pass {_milliseconds(costs['streams'])} ms\n"
+            + table(["rows", "chain ms", "tree ms", "with streams ms", "chain / plain"], rows)
+            + f"plan: {plan_line(plan)}\n\n"
+        )
+    acceptance = found["acceptance"]
+    ranks = range(len(acceptance["rates"][0]))
+    rows = [
+        [depth, anchors, *(f"{rate:.3f}" for rate in rates)]
+        for depth, (anchors, rates) in enumerate(zip(acceptance["anchors"], acceptance["rates"], strict=True), start=1)
+    ]
+    text.append(
+        f"acceptance on {acceptance['text']}\n" + table(["depth", "tried", *(f"rank {r}" for r in ranks)], rows)
+    )
+    return "".join(text)
+
+
+def plan_line(plan: dict[str, Any]) -> str:
+    """A plan in words."""
+    if plan["nodes"] == 0:
+        return "plain decoding; no draft pays here"
+    shape = "chain" if plan["nodes"] == plan["depth"] else "tree"
+    return (
+        f"{shape} of {plan['nodes']} nodes, depth {plan['depth']}, {plan['insertion']} insertion: "
+        f"{plan['expected_tokens_per_pass']:.2f} tokens in {_milliseconds(plan['seconds_per_pass'])} ms, "
+        f"{plan['expected_speedup']:.2f}x plain decoding expected"
+    )
+
+
+def _panels(found: dict[str, Any]) -> list[dict[str, Any]]:
+    panels = []
+    for costs, plan in zip(found["costs"], found["plans"], strict=True):
+        lines = [
+            (label, [rows for rows, _ in costs[name]], [1000 * seconds for _, seconds in costs[name]])
+            for name, label in (("chain", "chain"), ("tree", "tree"), ("parallel", "with streams"))
+        ]
+        panels.append(
+            {
+                "title": f"context {costs['context']}",
+                "x": "rows of a pass",
+                "y": "milliseconds",
+                "lines": lines,
+                "marks": [
+                    ("plain step", [1], [1000 * costs["plain"]]),
+                    ("plan, streams included", [plan["nodes"] + 1], [1000 * plan["seconds_per_pass"]]),
+                ],
+            }
+        )
+    rates = found["acceptance"]["rates"]
+    depths = list(range(1, len(rates) + 1))
+    lines = [(f"rank {rank}", depths, [row[rank] for row in rates]) for rank in range(min(4, len(rates[0])))]
+    panels.append({"title": "acceptance", "x": "depth", "y": "right, when the guesses before were", "lines": lines})
+    return panels

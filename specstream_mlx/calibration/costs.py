@@ -1,0 +1,168 @@
+"""cost(T): what passes of the loaded model take on this machine, timed as the loop makes them."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import generation_stream
+
+from specstream_mlx.calibration.planner import Curve, PassCosts
+from specstream_mlx.drafting import top_candidates
+from specstream_mlx.model import SpecStreamModel
+from specstream_mlx.tree import DraftTree
+
+Progress = Callable[[str, int, int], None]
+
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32)
+MOST_STREAM_ROWS = 160  # of a pass with parallel insertion
+CONTEXTS = (128, 512, 2048)
+PLAIN_STEPS = 4  # plain steps timed together, since they overlap
+_PREFILL_STEP = 512
+
+
+@dataclass
+class _Timing:
+    """One kind of pass; ``run`` makes it and waits for it."""
+
+    kind: str
+    rows: int
+    run: Callable[[], None]
+    steps: int
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def sample_tree(rows: int, gamma: int) -> DraftTree:
+    """A tree of ``rows`` nodes that is no chain: one path as deep as it goes, and further guesses for depth 1."""
+    depth = max(min(gamma, rows - 2), 1)
+    return DraftTree.from_paths([(0,) * depth, *((rank,) for rank in range(1, rows - depth))])
+
+
+def usable_contexts(model: SpecStreamModel, wanted: Sequence[int] = CONTEXTS) -> list[int]:
+    """Those lengths that leave room for passes in the model's context, at least one."""
+    limit = getattr(model.args, "max_position_embeddings", None) or 1 << 30
+    room = limit - max(ROWS) - PLAIN_STEPS
+    return sorted({length for length in wanted if length <= room}) or [max(room // 2, 1)]
+
+
+def measure_costs(
+    model: SpecStreamModel,
+    contexts: Sequence[int],
+    *,
+    rows: Sequence[int] = ROWS,
+    repeats: int = 7,
+    progress: Progress | None = None,
+) -> list[tuple[int, PassCosts]]:
+    """Time every kind of pass at every length of context, all kinds in turn, ``repeats`` times; medians.
+
+    A kind whose pass takes longer than its most tokens would plainly is not tried with more rows than twice that.
+    The text is random: it decides nothing here.
+    """
+    caches = model.make_cache()
+    tokens = np.random.default_rng(0).integers(0, model.args.vocab_size, max(contexts))
+    done = 0
+    costs = []
+    for number, context in enumerate(contexts):
+        with mx.stream(generation_stream):
+            while done < context:
+                end = min(done + _PREFILL_STEP, context)
+                model(mx.array(tokens[done:end])[None], cache=caches)
+                mx.eval([cache.state for cache in caches])
+                done = end
+        report = (lambda i, n, base=number: progress("passes", base * n + i, len(contexts) * n)) if progress else None
+        costs.append((context, _measure_at(model, caches, context, rows, repeats, report)))
+    return costs
+
+
+def _measure_at(
+    model: SpecStreamModel,
+    caches: Sequence[Any],
+    context: int,
+    rows: Sequence[int],
+    repeats: int,
+    report: Callable[[int, int], None] | None,
+) -> PassCosts:
+    gamma = model.gamma
+    timings = [_Timing("plain", 1, lambda: _plain(model, caches), PLAIN_STEPS, [])]
+    for count in rows:
+        timings.append(_pass_timing("chain", model, caches, DraftTree.chain(count - 1)))
+        if count >= 3:
+            timings.append(_pass_timing("tree", model, caches, sample_tree(count, max(gamma, 1))))
+        if gamma and count >= 2 and count * (1 + gamma) <= MOST_STREAM_ROWS:
+            timings.append(_pass_timing("parallel", model, caches, DraftTree.chain(count - 1)))
+    if gamma:
+        timings.append(_pass_timing("cycle", model, caches, DraftTree.chain(min(gamma, max(rows) - 1))))
+
+    def once(timing: _Timing) -> float:
+        for cache in caches:
+            cache.offset = context
+        started = time.perf_counter()
+        timing.run()
+        return (time.perf_counter() - started) / timing.steps
+
+    too_dear: set[str] = set()
+    kept = []
+    for timing in timings:  # the first time compiles, allocates, and is not counted
+        if timing.kind in too_dear:
+            continue
+        once(timing)
+        if timing.kind == "plain":
+            plain = once(timing)
+        elif once(timing) > 2 * (gamma + 1) * plain:
+            too_dear.add(timing.kind)
+        kept.append(timing)
+    for repeat in range(repeats):
+        for timing in kept[repeat % 2 :: 2] + kept[1 - repeat % 2 :: 2]:
+            timing.seconds.append(once(timing))
+        if report is not None:
+            report(repeat + 1, repeats)
+
+    def curve(kind: str) -> Curve:
+        points = tuple((timing.rows, timing.median) for timing in kept if timing.kind == kind)
+        return Curve(points or chain.points)
+
+    chain = Curve(tuple((timing.rows, timing.median) for timing in kept if timing.kind == "chain"))
+    streams = 0.0
+    for timing in kept:
+        if timing.kind == "cycle":
+            streams = max(timing.median - chain.at(timing.rows), 0.0)
+    return PassCosts(kept[0].median, chain, curve("tree"), curve("parallel"), streams)
+
+
+def _pass_timing(kind: str, model: SpecStreamModel, caches: Sequence[Any], tree: DraftTree) -> _Timing:
+    node_tokens = mx.array([1] * tree.size)
+    with_streams = kind in ("parallel", "cycle")
+
+    def run() -> None:
+        with mx.stream(generation_stream):
+            verified = model.verify(node_tokens, tree, caches, insert_streams=kind == "parallel")
+            drawn = mx.argmax(verified.logits, axis=-1)
+            mx.async_eval(drawn)  # type: ignore[no-untyped-call]
+            drawn.tolist()
+            model.commit(verified, [0], caches)
+            if with_streams:
+                mx.eval(top_candidates(model.stream_logits(verified, 0, caches), 1))
+
+    return _Timing(kind, tree.size, run, 1, [])
+
+
+def _plain(model: SpecStreamModel, caches: Sequence[Any]) -> None:
+    """Plain steps as the loop makes them: the next one is under way when a token is read back."""
+    root = DraftTree.chain(0)
+    with mx.stream(generation_stream):
+        token = mx.array([1])
+        pending: list[mx.array] = []
+        for _ in range(PLAIN_STEPS):
+            token = mx.argmax(model.verify(token, root, caches).logits, axis=-1)
+            mx.async_eval(token)  # type: ignore[no-untyped-call]
+            pending.append(token)
+            if len(pending) > 1:
+                pending.pop(0).tolist()
+        pending.pop().tolist()

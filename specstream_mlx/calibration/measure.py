@@ -1,0 +1,100 @@
+"""Measure one model on this machine: costs, acceptance, and the calibration they make."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from specstream_mlx.bundled import default_model_path
+from specstream_mlx.calibration.acceptance import measure_acceptance
+from specstream_mlx.calibration.calibration import Calibration
+from specstream_mlx.calibration.costs import measure_costs, usable_contexts
+from specstream_mlx.calibration.store import calibration_key
+from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.model import SpecStreamModel
+
+OWN_TEXT = "text sampled from the model"
+OWN_SAMPLES = 12
+OWN_SAMPLE_TOKENS = 96
+
+
+def measure(
+    model: SpecStreamModel,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]] | None = None,
+    *,
+    text: str | None = None,
+    contexts: Sequence[int] | None = None,
+    repeats: int = 7,
+    max_tokens: int = 128,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Calibration:
+    """Measure costs and acceptance; nothing is stored.
+
+    Args:
+        model: with streams.
+        prompts: ids to measure acceptance on; None: text that the model samples from nothing.
+        text: says what the prompts are, for the record.
+        contexts: lengths of context to time passes at; None: a few that fit the model.
+
+    Raises:
+        UsageError: the model has no streams.
+    """
+    if model.gamma == 0:
+        raise UsageError("this model has no streams, so there is no draft to plan; convert one with streams")
+    stop_tokens = sorted(tokenizer.eos_token_ids)
+    if prompts:
+        counts = measure_acceptance(model, prompts, max_tokens=max_tokens, stop_tokens=stop_tokens, progress=progress)
+    else:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else stop_tokens[0]
+        counts = measure_acceptance(
+            model, [[first]] * OWN_SAMPLES, max_tokens=OWN_SAMPLE_TOKENS, temperature=1.0, progress=progress
+        )
+    lengths = usable_contexts(model, contexts) if contexts else usable_contexts(model)
+    costs = measure_costs(model, lengths, repeats=repeats, progress=progress)
+    anchors = tuple(int(count) for count in counts.trials)
+    return Calibration(calibration_key(model), tuple(costs), counts.rates(), anchors, text or OWN_TEXT)
+
+
+def find_samples(model: str | None) -> Path | None:
+    """``samples.jsonl`` of a model directory, None being the bundled one; None for a repository or without one."""
+    directory = default_model_path() if model is None else Path(model).expanduser()
+    file = directory / "samples.jsonl"
+    return file if file.is_file() else None
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file of objects with a ``prompt``; the rest of each object is kept.
+
+    Raises:
+        InvalidInputError: not such a file.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InvalidInputError(f"{path}: cannot be read ({reason})") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InvalidInputError(f"{path}:{number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
+            raise InvalidInputError(f"{path}:{number}: expected a JSON object with a 'prompt' that is not empty")
+        rows.append(row)
+    if not rows:
+        raise InvalidInputError(f"{path}: no prompts in it")
+    return rows
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """The prompt as ids, through the chat template where the tokenizer has one."""
+    if tokenizer.has_chat_template:
+        messages = [{"role": "user", "content": text}]
+        chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer.encode(chat, add_special_tokens=False))
+    bos = tokenizer.bos_token
+    return list(tokenizer.encode(text, add_special_tokens=bos is None or not text.startswith(bos)))
