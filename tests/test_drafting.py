@@ -1,4 +1,4 @@
-"""Plans, candidates and parking."""
+"""Plans and candidates."""
 
 import mlx.core as mx
 import numpy as np

@@ -3,6 +3,7 @@
 import inspect
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -76,6 +77,26 @@ def test_rope_gives_every_row_its_own_position(rope_scaling):
         alone = rope(x[:, :, row : row + 1], offset=position)
         assert mx.allclose(rotated[:, :, row : row + 1], alone, atol=1e-6)
     assert context.positions is None
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize(("dims", "size", "scale"), [(32, 32, 1.0), (16, 32, 1.0), (80, 80, 0.25)])
+def test_shared_cosines_and_sines_are_the_ropes_own(dims, size, scale, dtype):
+    """Red when a bit differs: the tokens would no longer be mlx-lm's."""
+    rope = nn.RoPE(dims, base=5000.0, scale=scale)
+    other = nn.RoPE(dims, base=100.0)
+    context = PassContext()
+    wrapped, wrapped_other = TreeRope(rope, context), TreeRope(other, context)
+    for offset, length in ((0, 1), (117, 1), (118, 5), (5000, 33), (0, 33)):
+        x = mx.random.normal((1, 3, length, size), key=mx.random.key(length)).astype(dtype)
+        with context.rows_at(None):
+            assert mx.array_equal(wrapped(x, offset=offset), rope(x, offset=offset))
+            assert mx.array_equal(wrapped_other(x, offset=offset), other(x, offset=offset))
+        positions = mx.array([offset + row // 2 for row in range(length)])
+        with context.rows_at(positions):
+            rotated = wrapped(x, offset=offset)
+        rows = rope(x.transpose(0, 2, 1, 3).reshape(length, 3, 1, size), offset=positions)
+        assert mx.array_equal(rotated, rows.reshape(1, length, 3, size).transpose(0, 2, 1, 3))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
