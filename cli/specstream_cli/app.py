@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
+from specstream_cli.benchmark import benchmark
 from specstream_cli.calibrate import calibrate
 from specstream_cli.convert import convert
 from specstream_cli.generate import generate
@@ -49,7 +50,7 @@ def _program(
     """Speculative Streaming on MLX: one model drafts and verifies, the text stays exactly the same."""
 
 
-for _command in (generate, convert, inspect, calibrate):
+for _command in (generate, convert, inspect, calibrate, benchmark):
     app.command()(_command)
 
 

@@ -48,6 +48,7 @@ def draw(path: Path, panels: Sequence[Mapping[str, Any]], title: str) -> None:
             axes.plot(x, y, marker="*", markersize=12, linestyle="none", label=label)
         axes.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
         axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)

@@ -59,15 +59,7 @@ class Calibration:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "key": dict(self.key),
-            "costs": [
-                {
-                    "context": context,
-                    "plain": costs.plain,
-                    "streams": costs.streams,
-                    **{name: [list(point) for point in getattr(costs, name).points] for name in _CURVES},
-                }
-                for context, costs in self.costs
-            ],
+            "costs": [costs_to_dict(context, costs) for context, costs in self.costs],
             "acceptance": {
                 "text": self.text,
                 "anchors": list(self.anchors),
@@ -102,6 +94,12 @@ class Calibration:
             raise InvalidInputError(
                 f"{where}: damaged calibration ({reason}); run specstream-mlx calibrate again"
             ) from error
+
+
+def costs_to_dict(context: int, costs: PassCosts) -> dict[str, Any]:
+    """Costs as JSON: seconds, curves as (rows, seconds)."""
+    curves = {name: [list(point) for point in getattr(costs, name).points] for name in _CURVES}
+    return {"context": context, "plain": costs.plain, "streams": costs.streams, **curves}
 
 
 def plan_to_dict(context: int, plan: Plan) -> dict[str, Any]:

@@ -25,6 +25,9 @@ COMMANDS = {
     "inspect": "--model --json --debug",
     "calibrate": "--model --adapter --prompts-file --prompts --max-tokens --context --repeats --store --no-store "
     "--plot --json --quiet --debug",
+    "benchmark": "--model --prompts-file --prompts --repeats --max-tokens --context --draft --tree --insertion "
+    "--draft-model --num-draft-tokens --prompt-lookup --ignore-eos --noise-streams --allow-differences --costs "
+    "--random-weights --dtype --q-bits --plot --json --quiet --debug",
 }
 
 

@@ -1,0 +1,123 @@
+"""Where the time of one drafted pass goes, beside a plain step: building graphs, waiting for the device, the host.
+
+    scripts/with-openblas python -m benchmarks.profile_pass [--model DIR] [--tree chain:4] [--insertion deferred]
+
+The loop's own passes on the model's first sample, all in turn, medians in milliseconds. *build* is Python making the
+graph, *wait* what the device needs after that. In the loop the next pass's graph is built while the stream pass runs,
+so a cycle costs less than the sum of its parts. The last line is one JSON document.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step, generation_stream
+
+from specstream_mlx import DraftOptions, load, stream_generate
+from specstream_mlx.calibration.measure import encode_prompt, find_samples, read_prompts
+from specstream_mlx.control import steer
+from specstream_mlx.generate import prefill
+from specstream_mlx.sampling import TargetSampler
+from specstream_mlx.tree import DraftTree
+from specstream_mlx.verification import accept
+
+STEPS = 32  # plain steps timed together
+
+
+class Laps:
+    """Seconds of named stretches."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Add what the block takes."""
+        started = time.perf_counter()
+        yield
+        self.seconds.setdefault(name, []).append(time.perf_counter() - started)
+
+    def medians(self) -> dict[str, float]:
+        """Milliseconds."""
+        return {name: 1000 * statistics.median(seconds) for name, seconds in self.seconds.items()}
+
+
+def profile(model: Any, tokenizer: Any, prompt: list[int], options: DraftOptions, repeats: int) -> dict[str, float]:
+    """Medians of every stretch, in milliseconds."""
+    caches = model.make_cache()
+    prefill(model, prompt[:-1], caches, 2048, None, len(prompt))
+    start = caches[0].offset
+    plan, _ = steer("tree", model, options)
+    tree = plan.tree or DraftTree.chain(model.gamma)
+    sampler = TargetSampler(None, None, model.args.vocab_size)
+    parallel = plan.insertion == "parallel"
+    laps = Laps()
+    answer = [r.tokens for r in stream_generate(model, tokenizer, prompt, max_tokens=STEPS, draft="off")]
+    tokens = [token for group in answer for token in group]
+    for _ in range(repeats):
+        for cache in caches:
+            cache.offset = start
+        with laps.time("mlx-lm plain step"):
+            steps = list(generate_step(mx.array(prompt[-1:]), model.base, max_tokens=STEPS, prompt_cache=caches))
+        laps.seconds["mlx-lm plain step"][-1] /= len(steps)
+        for cache in caches:
+            cache.offset = start
+        node_tokens = mx.array([prompt[-1], *[tokens[min(depth, len(tokens)) - 1] for depth in tree.depths[1:]]])
+        mx.eval(node_tokens)
+        with laps.time("cycle, its parts one after another"), mx.stream(generation_stream):
+            with laps.time("verification: build"):
+                verified = model.verify(node_tokens, tree, caches, insert_streams=parallel)
+                drawn = sampler.draw(verified.logits, tree, node_tokens, None)
+            with laps.time("verification: wait"):
+                mx.eval(drawn)
+            with laps.time("read back and accept"):
+                found = accept(tree, node_tokens.tolist(), drawn.tolist())  # type: ignore[arg-type]
+            with laps.time("commit"):
+                model.commit(verified, found.nodes, caches)
+                mx.eval([cache.keys for cache in caches])
+            with laps.time("streams: build"):
+                logits = model.stream_logits(verified, found.nodes[-1], caches)
+                _, drafted = plan.draft(found.tokens[-1], logits, tree)
+            with laps.time("streams: wait"):
+                mx.eval(drafted)
+        with laps.time("detokenise"):
+            detokenizer = tokenizer.detokenizer
+            for token in found.tokens:
+                detokenizer.add_token(token)
+            _ = detokenizer.last_segment
+        with laps.time("whole answer, ours"):
+            responses = list(stream_generate(model, tokenizer, prompt, max_tokens=STEPS, draft_options=options))
+        laps.seconds["whole answer, ours"][-1] -= responses[-1].prompt_tokens / responses[-1].prompt_tps
+        laps.seconds["whole answer, ours"][-1] /= max(responses[-1].target_passes - 1, 1)
+    medians = laps.medians()
+    medians["cycle in the loop"] = medians.pop("whole answer, ours")
+    return medians
+
+
+def main() -> int:
+    """Print the table and the document."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", help="MLX model directory with streams; default: the bundled model")
+    parser.add_argument("--tree", default="chain:4", help="the tree of the pass")
+    parser.add_argument("--insertion", default="deferred", choices=("deferred", "parallel"))
+    parser.add_argument("--repeats", type=int, default=60)
+    arguments = parser.parse_args()
+    model, tokenizer = load(arguments.model)
+    samples = find_samples(arguments.model)
+    text = read_prompts(samples)[0]["prompt"] if samples is not None else "Once upon a time"
+    options = DraftOptions(tree=arguments.tree, insertion=arguments.insertion)
+    found = profile(model, tokenizer, encode_prompt(tokenizer, text), options, arguments.repeats)
+    for name, milliseconds in found.items():
+        print(f"{name:36}{milliseconds:9.3f} ms  {milliseconds / found['mlx-lm plain step']:6.2f} plain steps")
+    print(json.dumps({"tree": arguments.tree, "insertion": arguments.insertion, "milliseconds": found}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

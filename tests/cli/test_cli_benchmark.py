@@ -1,0 +1,210 @@
+"""``specstream-mlx benchmark``: no figure before equal tokens, arms in turn, what a model cannot show is said."""
+
+import importlib.util
+import json
+
+import pytest
+
+from specstream_cli import arms as engine
+from specstream_cli.arms import BASELINE, Arm, Run, Step, Workload, differences, look_up, measure, row, warm_up
+from specstream_cli.benchmark import measure_all
+from specstream_cli.quality import quality
+from specstream_mlx.calibration.shapes import SHAPES
+from specstream_mlx.errors import VerificationError
+from tests.tiny import make_model, save_directory
+
+
+def scripted(groups_by_arm):
+    """Arms that speak given groups of tokens, and the order in which they were asked."""
+    calls = []
+
+    def arm(name, groups):
+        def start(prompt):
+            calls.append(name)
+            for passes, group in enumerate(groups, start=1):
+                yield Step(group, str(group), passes, [passes] * 2, [passes, 0])
+
+        return Arm(name, start, weight_bytes=1)
+
+    return [arm(name, groups) for name, groups in groups_by_arm.items()], calls
+
+
+def test_different_tokens_give_no_figure():
+    arms, _ = scripted({BASELINE: [[1], [2], [3]], "auto": [[1], [2, 4]]})
+    with pytest.raises(VerificationError, match="auto: other tokens than mlx-lm on prompts 0, 1"):
+        measure_all(arms, [Workload("task", [[1], [2]], ["a", "b"])], 1, False, None)
+    (result,) = measure_all(arms, [Workload("task", [[1], [2]], ["a", "b"])], 1, True, None)
+    assert result["arms"][1]["prompts_with_equal_tokens"] == 0
+
+
+def test_arms_take_turns_after_a_warm_up():
+    arms, calls = scripted({BASELINE: [[1]], "auto": [[1]]})
+    prompts = [[1], [2]]
+    warm_up(arms, prompts)
+    assert calls == [BASELINE, BASELINE, "auto", "auto"]
+    assert differences(arms) == {"auto": []}
+    calls.clear()
+    for repeat in range(2):
+        measure(arms, prompts, repeat)
+    assert calls == [BASELINE, "auto", "auto", BASELINE, "auto", BASELINE, BASELINE, "auto"]
+
+
+def test_figures_by_hand():
+    """Red when: passes and tokens are swapped, decoding holds the prefill, or the ratio is the wrong way round."""
+
+    def run(first, decode):
+        return Run([1, 2, 3, 4], "", 2, [2, 2], [2, 1], first, decode, 7)
+
+    base, ours = Arm(BASELINE, iter, 100), Arm("auto", iter, 200)
+    base.runs = [[run(1.0, 4.0), run(1.0, 2.0)], [run(1.0, 6.0), run(1.0, 6.0)], [run(1.0, 4.0), run(1.0, 4.0)]]
+    ours.runs = [[run(1.0, 1.0), run(1.0, 1.0)], [run(1.0, 2.0), run(3.0, 2.0)], [run(1.0, 2.0), run(1.0, 2.0)]]
+    found = row(ours, base, 1)
+    assert (found["tokens"], found["passes"], found["tokens_per_pass"]) == (8, 4, 2.0)
+    assert found["decode_seconds"]["all"] == [2.0, 4.0, 4.0]
+    assert found["decode_speedup"] == {"of_medians": 2.0, "min": 2.0, "max": 3.0}
+    assert found["total_speedup"]["of_medians"] == 10 / 6
+    assert found["efficiency"] == 1.0
+    assert found["time_to_first_token_ms"] == {"median": 1000.0, "min": 1000.0, "max": 3000.0}
+    assert found["decode_tokens_per_second"] == 6 / 4
+    assert (found["drafted_by_depth"], found["accepted_by_depth"]) == ([4, 4], [4, 2])
+    assert found["peak_memory_gb"] == 207e-9
+    assert found["prompts_with_equal_tokens"] == 1
+
+
+def test_looking_up_finds_the_latest_and_longest_repetition():
+    assert look_up([1, 2, 3, 9, 1, 2, 3], 2) == [9, 1]
+    assert look_up([5, 2, 8, 1, 2, 3, 5, 2], 2) == [8, 1]
+    assert look_up([3, 7, 3, 8, 3], 3) == [8, 3]
+    assert look_up([1, 2, 3], 4) == []
+    assert look_up([1, 1], 0) == []
+
+
+def test_quality_by_hand(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert quality([" a b\n", "c"], ["a b", "d"]) == {"exact_match": 50.0, "rouge1": None, "rougeLsum": None}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = save_directory(make_model("llama", seed=41), tmp_path_factory.mktemp("model") / "tiny")
+    lines = [
+        json.dumps({"prompt": " ".join(f"w{word}" for word in range(start, start + 9)), "answer": "w1"})
+        for start in (7, 20)
+    ]
+    (path / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def benchmark(run, directory, *more):
+    arguments = ("--repeats", "1", "--max-tokens", "12", "--json", *more)
+    return run("benchmark", "--model", str(directory), *arguments)
+
+
+def test_every_arm_on_one_model(run, directory):
+    """The draft model is the model itself: mlx-lm then accepts every draft."""
+    drafts = [word for mode in ("auto", "tree", "chain", "off") for word in ("--draft", mode)]
+    more = ["--prompt-lookup", "--draft-model", str(directory), "--context", "40", "--context", "9999", "--costs"]
+    result = benchmark(run, directory, *drafts, *more)
+    assert result.code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert "--context 9999: does not fit the model's 512 positions" in result.stderr
+    plain, filled = document["workloads"]
+    assert (plain["context"], filled["context"], filled["prompt_tokens"]) == (None, 40, 40)
+    names = ["mlx-lm", "auto", "tree", "chain", "off", "prompt-lookup", "draft-model"]
+    for load in (plain, filled):
+        assert [found["arm"] for found in load["arms"]] == names
+        for found in load["arms"]:
+            assert found["prompts_with_equal_tokens"] == 2
+            assert found["decode_seconds"]["median"] > 0
+            assert found["peak_memory_gb"] > 0
+    by_name = {found["arm"]: found for found in plain["arms"]}
+    assert by_name["mlx-lm"]["passes"] == by_name["off"]["passes"] == by_name["off"]["tokens"]
+    assert by_name["draft-model"]["passes"] < by_name["mlx-lm"]["passes"]
+    assert by_name["mlx-lm"]["quality"]["exact_match"] == 0.0
+    assert [costs["context"] for costs in document["costs"]] == [40]
+    assert {"machine", "versions", "dtype", "model"} <= set(document)
+
+
+def test_tables(run, directory):
+    result = run("benchmark", "--model", str(directory), "--repeats", "1", "--max-tokens", "6", "--prompts", "1")
+    assert result.code == 0
+    assert "decode speed-up" in result.stdout
+    assert "auto: exact match 0.0%" in result.stdout
+
+
+def test_a_model_without_streams_is_measured_as_far_as_it_goes(run, tmp_path):
+    model = make_model("llama", seed=42)
+    path = save_directory(model, tmp_path / "plain")
+    for name in ("specstream_config.json", "specstream.safetensors"):
+        (path / name).unlink()
+    (path / "samples.jsonl").write_text('{"prompt": "w7 w8 w9"}\n')
+    result = benchmark(run, path, "--draft", "tree", "--draft", "auto", "--prompt-lookup")
+    assert result.code == 0, result.stderr
+    assert "no arm for --draft tree" in result.stderr
+    assert "ours decodes plainly" in result.stderr
+    (load,) = json.loads(result.stdout)["workloads"]
+    assert [found["arm"] for found in load["arms"]] == ["mlx-lm", "off", "prompt-lookup"]
+    assert run("benchmark", "--model", str(path), "--noise-streams").code == 2
+
+
+def test_noise_streams_change_no_token(run, directory):
+    result = benchmark(run, directory, "--noise-streams", "--ignore-eos", "--draft", "auto", "--draft", "chain")
+    assert result.code == 0, result.stderr
+    (load,) = json.loads(result.stdout)["workloads"]
+    assert {found["prompts_with_equal_tokens"] for found in load["arms"]} == {2}
+    assert {found["tokens"] for found in load["arms"]} == {24}
+
+
+def test_random_weights_give_costs_and_say_so(run, monkeypatch):
+    tiny = SHAPES["llama-100m"] | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 64}
+    monkeypatch.setitem(SHAPES, "tiny", tiny | {"num_attention_heads": 4, "num_key_value_heads": 2})
+    words = ("--random-weights", "tiny", "--dtype", "float32", "--context", "16", "--repeats", "1")
+    result = run("benchmark", *words)
+    assert result.code == 0, result.stderr
+    assert result.stdout.startswith("RANDOM WEIGHTS")
+    document = json.loads(run("benchmark", *words, "--q-bits", "4", "--json").stdout)
+    assert "workloads" not in document
+    assert (document["quantization"], document["model"]) == ("4 bits", "tiny, random weights")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--draft", "fast"], 2, "got 'fast', expected one of auto, tree, chain, off"),
+        (["--dtype", "float16"], 2, "--dtype: goes with --random-weights"),
+        (["--random-weights", "llama-9000b"], 2, "shape is 'llama-9000b', expected one of"),
+        (["--random-weights", "llama-1b", "--dtype", "int8"], 2, "dtype is 'int8'"),
+        (["--prompts-file", "nowhere.jsonl", "--prompts", "1"], 3, "nowhere.jsonl: cannot be read"),
+        (["--plot", "speed.svg"], 2, "plots are PNG files"),
+        (["--draft-model", "./nowhere"], 3, "no such directory"),
+    ],
+)
+def test_refusals_are_one_line(run, arguments, code, message):
+    result = run("benchmark", *arguments)
+    assert (result.code, result.stdout) == (code, "")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(run, directory):
+    from specstream_mlx import default_model_path
+
+    result = benchmark(run, directory, "--draft-model", str(default_model_path()))
+    assert result.code == 3
+    assert "--draft-model: vocabulary of 2048 tokens, the model has 97" in result.stderr
+
+
+def test_a_plot_is_a_png(run, directory, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = benchmark(run, directory, "--costs", "--context", "16", "--plot", str(tmp_path / "speed.png"))
+    assert result.code == 0, result.stderr
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_passes_of_mlx_lms_speculative_decoding_are_counted(monkeypatch):
+    """Red when: drafted tokens count as passes, or a last pass that ends within its drafts is forgotten."""
+    flags = [False, True, True, False, True]
+    responses = [type("R", (), {"token": 1, "text": "", "from_draft": flag}) for flag in flags]
+    monkeypatch.setattr("mlx_lm.stream_generate", lambda *_, **__: iter(responses))
+    steps = list(engine.stock_arm("draft-model", None, None, 0, 5).start([1]))
+    assert steps[-1].passes == 3
