@@ -22,7 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specstream_mlx.calibration.planner import Curve, PassCosts, Rates, candidate_trees, expected_tokens, solve
+from specstream_mlx.calibration.planner import (
+    Candidates,
+    Curve,
+    PassCosts,
+    Rates,
+    candidate_trees,
+    expected_tokens,
+    solve,
+)
 from specstream_mlx.control import Control, Costs, LearnedCosts, PassTimes, TabulatedCosts
 from specstream_mlx.drafting import ASSUMED_ACCEPTANCE
 from specstream_mlx.tree import DraftTree
@@ -149,7 +157,8 @@ def simulate(tokens: int = TOKENS) -> list[Result]:
                 trees = [DraftTree.chain(GAMMA)] if learning else candidate_trees(prior, MAX_ROWS)
                 learned: Costs = LearnedCosts(trees[0], "deferred", PassTimes())
                 known = learned if learning else TabulatedCosts(trees, [(0, of)])
-                return controlled_speed(Control(trees, prior, known), of, truth, 1, tokens)
+                ways = Candidates(trees, len(prior[0]))
+                return controlled_speed(Control(ways, prior, known), of, truth, 1, tokens)
 
             misled = PROFILES["noise" if name in ("structured", "good") else "good"]
             results.append(

@@ -171,10 +171,11 @@ class Control:
     REMEMBERED = 0.25  # share of the counts that a probe starts from
     PROVEN = 16  # drafted passes in a row after which the next pause is the first again
     LEARNING_PAUSE = 4  # plain passes made to see what they cost
+    REVIEW = 8  # drafted passes between choices, when drafts are accepted and no probe is under way
 
-    def __init__(self, trees: Sequence[DraftTree], rates: Rates, costs: Costs) -> None:
+    def __init__(self, candidates: Candidates, rates: Rates, costs: Costs) -> None:
         """``rates``, (gamma, K), are those the trees were planned for."""
-        self._candidates = Candidates(trees, len(rates[0]))
+        self._candidates = candidates
         self._acceptance = Acceptance(rates)
         self._costs = costs
         self._current: int | None = None
@@ -182,6 +183,7 @@ class Control:
         self._plain_left = 0
         self._probe_left = 0
         self._drafted_in_a_row = 0
+        self._until_review = 0
 
     @property
     def stays_plain(self) -> bool:
@@ -192,6 +194,8 @@ class Control:
         """How to draft the next pass, which follows ``context`` cached rows; None is plain decoding."""
         if self._plain_left:
             return None
+        if self._current is not None and self._until_review > 0:
+            return self._candidates.trees[self._current], self._costs.insertion(self._current, context)
         costs, plain = self._costs.at(context)
         speed = self._candidates.tokens(self._acceptance.rates()) / costs
         best = int(np.argmax(speed))
@@ -202,7 +206,7 @@ class Control:
             self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
             self._acceptance.forget(self.REMEMBERED)
             return None
-        self._current = best
+        self._current, self._until_review = best, 0 if self._probe_left else self.REVIEW
         return self._candidates.trees[best], self._costs.insertion(best, context)
 
     def record(self, drafted: bool, tree: DraftTree, nodes: Sequence[int]) -> None:
@@ -212,11 +216,12 @@ class Control:
             return
         self._acceptance.record(tree, nodes)
         self._probe_left = max(self._probe_left - 1, 0)
+        self._until_review = self._until_review - 1 if len(nodes) > 1 else 0
         self._drafted_in_a_row += 1
         if self._drafted_in_a_row >= self.PROVEN:
             self._pause = self.FIRST_PAUSE
         if not self._probe_left and self._costs.wants_plain_passes:
-            self._plain_left = self.LEARNING_PAUSE
+            self._plain_left, self._until_review = self.LEARNING_PAUSE, 0
 
     def observe(self, drafted: bool, tree: DraftTree, seconds: float) -> None:
         """Tell what a pass over ``tree`` took."""
@@ -252,10 +257,11 @@ def steer(mode: DraftMode, model: SpecStreamModel, options: DraftOptions) -> tup
     if mode == "tree":
         return plan, None
     rates = calibration.rates if calibration is not None else assumed_rates(model.gamma)
-    if plan.source == "calibrated" and calibration is not None:
-        trees = calibration.trees
+    if calibration is None or plan.source == "user":
+        tree = plan.tree or candidate_trees(rates, plan.budget + 1)[-1]
+        candidates = Candidates([tree], len(rates[0]))
     else:
-        trees = [plan.tree or candidate_trees(rates, plan.budget + 1)[-1]]
+        candidates = calibration.candidates
     if calibration is None:
-        return plan, Control(trees, rates, LearnedCosts(trees[0], plan.insertion, model.pass_times))
-    return plan, Control(trees, rates, TabulatedCosts(trees, calibration.costs, options.insertion))
+        return plan, Control(candidates, rates, LearnedCosts(tree, plan.insertion, model.pass_times))
+    return plan, Control(candidates, rates, TabulatedCosts(candidates.trees, calibration.costs, options.insertion))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, get_args
 
 import mlx.core as mx
@@ -105,11 +106,16 @@ class DraftPlan:
             tree = DraftTree.best_first(ranked.tolist(), self.budget)  # type: ignore[arg-type]
         if tree.size == 1:
             return tree, mx.array([root])
-        if tree.is_chain:
-            drafted = candidates[: tree.max_depth, 0]
-        else:
-            drafted = candidates[mx.array(tree.depths[1:]) - 1, mx.array(tree.ranks[1:])]
+        drafted = candidates[: tree.max_depth, 0] if tree.is_chain else candidates[_places(tree)]
         return tree, mx.concatenate([mx.array([root], dtype=drafted.dtype), drafted])
+
+
+@lru_cache(maxsize=256)
+def _places(tree: DraftTree) -> tuple[mx.array, mx.array]:
+    """Stream and rank of every drafted node, (T - 1,) each."""
+    places = mx.array(tree.depths[1:]) - 1, mx.array(tree.ranks[1:])
+    mx.eval(places)
+    return places
 
 
 def top_candidates(stream_logits: mx.array, count: int) -> mx.array:

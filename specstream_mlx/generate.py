@@ -150,7 +150,9 @@ class Loop:
             return DraftTree.chain(0), mx.array([root])
         if verified.stream_hidden is None:
             self.statistics.stream_passes += 1
-        logits = self.model.stream_logits(verified, node, self.caches)
+        deepest = self.model.gamma if self.choice[0] is None else self.choice[0].max_depth
+        num_streams = deepest if max_depth is None else min(deepest, max_depth)
+        logits = self.model.stream_logits(verified, node, self.caches, num_streams)
         if self.watch is not None:
             self.watch(self.statistics.generation_tokens, logits)
         tree, node_tokens = self.plan.draft(root, logits, self.choice[0], max_depth)

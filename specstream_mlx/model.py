@@ -14,6 +14,7 @@ Both insertions compute the same numbers, because a main row never sees a stream
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -172,8 +173,7 @@ class SpecStreamModel(nn.Module):
         layer = 0
         for boundary in sorted({prune_layer, trunk_layer, len(self.layers)}):
             main_rows = tree.size if inserted else None
-            visible = with_streams(tree.ancestor_mask, self.gamma) if inserted else tree.ancestor_mask
-            depths = self._row_depths(tree, inserted)
+            depths, visible = rows_of(tree, tuple(self._stream_depths().tolist()) if inserted else ())
             hidden = self._run(hidden, range(layer, boundary), caches, start, depths, visible, main_rows)
             layer = boundary
             if prune_threshold is not None and layer == prune_layer > 0:
@@ -198,25 +198,31 @@ class SpecStreamModel(nn.Module):
         for index, cache in enumerate(caches):
             commit_rows(cache, verified.start, unpruned if index < self.prune_layer else nodes)
 
-    def stream_logits(self, verified: VerificationPass, node: int, caches: Sequence[Any]) -> mx.array:
+    def stream_logits(
+        self, verified: VerificationPass, node: int, caches: Sequence[Any], num_streams: int | None = None
+    ) -> mx.array:
         """What the streams anchored at ``node`` predict; row ``j - 1`` is stream ``j``, the token after the next ``j``.
 
-        With deferred insertion this is a pass of its own over ``gamma`` rows of the top ``N_s`` layers, and
+        With deferred insertion this is a pass of its own over the streams' rows of the top ``N_s`` layers, and
         ``caches`` must already be committed up to and including ``node``. They are left as they were.
 
+        Args:
+            num_streams: only the first so many streams, which do not depend on the others; None: all of them.
+
         Returns:
-            (gamma, V).
+            (num_streams, V).
         """
+        count = self.gamma if num_streams is None else num_streams
         if verified.stream_hidden is not None:
-            hidden = verified.stream_hidden[:, node * self.gamma : (node + 1) * self.gamma]
+            hidden = verified.stream_hidden[:, node * self.gamma : node * self.gamma + count]
             return self._family.head(self._family.norm(hidden))[0]
         assert self.streams is not None
-        hidden = self.streams(verified.trunk[:, node : node + 1])
+        hidden = self.streams(verified.trunk[:, node : node + 1])[:, :count]
         upper = range(self.num_trunk_layers, len(self.layers))
         start = caches[upper[0]].offset
         # The anchor is the last cached row, so depth 0 of this pass lies one position after it.
-        depths = self._stream_depths() - 1
-        hidden = self._run(hidden, upper, caches, start, depths, np.tri(self.gamma, dtype=np.bool_), 0)
+        depths = self._stream_depths()[:count] - 1
+        hidden = self._run(hidden, upper, caches, start, depths, np.tri(count, dtype=np.bool_), 0)
         for index in upper:
             drop_rows(caches[index], start)
         return self._family.head(self._family.norm(hidden))[0]
@@ -267,16 +273,26 @@ class SpecStreamModel(nn.Module):
             return np.zeros(self.gamma, dtype=np.int32)
         return np.arange(1, self.gamma + 1, dtype=np.int32)
 
-    def _row_depths(self, tree: DraftTree, with_stream_rows: bool) -> np.ndarray[Any, Any]:
-        """(L,) position of every row of a pass relative to the root."""
-        main = np.array(tree.depths, dtype=np.int32)
-        if not with_stream_rows:
-            return main
-        return np.concatenate([main, (main[:, None] + self._stream_depths()).reshape(-1)])
-
     def _surviving(self, hidden: mx.array, node_tokens: mx.array, tree: DraftTree, threshold: float) -> list[int]:
         """Nodes whose token is likely enough under the early-exit distribution of their parent."""
         probs = mx.softmax(self.early_exit_logits(hidden), axis=-1, precise=True)
         parents = mx.array(tree.parents[1:])
         child_probs: list[float] = probs[parents, node_tokens[1:]].tolist()  # type: ignore[assignment]
         return tree.surviving([True, *(prob >= threshold for prob in child_probs)])
+
+
+@lru_cache(maxsize=256)
+def rows_of(tree: DraftTree, stream_depths: tuple[int, ...]) -> tuple[np.ndarray[Any, Any], BoolMatrix]:
+    """What is fixed about a pass over ``tree``, made once.
+
+    Args:
+        stream_depths: position of every stream relative to its anchor; empty without parallel insertion.
+
+    Returns:
+        (L,) position of every row relative to the root, and (L, L) which rows see which.
+    """
+    main = np.array(tree.depths, dtype=np.int32)
+    if not stream_depths:
+        return main, tree.ancestor_mask
+    streams = main[:, None] + np.array(stream_depths, dtype=np.int32)
+    return np.concatenate([main, streams.reshape(-1)]), with_streams(tree.ancestor_mask, len(stream_depths))

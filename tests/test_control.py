@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.planner_simulation import PROFILES, controlled_speed, pass_costs, read_curves, simulate
-from specstream_mlx.calibration.planner import Curve, PassCosts, candidate_trees, solve
+from specstream_mlx.calibration.planner import Candidates, Curve, PassCosts, candidate_trees, solve
 from specstream_mlx.control import Acceptance, Control, LearnedCosts, PassTimes, TabulatedCosts
 from specstream_mlx.tree import DraftTree
 
@@ -15,7 +15,7 @@ COSTS = pass_costs(read_curves()["m5max-12b-4bit-model"])
 
 def control(prior, costs=COSTS, max_rows=16):
     trees = candidate_trees(prior, max_rows)
-    return Control(trees, prior, TabulatedCosts(trees, [(0, costs)]))
+    return Control(Candidates(trees, len(prior[0])), prior, TabulatedCosts(trees, [(0, costs)]))
 
 
 def test_planner_and_control_on_published_curves():
@@ -106,7 +106,7 @@ def test_costs_are_learned_from_passes_and_kept_for_the_next_generation():
     rng = random.Random(0)
     plain_passes = []
     for _ in range(2):
-        steered = Control([chain], [[0.9]] * 4, LearnedCosts(chain, "deferred", times))
+        steered = Control(Candidates([chain], 1), [[0.9]] * 4, LearnedCosts(chain, "deferred", times))
         plain_passes.append(0)
         for _ in range(60):
             choice = steered.choose(0)
@@ -121,7 +121,7 @@ def test_costs_are_learned_from_passes_and_kept_for_the_next_generation():
 
 def test_learned_costs_park_a_tree_that_is_accepted_and_still_too_dear():
     chain, root = DraftTree.chain(4), DraftTree.chain(0)
-    steered = Control([chain], [[0.9]] * 4, LearnedCosts(chain, "deferred", PassTimes()))
+    steered = Control(Candidates([chain], 1), [[0.9]] * 4, LearnedCosts(chain, "deferred", PassTimes()))
     drafted = 0
     for _ in range(300):
         choice = steered.choose(0)

@@ -94,6 +94,18 @@ def test_streams_differ_from_one_another_and_from_main():
                 assert np.abs(rows[i] - rows[j]).max() > 1e-2
 
 
+@pytest.mark.parametrize("insert_streams", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_first_streams_alone_are_the_first_of_all(variant, insert_streams):
+    """Red when a stream is numbered, placed or masked by how many streams are run."""
+    model = make_model("llama", seed=5, **VARIANTS[variant])
+    run, caches = verified(model, DraftTree.cartesian([2, 1]), insert_streams)
+    model.commit(run, [0, 1], caches)
+    whole = model.stream_logits(run, 1, caches)
+    for count in range(1, model.gamma + 1):
+        assert mx.allclose(model.stream_logits(run, 1, caches, count), whole[:count], atol=1e-4)
+
+
 def test_a_stock_call_is_the_base_model():
     model = make_model("llama", seed=3)
     tokens = mx.array([random_prompt(6, seed=3)])

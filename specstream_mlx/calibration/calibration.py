@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from specstream_mlx.calibration.planner import Curve, PassCosts, Plan, candidate_trees, solve
+from specstream_mlx.calibration.planner import Candidates, Curve, PassCosts, Plan, candidate_trees, solve
 from specstream_mlx.drafting import Insertion
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.tree import DraftTree
@@ -40,18 +40,26 @@ class Calibration:
         return min(max(costs.chain.max_rows, costs.tree.max_rows) for _, costs in self.costs)
 
     @cached_property
-    def trees(self) -> list[DraftTree]:
+    def candidates(self) -> Candidates:
         """Every tree that can be best here, at least one; those too dear for what they can yield are left out."""
-        return [
+        trees = [
             tree
             for tree in candidate_trees(self.rates, self.max_rows)
             if any(costs.best_of(tree)[0] < (tree.max_depth + 1) * costs.plain for _, costs in self.costs)
-        ] or [DraftTree.chain(1)]
+        ]
+        return Candidates(trees or [DraftTree.chain(1)], len(self.rates[0]))
+
+    @cached_property
+    def _plans(self) -> dict[tuple[int, Insertion | None, bool], Plan]:
+        return {}
 
     def plan(self, context: int = 0, insertion: Insertion | None = None, *, drafting: bool = False) -> Plan:
         """The plan at the measured length of context nearest to ``context``; see ``solve``."""
-        costs = min(self.costs, key=lambda entry: abs(entry[0] - context))[1]
-        return solve(costs, self.rates, self.max_rows, insertion=insertion, drafting=drafting)
+        length, costs = min(self.costs, key=lambda entry: abs(entry[0] - context))
+        asked = (length, insertion, drafting)
+        if asked not in self._plans:
+            self._plans[asked] = solve(costs, self.rates, self.max_rows, insertion=insertion, drafting=drafting)
+        return self._plans[asked]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; ``plans`` is for readers and not read back."""
