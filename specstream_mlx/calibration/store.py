@@ -49,8 +49,14 @@ def calibration_key(model: SpecStreamModel) -> dict[str, Any]:
         "model_type": model.model_type,
         "model": model_digest(model),
         "quantization": f"{quantised.bits} bits, groups of {quantised.group_size}" if quantised is not None else None,
-        "dtype": str(model.layers[0].input_layernorm.weight.dtype).removeprefix("mlx.core."),
+        "dtype": _dtype(model),
     }
+
+
+def _dtype(model: SpecStreamModel) -> str:
+    """The type that a model computes in: that of its vectors, which quantisation leaves alone."""
+    vectors = (value for _, value in tree_flatten(model.base.parameters()) if value.ndim == 1)
+    return str(next(vectors).dtype).removeprefix("mlx.core.")
 
 
 def model_digest(model: SpecStreamModel) -> str:
