@@ -26,7 +26,7 @@ VARIANTS = [
     ("mistral", {"stream_init": "low_rank_residual", "num_stream_layers": 4}),
     ("qwen3", {"tie_word_embeddings": True, "use_rslora": True}),
     *[(family, {"mode": "lossless"}) for family in FAMILIES],
-    *[(family, {"stream_id": "value_rotation"}) for family in ("llama", "qwen2", "phi3")],
+    *[(family, {"stream_id": "value_rotation"}) for family in ("llama", "qwen2", "phi3", "opt", "gpt2")],
     ("qwen3", {"stream_id": "value_rotation", "mode": "lossless", "stream_position": "anchor"}),
 ]
 

@@ -23,7 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from .families import decoder_of
 from .modeling import attach_streams, causal_lm, stream_module
 from .streams import SpecStream, StreamConfig
 
@@ -40,9 +42,10 @@ def load_base(directory: str | Path, *, dtype: torch.dtype = torch.float32, atte
 
 
 def linear_modules(model: nn.Module) -> list[str]:
-    """Return the leaf names of the linear layers of a decoder block (``qkv_proj`` and the like for phi3)."""
-    block = causal_lm(model).model.layers[0]
-    return sorted({name.rpartition(".")[2] for name, module in block.named_modules() if isinstance(module, nn.Linear)})
+    """Return the leaf names of the linear layers of a decoder block (``qkv_proj`` and the like for phi3, Conv1D for gpt2)."""
+    block = decoder_of(causal_lm(model)).layers[0]
+    linear = (name for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def add_lora(
@@ -72,10 +75,11 @@ def add_lora(
         lora_dropout=dropout,
         target_modules=targets,
         layers_to_transform=layers,
-        layers_pattern="layers" if layers is not None else None,
+        layers_pattern=decoder_of(causal_lm(model)).layers_name if layers is not None else None,
         modules_to_save=["specstream"],
         task_type="CAUSAL_LM",
         use_rslora=use_rslora,
+        fan_in_fan_out=causal_lm(model).config.model_type == "gpt2",
     )
     with _upstream_deprecation_ignored():
         return get_peft_model(model, lora)
@@ -112,7 +116,8 @@ def write_checkpoint(
     model.save_pretrained(str(directory), save_embedding_layers=False)
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's model card template
     base = causal_lm(model)
-    config = stream_module(model).config.to_json(base.config, norm_weight=base.model.norm.weight, training=training)
+    mark = decoder_of(base).fingerprint
+    config = stream_module(model).config.to_json(base.config, fingerprint=mark, training=training)
     adapter_config = _read_json(directory / ADAPTER_CONFIG_FILE)
     if base_name is not None:
         config["base_model"]["name_or_path"] = base_name
