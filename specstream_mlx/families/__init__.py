@@ -23,6 +23,8 @@ FAMILIES: dict[str, type[DecoderFamily]] = {
     "qwen2": DecoderFamily,
     "qwen3": DecoderFamily,
 }
+# The models that are written here because mlx-lm has none.
+OURS: dict[str, tuple[type[Any], type[Any]]] = {"opt": (opt.Model, opt.ModelArgs)}
 
 
 def check_supported(model_type: object, where: str = "model_type") -> None:
@@ -46,14 +48,12 @@ def family_of(base: Any, model_type: str) -> DecoderFamily:
 
 
 def model_classes(config: Mapping[str, Any]) -> tuple[type[Any], type[Any]]:
-    """The model class and its arguments' class: ours for OPT, mlx-lm's for every other family.
+    """The model class and its arguments' class: ours where mlx-lm has none, mlx-lm's for every other family.
 
     It is what ``mlx_lm.utils.load_model`` takes as ``get_model_classes``.
 
     Raises:
         ValueError: mlx-lm has no such model.
     """
-    if config["model_type"] == "opt":
-        return opt.Model, opt.ModelArgs
-    classes: tuple[type[Any], type[Any]] = _get_classes(dict(config))
+    classes: tuple[type[Any], type[Any]] = OURS.get(config["model_type"]) or _get_classes(dict(config))
     return classes

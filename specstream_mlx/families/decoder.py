@@ -1,6 +1,6 @@
 """Llama-shaped models: what the runtime asks of a model family."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -32,7 +32,7 @@ class DecoderFamily:
 
     def __init__(self, base: Any) -> None:
         self._base = base
-        self.layers: Sequence[Any] = base.model.layers
+        self.layers: list[Any] = base.model.layers
 
     @classmethod
     def size(cls, config: Mapping[str, Any], name: str) -> Any:

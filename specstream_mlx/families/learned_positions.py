@@ -5,7 +5,7 @@ an anchor start from its hidden state ``M_t^{N-N_s}``, which carries position ``
 ``stream_position`` changes nothing here, and the stream's number comes from ``P_j`` (or the value rotation) alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -47,7 +47,7 @@ class OPTFamily(LearnedPositions):
     def __init__(self, base: Any) -> None:
         self._base = base
         self._decoder = base.model.decoder
-        self.layers: Sequence[Any] = self._decoder.layers
+        self.layers: list[Any] = self._decoder.layers
 
     @classmethod
     def fingerprint_tensor(cls, config: Mapping[str, Any]) -> str | None:
@@ -87,7 +87,7 @@ class GPT2Family(LearnedPositions):
 
     def __init__(self, base: Any) -> None:
         self._base = base
-        self.layers: Sequence[Any] = base.model.h
+        self.layers: list[Any] = base.model.h
 
     @classmethod
     def fingerprint_tensor(cls, config: Mapping[str, Any]) -> str | None:

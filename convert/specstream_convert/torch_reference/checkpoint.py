@@ -42,7 +42,7 @@ def load_base(directory: str | Path, *, dtype: torch.dtype = torch.float32, atte
 
 
 def linear_modules(model: nn.Module) -> list[str]:
-    """Return the leaf names of the linear layers of a decoder block (``qkv_proj`` and the like for phi3, Conv1D for gpt2)."""
+    """Return the leaf names of the linear layers of a decoder block (``qkv_proj`` for phi3, ``c_attn`` for gpt2)."""
     block = decoder_of(causal_lm(model)).layers[0]
     linear = (name for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D))
     return sorted({name.rpartition(".")[2] for name in linear})
