@@ -15,7 +15,8 @@ from specstream_mlx import DraftOptions, load, stream_generate
 from specstream_mlx.checkpoint import tensor_sha256
 from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
-from specstream_mlx.families import model_classes
+from specstream_mlx.families import FAMILIES, model_classes
+from specstream_mlx.families.learned_positions import OPTFamily
 from specstream_mlx.tree import DraftTree
 from tests.tiny import (
     LEARNED,
@@ -154,6 +155,22 @@ def test_directories_come_back(family, tmp_path):
     record(fingerprint=digest | {"sha256": "0" * 64})
     with pytest.raises(InvalidInputError, match=f"fingerprint of {tensor} differs"):
         load(path)
+
+
+def test_the_tensor_of_the_fingerprint():
+    """The last layer norm with weights, under the name that trainers write; a model without any has none."""
+    names = {
+        "opt": "model.decoder.final_layer_norm.weight",
+        "opt-post-norm": "model.decoder.layers.3.final_layer_norm.weight",
+        "gpt2": "model.ln_f.weight",
+        "llama": "model.norm.weight",
+    }
+    for family, name in names.items():
+        config = base_config(family)
+        assert FAMILIES[config["model_type"]].fingerprint_tensor(config) == name
+    bare = {"_remove_final_layer_norm": True}
+    assert OPTFamily.fingerprint_tensor(base_config("opt", **bare)) == names["opt-post-norm"]
+    assert OPTFamily.fingerprint_tensor(base_config("opt", layer_norm_elementwise_affine=False)) is None
 
 
 def test_stock_mlx_lm_has_no_opt(tmp_path):

@@ -259,5 +259,7 @@ def test_lossless_lora_outside_the_stream_layers_of_gpt2(tmp_path: Path) -> None
     paths = make_tiny_checkpoint("gpt2", tmp_path, mode="lossless", num_stream_layers=2, **SMALL)
     config = paths.adapter / "specstream_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_stream_layers": 1}))
-    with pytest.raises(InvalidInputError, match="mode lossless allows LoRA only in layers 1 to 1"):
+    with pytest.raises(InvalidInputError, match="mode lossless allows LoRA only in layers 1 to 1") as caught:
         convert(ConvertOptions(adapter_path=paths.adapter, mlx_path=tmp_path / "out"))
+    assert "h.0.mlp.c_fc" in str(caught.value)
+    assert "h.1." not in str(caught.value)

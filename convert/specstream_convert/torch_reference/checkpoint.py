@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from .families import decoder_of
@@ -34,11 +34,22 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 STREAMS_FILE = "specstream.safetensors"
 FORMS = ("A", "B")
+DROPOUTS = ("dropout", "attention_dropout", "layerdrop", "resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 def load_base(directory: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
-    """Load a Hugging Face causal LM in the dtype and attention that the stream forward expects."""
-    return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, attn_implementation=attention)
+    """Load a Hugging Face causal LM in the dtype and attention that the stream forward expects.
+
+    Dropout of the base (OPT and GPT-2 have it) is left off, so that the main stream is the base's own in training
+    too; LoRA brings its own.
+    """
+    config = AutoConfig.from_pretrained(str(directory))
+    for name in DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return AutoModelForCausalLM.from_pretrained(
+        str(directory), config=config, dtype=dtype, attn_implementation=attention
+    )
 
 
 def linear_modules(model: nn.Module) -> list[str]:
