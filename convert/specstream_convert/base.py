@@ -64,6 +64,11 @@ class Base:
         return int(self.family.size(self.config, "num_hidden_layers"))
 
     @property
+    def num_positions(self) -> int | None:
+        """The learned positions there are; None with rotary ones, which have no end."""
+        return None if self.family.ROTARY else int(self.family.size(self.config, "max_position_embeddings"))
+
+    @property
     def quantized(self) -> bool:
         return "quantization" in self.config
 

@@ -112,7 +112,7 @@ def make_plan(options: ConvertOptions, progress: Progress) -> Plan:
         outputs = plan_outputs(base, changes, dtype, one_file=quantization is not None)
         fates += _base_fates(base, outputs, quantization is not None)
     if options.reference_logits is not None:
-        read_reference_logits(options.reference_logits, int(base.config["vocab_size"]))
+        read_reference_logits(options.reference_logits, base)
     return Plan(
         options=options,
         base=base,

@@ -156,13 +156,14 @@ def _verify_streams(directory: Path, streams: StreamSource) -> dict[str, Any] | 
     return {"checked": len(streams.tensors), "max_abs_error": 0.0}
 
 
-def sample_tokens(vocab_size: int) -> Array:
+def sample_tokens(vocab_size: int, count: int = NUM_TOKENS) -> Array:
     """The token ids of the comparison, the same every time."""
-    return np.random.default_rng(0).integers(0, vocab_size, NUM_TOKENS)
+    return np.random.default_rng(0).integers(0, vocab_size, count)
 
 
 def _verify_logits(directory: Path, expected: Expected) -> dict[str, Any]:
-    tokens = sample_tokens(int(expected.base.config["vocab_size"]))
+    base = expected.base
+    tokens = sample_tokens(int(base.config["vocab_size"]), min(NUM_TOKENS, base.num_positions or NUM_TOKENS))
     found = output_logits(directory, tokens, live=expected.placement == "live")
     wanted = reference_logits(expected, tokens)
     difference = float(np.abs(found - wanted).max())
@@ -256,7 +257,10 @@ def _by_layers(model: nn.Module, ids: mx.array, fill: Callable[[nn.Module, str],
     def inside(name: str, paths: tuple[str, ...]) -> bool:
         return any(name == path or name.startswith(f"{path}.") for path in paths)
 
-    parts = [(name, module) for name, module in model.named_modules() if not module.children()]
+    # No module of a block may be among them, or its weights would stay.
+    leaves = [(name, module) for name, module in model.named_modules() if not module.children()]
+    parts = [(name, module) for name, module in leaves if not inside(name, (family.LAYERS,))]
+    del leaves
     for name, module in parts:
         if inside(name, family.INPUT):
             fill(module, f"{name}.")
@@ -271,14 +275,14 @@ def _by_layers(model: nn.Module, ids: mx.array, fill: Callable[[nn.Module, str],
         del layer
         mx.clear_cache()
     for name, module in parts:
-        if not inside(name, (*family.INPUT, family.LAYERS)):
+        if not inside(name, family.INPUT):
             fill(module, f"{name}.")
     return family.head(family.norm(hidden))
 
 
 def compare_reference_logits(directory: Path, path: Path, expected: Expected) -> dict[str, Any]:
     """Compare with logits computed elsewhere: an npz of ``tokens`` (L,) and ``logits`` (L, V)."""
-    tokens, wanted = read_reference_logits(path, int(expected.base.config["vocab_size"]))
+    tokens, wanted = read_reference_logits(path, expected.base)
     found = output_logits(directory, tokens, live=expected.placement == "live")
     difference = float(np.abs(found - wanted).max())
     quantized = expected.quantization is not None or expected.base.quantized
@@ -298,8 +302,9 @@ def compare_reference_logits(directory: Path, path: Path, expected: Expected) ->
     return figure | {"tolerance": tolerance}
 
 
-def read_reference_logits(path: Path, vocab_size: int) -> tuple[Array, Array]:
-    """``tokens`` and ``logits`` of an npz, checked; nothing pickled is read."""
+def read_reference_logits(path: Path, base: Base) -> tuple[Array, Array]:
+    """``tokens`` and ``logits`` of an npz, checked against the base; nothing pickled is read."""
+    vocab_size = int(base.config["vocab_size"])
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             missing = [name for name in ("tokens", "logits") if name not in held]
@@ -317,6 +322,8 @@ def read_reference_logits(path: Path, vocab_size: int) -> tuple[Array, Array]:
         raise InvalidInputError(f"{path}: not a readable npz file ({reason})") from error
     if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu" or logits.dtype.kind != "f":
         raise InvalidInputError(f"{path}: expected integer tokens (L,) and float logits (L, V)")
+    if base.num_positions is not None and len(tokens) > base.num_positions:
+        raise InvalidInputError(f"{path}: {len(tokens)} tokens, the model has {base.num_positions} learned positions")
     if logits.shape != (len(tokens), vocab_size):
         raise InvalidInputError(f"{path}: logits have shape {logits.shape}, expected {(len(tokens), vocab_size)}")
     if tokens.min() < 0 or tokens.max() >= vocab_size or not np.isfinite(logits).all():

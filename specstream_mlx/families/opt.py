@@ -2,7 +2,8 @@
 
 Written as mlx-lm writes its models, and run by all of its functions that take a model: ``generate_step``,
 ``stream_generate``, ``quantize_model``. Only ``mlx_lm.load`` of a path cannot find it; use ``specstream_mlx.load`` or
-``mlx_lm.utils.load_model(path, get_model_classes=specstream_mlx.families.model_classes)``.
+``mlx_lm.utils.load_model(path, get_model_classes=specstream_mlx.families.model_classes)``. mlx-lm's own loops know
+no end of positions: they must be given a ``max_tokens`` that stays within the context, or end in the ValueError below.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """OPT and GPT-2 through the converter: names, transposed weights, settings, and adapters that PEFT itself wrote."""
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 import mlx_lm  # noqa: E402
+from mlx_lm.utils import load_model  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from specstream_convert import ConvertOptions, convert, inspect_checkpoint, verify  # noqa: E402
@@ -20,6 +22,7 @@ from specstream_convert.torch_reference.testing import make_tiny_checkpoint, wri
 from specstream_convert.verify import output_logits  # noqa: E402
 from specstream_mlx import load  # noqa: E402
 from specstream_mlx.errors import InvalidInputError, UnsupportedError  # noqa: E402
+from specstream_mlx.families import model_classes  # noqa: E402
 
 pytestmark = [
     pytest.mark.parity,
@@ -115,6 +118,20 @@ def test_the_layer_by_layer_reference_is_the_whole_model(tmp_path: Path, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(verify, "WHOLE_MODEL_BYTES", 0)
             assert np.abs(output_logits(out, np.array(TOKENS), live=False) - whole).max() <= 1e-5
+
+
+def test_the_layer_by_layer_reference_drops_each_layer(tmp_path: Path) -> None:
+    """Red when a block's weights outlive its turn: a large model would be held whole."""
+    write_tiny_base("opt", tmp_path, **SMALL)
+    model, _ = load_model(tmp_path, get_model_classes=model_classes)
+    weights = [weakref.ref(layer.fc1) for layer in model.layers]
+    alive: list[int] = []
+
+    def fill(module: Any, prefix: str) -> None:
+        alive.append(sum(weight() is not None for weight in weights))
+
+    verify._by_layers(model, mx.array([TOKENS]), fill)
+    assert alive[-1] == 0
 
 
 @pytest.mark.parametrize("family", [*OPT, "gpt2"])
@@ -263,3 +280,17 @@ def test_lossless_lora_outside_the_stream_layers_of_gpt2(tmp_path: Path) -> None
         convert(ConvertOptions(adapter_path=paths.adapter, mlx_path=tmp_path / "out"))
     assert "h.0.mlp.c_fc" in str(caught.value)
     assert "h.1." not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_a_context_shorter_than_the_comparison(tmp_path: Path, family: str) -> None:
+    """Red when the check of the output, or reference logits of the user's, read past the table of positions."""
+    paths = make_tiny_checkpoint(family, tmp_path, num_stream_layers=1, max_position_embeddings=8, **SMALL)
+    report = convert(ConvertOptions(adapter_path=paths.adapter, mlx_path=tmp_path / "out"))
+    assert report.verification is not None
+    assert report.verification["logits"]["tokens"] == 8
+    logits = tmp_path / "logits.npz"
+    np.savez(logits, tokens=np.arange(9), logits=np.zeros((9, 97), dtype=np.float32))
+    options = ConvertOptions(adapter_path=paths.adapter, mlx_path=tmp_path / "again", reference_logits=logits)
+    with pytest.raises(InvalidInputError, match="9 tokens, the model has 8 learned positions"):
+        convert(options)

@@ -59,6 +59,7 @@ def make_tiny_checkpoint(
     hidden_size: int = 64,
     num_layers: int = 4,
     vocab_size: int = 97,
+    max_position_embeddings: int = 1024,
 ) -> TinyCheckpoint:
     """Write a random base and a random adapter under ``directory`` and return their paths.
 
@@ -87,6 +88,7 @@ def make_tiny_checkpoint(
         hidden_size=hidden_size,
         num_layers=num_layers,
         vocab_size=vocab_size,
+        max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=tie_word_embeddings,
         seed=seed,
     )
@@ -111,6 +113,7 @@ def write_tiny_base(
     hidden_size: int = 64,
     num_layers: int = 4,
     vocab_size: int = 97,
+    max_position_embeddings: int = 1024,
     tie_word_embeddings: bool = False,
     seed: int = 0,
 ) -> None:
@@ -123,7 +126,7 @@ def write_tiny_base(
         "hidden_size": hidden_size,
         "num_hidden_layers": num_layers,
         "num_attention_heads": 4,
-        "max_position_embeddings": 1024,
+        "max_position_embeddings": max_position_embeddings,
         "tie_word_embeddings": tie_word_embeddings or family == "gpt2",  # GPT-2's head is always its embedding
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -142,7 +145,7 @@ def write_tiny_base(
     if family in ("mistral", "phi3"):
         settings["sliding_window"] = None
     if family == "phi3":
-        settings["original_max_position_embeddings"] = 1024
+        settings["original_max_position_embeddings"] = max_position_embeddings
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
