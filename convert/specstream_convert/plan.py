@@ -249,7 +249,8 @@ def _base_fates(base: Base, outputs: tuple[OutputTensor, ...], quantized: bool) 
                 fates.append(TensorFate(file.path.name, raw, f"dropped: {base.dropped[raw]}"))
                 continue
             output = by_source[file.path, raw]
-            what = "merged with LoRA" if output.changes else "copied"
+            unchanged = "transposed" if output.source.transposed else "copied"
+            what = "merged with LoRA" if output.changes else unchanged
             if output.dtype != output.source.dtype:
                 what += f", cast to {output.dtype}"
             if quantized:
