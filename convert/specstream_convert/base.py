@@ -16,13 +16,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
+from specstream_convert.layouts import LAYOUTS, Layout
 from specstream_convert.messages import at, escaped, listing
-from specstream_convert.safetensors_io import TensorFile, TensorInfo, open_tensors
+from specstream_convert.safetensors_io import TensorFile, open_tensors
+from specstream_convert.stored import StoredTensor
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
 _TOO_LARGE = (MemoryError, OverflowError)
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 INDEX_NAME = "model.safetensors.index.json"
 ROPE_TYPES = {
     "llama": ("default", "linear", "llama3", "yarn"),
@@ -52,10 +53,11 @@ class Base:
     revision: str | None
     config: dict[str, Any]  # as mlx-lm reads it
     files: tuple[TensorFile, ...]
-    tensors: dict[str, TensorFile]  # kept tensors and the file that holds each
-    dropped: dict[str, str]  # tensor -> why it is not written
+    tensors: dict[str, StoredTensor]  # kept tensors by mlx-lm's name
+    dropped: dict[str, str]  # raw name -> why it is not written
     parameters: dict[str, tuple[int, ...]]  # of the unquantised model
     linear: dict[str, tuple[int, int]]  # module -> (out, in)
+    embeddings: dict[str, tuple[int, int]]  # module -> (rows, width)
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -75,9 +77,15 @@ class Base:
     def quantized(self) -> bool:
         return "quantization" in self.config
 
-    def info(self, name: str) -> TensorInfo:
-        """The header entry of a kept tensor."""
-        return self.tensors[name].tensors[name]
+    @property
+    def layout(self) -> Layout:
+        """Where the family keeps its parts."""
+        return LAYOUTS[self.model_type]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the LM head is the embedding."""
+        return bool(self.config["tie_word_embeddings"])
 
     def summary(self) -> dict[str, Any]:
         """The fields that ``specstream_config.json`` records of a base."""
@@ -139,30 +147,30 @@ def open_base(path: Path, name: str, revision: str | None = None) -> Base:
     """
     where = path / "config.json"
     config, notes, warnings = mlx_config(read_json(where), where)
+    layout = LAYOUTS[config["model_type"]]
     files = _open_shards(path)
-    names = [name for file in files for name in file.tensors]
+    tensors, dropped = _named(files, layout)
     if "tie_word_embeddings" not in config:
-        config["tie_word_embeddings"] = "lm_head.weight" not in names
+        config["tie_word_embeddings"] = f"{layout.head}.weight" not in tensors
         notes.append(f"config.json has no tie_word_embeddings; set to {config['tie_word_embeddings']} by the tensors")
-    parameters, linear = _module_tree(config, where)
-    owner = {name: file for file in files for name in file.tensors}
-    dropped = _dropped(config, owner)
-    kept = {name: file for name, file in owner.items() if name not in dropped}
+    parameters, linear, embeddings = _module_tree(config, where)
+    dropped |= _drop_tied_head(config, layout, tensors)
     if "quantization" in config:
-        parameters_held = _check_quantized(kept, parameters, config["quantization"])
+        parameters_held = _check_quantized(tensors, parameters, config["quantization"])
     else:
         parameters_held = parameters
-    _check_tensors(path, kept, parameters_held)
+    _check_tensors(path, tensors, parameters_held)
     return Base(
         path=path,
         name=name,
         revision=revision,
         config=config,
         files=files,
-        tensors=kept,
+        tensors=tensors,
         dropped=dropped,
         parameters=parameters,
         linear=linear,
+        embeddings=embeddings,
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
@@ -176,9 +184,9 @@ def mlx_config(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[s
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedError(f"{where}: model_type is {escaped(repr(model_type))}; this is not a model's config.json")
-    if model_type not in FAMILIES:
+    if model_type not in LAYOUTS:
         raise UnsupportedError(
-            f"{where}: model_type {escaped(repr(model_type))} is not supported; supported: {', '.join(FAMILIES)}"
+            f"{where}: model_type {escaped(repr(model_type))} is not supported; supported: {', '.join(LAYOUTS)}"
         )
     if config.get("model_file") is not None:
         raise UnsupportedError(
@@ -301,8 +309,10 @@ def _lift_rope(config: dict[str, Any], model_type: str, where: Path, notes: list
     config["rope_scaling"] = None if rope_type == "default" else scaling
 
 
-def _module_tree(config: dict[str, Any], where: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
-    """Parameter shapes and linear layers of mlx-lm's model; its arrays are lazy and never computed."""
+def _module_tree(
+    config: dict[str, Any], where: Path
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
+    """Parameter shapes, linear layers and embeddings of mlx-lm's model; its arrays are lazy and never computed."""
     try:
         model_class, args_class = _get_classes(config)
         model = model_class(args_class.from_dict(config))
@@ -310,53 +320,68 @@ def _module_tree(config: dict[str, Any], where: Path) -> tuple[dict[str, tuple[i
         reason = escaped(" ".join(str(error).split()))
         raise InvalidInputError(f"{where}: mlx-lm cannot build the model ({reason}); restore config.json") from error
     parameters = {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}
-    linear = {
-        name: (int(module.weight.shape[0]), int(module.weight.shape[1]))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    return parameters, linear
+
+    def shapes(kind: type[nn.Module]) -> dict[str, tuple[int, int]]:
+        found = {name: module.weight.shape for name, module in model.named_modules() if isinstance(module, kind)}
+        return {name: (int(shape[0]), int(shape[1])) for name, shape in found.items()}
+
+    return parameters, shapes(nn.Linear), shapes(nn.Embedding)
 
 
-def _dropped(config: dict[str, Any], owner: dict[str, TensorFile]) -> dict[str, str]:
-    dropped = {name: "recomputed by the model" for name in owner if name.endswith(".rotary_emb.inv_freq")}
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if config["tie_word_embeddings"] and head in owner:
-        if embedding in owner and not _same(owner[head], head, owner[embedding], embedding):
-            raise InvalidInputError(
-                f"{at(owner[head].path, head)}: differs from {embedding} although config.json says "
-                "tie_word_embeddings true; set it to false or remove the tensor"
-            )
-        dropped[head] = f"tied: equal to {embedding}"
-    return dropped
+def _named(files: Iterable[TensorFile], layout: Layout) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors by mlx-lm's names, and the raw names of those that are no parameters."""
+    tensors: dict[str, StoredTensor] = {}
+    dropped: dict[str, str] = {}
+    for file in files:
+        for raw in file.tensors:
+            if layout.is_ignored(raw):
+                dropped[raw] = "recomputed by the model"
+                continue
+            name = layout.name(raw)
+            if name in tensors:
+                raise InvalidInputError(f"{at(file.path, raw)}: means the same tensor as {tensors[name].place}")
+            tensors[name] = StoredTensor(file, raw, transposed=name != raw and layout.is_transposed(name))
+    return tensors, dropped
 
 
-def _same(first: TensorFile, a: str, second: TensorFile, b: str) -> bool:
-    x, y = first.tensors[a], second.tensors[b]
-    if (x.dtype, x.shape) != (y.dtype, y.shape):
+def _drop_tied_head(config: dict[str, Any], layout: Layout, tensors: dict[str, StoredTensor]) -> dict[str, str]:
+    """Take out a tied head's own copy; refuse one that differs."""
+    head, embedding = f"{layout.head}.weight", f"{layout.embedding}.weight"
+    if not config["tie_word_embeddings"] or head not in tensors:
+        return {}
+    if embedding in tensors and not _same(tensors[head], tensors[embedding]):
+        raise InvalidInputError(
+            f"{tensors[head].place}: differs from {embedding} although config.json says "
+            "tie_word_embeddings true; set it to false or remove the tensor"
+        )
+    return {tensors.pop(head).raw: f"tied: equal to {embedding}"}
+
+
+def _same(first: StoredTensor, second: StoredTensor) -> bool:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    return bool(mx.array_equal(first.read(a), second.read(b)).item())
+    return bool(mx.array_equal(first.read(), second.read()).item())
 
 
-def _check_tensors(path: Path, kept: dict[str, TensorFile], parameters: dict[str, tuple[int, ...]]) -> None:
+def _check_tensors(path: Path, kept: dict[str, StoredTensor], parameters: dict[str, tuple[int, ...]]) -> None:
     for name in sorted(kept):
         if f"{name.removesuffix('.weight')}.scales" not in kept and not name.endswith(".scales"):
-            kept[name].require_float(name)
+            kept[name].require_float()
     problems = []
     for name in sorted(set(parameters) - set(kept)):
         problems.append(f"{at(path, name)}: missing from the base's safetensors files; download the base again")
     for name in sorted(set(kept) - set(parameters)):
-        problems.append(f"{at(kept[name].path, name)}: not part of the model that config.json describes")
+        problems.append(f"{kept[name].place}: not part of the model that config.json describes")
     for name in sorted(set(kept) & set(parameters)):
-        shape = kept[name].tensors[name].shape
+        shape = kept[name].shape
         if shape != parameters[name]:
-            problems.append(f"{at(kept[name].path, name)}: shape {shape}, config.json asks for {parameters[name]}")
+            problems.append(f"{kept[name].place}: shape {shape}, config.json asks for {parameters[name]}")
     if problems:
         raise InvalidInputError(listing(problems))
 
 
 def _check_quantized(
-    kept: dict[str, TensorFile], parameters: dict[str, tuple[int, ...]], quantization: dict[str, Any]
+    kept: dict[str, StoredTensor], parameters: dict[str, tuple[int, ...]], quantization: dict[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     """The shapes a quantised base must have: packed weights where there are scales, plain ones elsewhere."""
     expected: dict[str, tuple[int, ...]] = {}

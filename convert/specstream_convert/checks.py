@@ -5,8 +5,8 @@ from typing import Any
 import mlx.core as mx
 
 from specstream_convert.base import Base
-from specstream_convert.merge import Lora
-from specstream_convert.messages import at, escaped, listing
+from specstream_convert.lora import Lora
+from specstream_convert.messages import escaped, listing
 from specstream_convert.peft_config import PeftConfig, layer_of
 from specstream_convert.safetensors_io import mlx_dtype
 from specstream_mlx.checkpoint import tensor_sha256
@@ -29,7 +29,7 @@ def fingerprint(base: Base, tensor: str = FINGERPRINT_TENSOR, dtype: str | None 
 
     ``dtype`` is the one the tensor is written in, when that differs from the base's.
     """
-    held = base.tensors[tensor].read_float32(tensor)
+    held = base.tensors[tensor].read_float32()
     if dtype is not None:
         held = held.astype(mlx_dtype(dtype)).astype(mx.float32)
     return {"tensor": tensor, "sha256": tensor_sha256(held)}
@@ -59,7 +59,7 @@ def check_base_matches(config: StreamConfig, where: Any, base: Base) -> None:
             problems.append(f"{where}: base_model.fingerprint does not name a tensor of the base and its sha256")
         elif fingerprint(base, tensor)["sha256"] != digest.lower():
             problems.append(
-                f"{at(base.tensors[tensor].path, tensor)}: not the tensor the streams were trained on (sha256 differs "
+                f"{base.tensors[tensor].place}: not the tensor the streams were trained on (sha256 differs "
                 f"from base_model.fingerprint): same shapes, another base or revision"
             )
     if problems:
@@ -76,7 +76,7 @@ def check_coverage(peft: PeftConfig, items: tuple[Lora, ...], base: Base, config
         first = base.num_layers - config.num_stream_layers
         missing = {name for name in missing if (layer := layer_of(name)) is not None and layer >= first}
     if missing:
-        file = items[0].pair.file.path
+        file = items[0].factors.a.file.path
         raise InvalidInputError(
             listing(
                 f"{file}: no LoRA for {name}, which target_modules of adapter_config.json covers; the save is "
@@ -90,7 +90,7 @@ def check_lossless(items: tuple[Lora, ...], config: StreamConfig, base: Base) ->
     """In lossless mode a LoRA may only be where stream rows are: in the top ``num_stream_layers`` layers."""
     first = base.num_layers - config.num_stream_layers
     problems = [
-        f"{at(item.pair.file.path, item.pair.a)}: mode lossless allows LoRA only in layers {first} to "
+        f"{item.factors.a.place}: mode lossless allows LoRA only in layers {first} to "
         f"{base.num_layers - 1}; this one would change the main stream, retrain without it or use mode shared"
         for item in items
         if (layer := layer_of(item.module)) is None or layer < first
