@@ -9,9 +9,10 @@ from specstream_convert.lora import Lora
 from specstream_convert.messages import escaped, listing
 from specstream_convert.peft_config import PeftConfig, layer_of
 from specstream_convert.safetensors_io import mlx_dtype
-from specstream_mlx.checkpoint import tensor_sha256
 from specstream_mlx.config import FINGERPRINT_TENSOR, StreamConfig
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.fingerprint import fingerprint as mark_of
+from specstream_mlx.fingerprint import is_marked
 
 COMPARED = (
     "model_type",
@@ -25,14 +26,14 @@ COMPARED = (
 
 
 def fingerprint(base: Base, tensor: str = FINGERPRINT_TENSOR, dtype: str | None = None) -> dict[str, str]:
-    """The digest of one tensor as F32 little-endian: it tells bases of equal shape apart.
+    """The mark of one tensor of ``base``, which tells bases of equal shape apart.
 
     ``dtype`` is the one the tensor is written in, when that differs from the base's.
     """
     held = base.tensors[tensor].read_float32()
     if dtype is not None:
         held = held.astype(mlx_dtype(dtype)).astype(mx.float32)
-    return {"tensor": tensor, "sha256": tensor_sha256(held)}
+    return mark_of(tensor, held)
 
 
 def check_base_matches(config: StreamConfig, where: Any, base: Base) -> None:
@@ -57,7 +58,7 @@ def check_base_matches(config: StreamConfig, where: Any, base: Base) -> None:
         tensor, digest = (mark.get("tensor"), mark.get("sha256")) if isinstance(mark, dict) else (None, None)
         if not isinstance(tensor, str) or not isinstance(digest, str) or tensor not in base.tensors:
             problems.append(f"{where}: base_model.fingerprint does not name a tensor of the base and its sha256")
-        elif fingerprint(base, tensor)["sha256"] != digest.lower():
+        elif not is_marked(mark, base.tensors[tensor].read_float32()):
             problems.append(
                 f"{base.tensors[tensor].place}: not the tensor the streams were trained on (sha256 differs "
                 f"from base_model.fingerprint): same shapes, another base or revision"
