@@ -14,6 +14,7 @@ from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.fingerprint import fingerprint as mark_of
 from specstream_mlx.fingerprint import is_marked
 
+OTHER_BASE = "give the base it was trained on with --hf-path"
 COMPARED = (
     "model_type",
     "hidden_size",
@@ -44,24 +45,28 @@ def check_base_matches(config: StreamConfig, where: Any, base: Base) -> None:
         if name in recorded and recorded[name] != actual[name]:
             problems.append(
                 f"{where}: base_model.{name} is {escaped(repr(recorded[name]))}, "
-                f"the base {base.path} has {actual[name]!r}"
+                f"the base {base.path} has {actual[name]!r}; {OTHER_BASE}"
             )
     if config.num_stream_layers > base.num_layers:
         problems.append(
             f"{where}: num_stream_layers is {config.num_stream_layers}, "
-            f"the base {base.path} has {base.num_layers} layers"
+            f"the base {base.path} has {base.num_layers} layers; {OTHER_BASE}"
         )
     if config.prune is not None and config.prune.layer > base.num_layers:
-        problems.append(f"{where}: prune.layer is {config.prune.layer}, the base has {base.num_layers} layers")
+        problems.append(
+            f"{where}: prune.layer is {config.prune.layer}, the base has {base.num_layers} layers; correct it"
+        )
     mark = recorded.get("fingerprint")
     if mark is not None and not problems:
         tensor, digest = (mark.get("tensor"), mark.get("sha256")) if isinstance(mark, dict) else (None, None)
         if not isinstance(tensor, str) or not isinstance(digest, str) or tensor not in base.tensors:
-            problems.append(f"{where}: base_model.fingerprint does not name a tensor of the base and its sha256")
+            problems.append(
+                f"{where}: base_model.fingerprint names no tensor of the base with its sha256; correct it or remove it"
+            )
         elif not is_marked(mark, base.tensors[tensor].read_float32()):
             problems.append(
-                f"{base.tensors[tensor].place}: not the tensor the streams were trained on (sha256 differs "
-                f"from base_model.fingerprint): same shapes, another base or revision"
+                f"{base.tensors[tensor].place}: not the tensor the streams were trained on (sha256 differs from "
+                f"base_model.fingerprint): same shapes, another base or revision; give the right one as --hf-path"
             )
     if problems:
         raise InvalidInputError(listing(problems))

@@ -37,6 +37,12 @@ class OutputDirectory:
         target = self.target
         if not target.name or target.name == "..":
             raise UsageError(f"{target}: not a name for an output directory; choose another --mlx-path")
+        for path in (target, *inputs):
+            try:
+                str(path).encode()
+            except UnicodeEncodeError:
+                name = escaped(str(path))
+                raise InvalidInputError(f"{name}: the name is not UTF-8, and MLX cannot open it; rename it") from None
         resolved = target.resolve()
         for path in inputs:
             home = path if path.is_dir() else path.parent

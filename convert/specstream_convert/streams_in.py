@@ -15,7 +15,7 @@ import mlx.core as mx
 from specstream_convert.messages import at, escaped, listing
 from specstream_convert.peft_keys import Kind, parse
 from specstream_convert.report import TensorFate
-from specstream_convert.safetensors_io import FLOATS, TensorFile
+from specstream_convert.safetensors_io import TensorFile
 from specstream_mlx.config import CONFIG_NAME, PREFIX, REQUIRED, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError
 
@@ -134,7 +134,9 @@ def _turning_problems(file: TensorFile, raw: str) -> list[str]:
 def _row_problems(file: TensorFile, rows: dict[int, str], names: dict[str, str]) -> list[str]:
     problems = []
     if sorted(rows) != list(range(len(rows))):
-        problems.append(f"{file.path}: rows of stream_embeddings are {sorted(rows)}, expected 0 to {len(rows) - 1}")
+        problems.append(
+            f"{file.path}: rows of stream_embeddings are {sorted(rows)}, expected 0 to {len(rows) - 1}; save them all"
+        )
     if "stream_embeddings" in names:
         problems.append(f"{at(file.path, names['stream_embeddings'])}: given whole and row by row; keep one")
     sizes = {file.tensors[raw].shape for raw in rows.values()}
@@ -177,7 +179,9 @@ def join(form_a: StreamSource | None, form_b: StreamSource | None) -> StreamSour
         if a is None or b is None:
             held = a or b
             assert held is not None
-            problems.append(f"{held.file.path}: {PREFIX}{escaped(name)} is only there, not in the other form")
+            problems.append(
+                f"{held.file.path}: {PREFIX}{escaped(name)} is only there, not in the other form; remove the wrong one"
+            )
         elif a.shape != b.shape or not bool(mx.array_equal(a.read(), b.read()).item()):
             problems.append(
                 f"{at(a.file.path, a.names[0])}: differs from {at(b.file.path, b.names[0])}; "
@@ -240,9 +244,12 @@ def check_streams(source: StreamSource, config: StreamConfig, hidden_size: int, 
     Raises:
         InvalidInputError: missing, superfluous, of another shape, not float, or not finite (all are listed).
     """
+    for held in source.tensors.values():
+        for tensor in held.names:
+            held.file.require_float(tensor)
     expected = config.tensor_shapes(hidden_size)
     problems = [
-        f"{where}: {PREFIX}{name} {shape} is needed by the configuration and was not saved"
+        f"{where}: {PREFIX}{name} {shape} is needed by {CONFIG_NAME} and was not saved; save it or correct that file"
         for name, shape in expected.items()
         if name not in source.tensors
     ]
@@ -253,10 +260,6 @@ def check_streams(source: StreamSource, config: StreamConfig, hidden_size: int, 
             problems.append(f"{place}: not needed by {CONFIG_NAME}; correct the configuration or --ignore-keys it")
         elif held.shape != wanted:
             problems.append(f"{place}: shape {held.shape}, expected {wanted}{_hint(name, held, wanted, config)}")
-    for held in source.tensors.values():
-        for tensor in held.names:
-            if held.file.tensors[tensor].dtype not in FLOATS and not problems:
-                held.file.require_float(tensor)
     if problems:
         raise InvalidInputError(listing(problems))
     warnings = []
