@@ -149,7 +149,7 @@ def _verify_streams(directory: Path, streams: StreamSource) -> dict[str, Any] | 
         return None
     held = load(directory / "specstream.safetensors")
     for name, source in streams.tensors.items():
-        files = [to_numpy(load(source.file.path)[tensor]).reshape(-1) for tensor in source.names]
+        files = [to_numpy(source.oriented(load(source.file.path)[tensor])).reshape(-1) for tensor in source.names]
         found = held.get(PREFIX + name)
         if found is None or not np.array_equal(to_numpy(found).reshape(-1), np.concatenate(files)):
             raise VerificationError(f"the output is wrong: {PREFIX}{name} differs from the input")
@@ -305,6 +305,8 @@ def compare_reference_logits(directory: Path, path: Path, expected: Expected) ->
 def read_reference_logits(path: Path, base: Base) -> tuple[Array, Array]:
     """``tokens`` and ``logits`` of an npz, checked against the base; nothing pickled is read."""
     vocab_size = int(base.config["vocab_size"])
+    if path.exists() and not path.is_file():
+        raise InvalidInputError(f"{path}: not a regular file; give the npz file itself")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             missing = [name for name in ("tokens", "logits") if name not in held]
