@@ -246,7 +246,7 @@ def workloads(
     samples = find_samples(name)
     if not files and samples is None:
         raise invalid_input("no samples.jsonl beside the model; give --prompts-file")
-    limit = getattr(target.args, "max_position_embeddings", None) or 1 << 30
+    limit = target.context_length or 1 << 30
     loads = []
     for file in files or ([samples] if samples is not None else []):
         rows = read_prompts(file)

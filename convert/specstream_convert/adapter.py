@@ -10,6 +10,7 @@ from specstream_convert.peft_config import ADAPTER_CONFIG, MERGE_IN_PEFT, PeftCo
 from specstream_convert.peft_keys import Key, Kind, parse
 from specstream_convert.report import TensorFate
 from specstream_convert.safetensors_io import TensorFile, open_tensors
+from specstream_convert.stored import StoredTensor
 from specstream_mlx.config import WEIGHTS_NAME, read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 
@@ -30,21 +31,20 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class LoraPair:
-    """The two factors of one module: ``A`` (r, in) and ``B`` (out, r), still in their file."""
+    """The two factors of one module by PEFT's path: ``A`` (r, in) and ``B`` (out, r)."""
 
     module: str
-    file: TensorFile
-    a: str
-    b: str
+    a: StoredTensor
+    b: StoredTensor
 
     @property
     def rank(self) -> int:
-        return self.file.tensors[self.a].shape[0]
+        return self.a.shape[0]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the weight they change."""
-        return self.file.tensors[self.b].shape[0], self.file.tensors[self.a].shape[1]
+        return self.b.shape[0], self.a.shape[1]
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _pairs(file: TensorFile, keys: list[Key]) -> tuple[LoraPair, ...]:
         rank_a, rank_b = file.tensors[a[module]].shape[0], file.tensors[b[module]].shape[1]
         if rank_a != rank_b:
             problems.append(f"{at(file.path, a[module])}: rank {rank_a}, but lora_B has rank {rank_b}")
-        pairs.append(LoraPair(module, file, a[module], b[module]))
+        pairs.append(LoraPair(module, StoredTensor(file, a[module]), StoredTensor(file, b[module])))
     if problems:
         raise InvalidInputError(listing(problems))
     for name in [*a.values(), *b.values()]:

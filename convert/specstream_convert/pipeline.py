@@ -76,8 +76,8 @@ def _verify(plan: Plan, directory: Path, progress: Progress) -> dict[str, Any]:
     expected = Expected(
         base=plan.base,
         loras=plan.loras,
+        outputs=plan.outputs,
         placement=plan.placement,
-        dtype=plan.dtype,
         quantization=plan.quantization,
         streams=plan.streams,
     )

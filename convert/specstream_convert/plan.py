@@ -1,15 +1,12 @@
 """Open and check every input and decide what becomes of every tensor; nothing is written."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from specstream_convert.adapter import (
     Adapter,
-    LoraPair,
     compile_ignored,
     find_adapter,
     open_adapter,
@@ -18,13 +15,13 @@ from specstream_convert.adapter import (
 )
 from specstream_convert.base import Base, open_base, resolve_base
 from specstream_convert.checks import check_base_matches, check_coverage, check_lossless
-from specstream_convert.merge import Lora, LoraSet, check_effect
-from specstream_convert.messages import at, escaped, listing
+from specstream_convert.lora import LoraSet, check_effect
+from specstream_convert.mapping import FineTune, map_adapter
 from specstream_convert.options import DTYPES, ConvertOptions
 from specstream_convert.output import check_tokenizer, tokenizer_directory
-from specstream_convert.peft_config import MERGE_IN_PEFT
+from specstream_convert.outputs import OutputTensor, plan_outputs
 from specstream_convert.report import TensorFate
-from specstream_convert.safetensors_io import FLOATS, TensorFile, open_tensors
+from specstream_convert.safetensors_io import open_tensors
 from specstream_convert.streams_in import (
     WHY_NO_STREAMS,
     StreamSource,
@@ -50,6 +47,7 @@ class Plan:
     base: Base
     adapter: Adapter | None
     loras: LoraSet | None
+    outputs: tuple[OutputTensor, ...]  # of model*.safetensors; empty with --adapter-only
     streams: StreamSource
     config: StreamConfig | None
     config_path: Path | None
@@ -78,15 +76,14 @@ def make_plan(options: ConvertOptions, progress: Progress) -> Plan:
     notes = [*base.notes, *streams.notes]
     warnings = list(base.warnings)
     fates = list(stream_fates)
-    loras: LoraSet | None = None
+    fine_tune = FineTune()
     if adapter is not None:
-        notes += adapter.notes
+        fine_tune = map_adapter(adapter, base)
+        notes += [*adapter.notes, *fine_tune.notes]
         warnings += adapter.config.notes
-        items, map_notes = _map_modules(adapter, base)
-        notes += map_notes
-        fates += [*adapter.fates, *_saved_copies(adapter, base)]
-        check_coverage(adapter.config, items, base, config)
-        loras = LoraSet(items) if items else None
+        fates += [*adapter.fates, *fine_tune.fates]
+        check_coverage(adapter.config, fine_tune.loras, base, config)
+    loras = LoraSet(fine_tune.loras) if fine_tune.loras else None
     if config is not None:
         assert config_path is not None
         check_base_matches(config, config_path, base)
@@ -107,27 +104,32 @@ def make_plan(options: ConvertOptions, progress: Progress) -> Plan:
             notes.append("no tokenizer files were found in the adapter or the base; the output has none")
         else:
             check_tokenizer(tokenizer, int(base.config["vocab_size"]))
-    plan = Plan(
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    quantization = _quantization(options, base)
+    outputs: tuple[OutputTensor, ...] = ()
+    if not options.adapter_only:
+        changes = fine_tune.merged() if placement == "merged" else {}
+        outputs = plan_outputs(base, changes, dtype, one_file=quantization is not None)
+        fates += _base_fates(base, outputs, quantization is not None)
+    if options.reference_logits is not None:
+        read_reference_logits(options.reference_logits, base)
+    return Plan(
         options=options,
         base=base,
         adapter=adapter,
         loras=loras,
+        outputs=outputs,
         streams=streams,
         config=config,
         config_path=config_path,
         placement=placement,
-        dtype=DTYPES[options.dtype] if options.dtype else None,
-        quantization=_quantization(options, base),
+        dtype=dtype,
+        quantization=quantization,
         tokenizer=tokenizer,
         fates=tuple(fates),
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
-    if options.reference_logits is not None:
-        read_reference_logits(options.reference_logits, int(base.config["vocab_size"]))
-    if not options.adapter_only:
-        plan = replace(plan, fates=plan.fates + _base_fates(plan))
-    return plan
 
 
 def _open_streams(
@@ -193,88 +195,6 @@ def _open_base(options: ConvertOptions, adapter: Adapter | None, config: StreamC
     return open_base(path, name, revision)
 
 
-def _map_modules(adapter: Adapter, base: Base) -> tuple[tuple[Lora, ...], list[str]]:
-    """Match PEFT's module paths with mlx-lm's; every module must exist and fit."""
-    names = [pair.module for pair in adapter.pairs]
-    strip, add = _prefix(names, base)
-    notes = []
-    if strip or add:
-        change = f"'{escaped(strip)}' removed from" if strip else f"'{add}' put before"
-        notes.append(f"{adapter.file.path.name}: prefix {change} every module path")
-    problems, items = [], []
-    for pair in adapter.pairs:
-        module = add + pair.module.removeprefix(strip)
-        problem = _module_problem(pair, module, adapter, base)
-        if problem:
-            problems.append(problem)
-        else:
-            items.append(Lora(module, pair, adapter.config.scale_of(pair.module)))
-    if problems:
-        named = adapter.config.base_model or "an unnamed base"
-        raise InvalidInputError(
-            listing([*problems, f"the adapter was trained on {escaped(named)}, the base given is {base.name}"])
-        )
-    return tuple(items), notes
-
-
-def _prefix(names: list[str], base: Base) -> tuple[str, str]:
-    """The one prefix to remove from, or to put before, every module path so that all of them exist."""
-    if not names or all(name in base.linear for name in names):
-        return "", ""
-    if all(f"model.{name}" in base.linear for name in names):
-        return "", "model."
-    fits = [known for known in base.linear if names[0].endswith("." + known)]
-    for known in fits:
-        prefix = names[0].removesuffix(known)
-        if all(name.startswith(prefix) and name.removeprefix(prefix) in base.linear for name in names):
-            return prefix, ""
-    return "", ""
-
-
-def _module_problem(pair: LoraPair, module: str, adapter: Adapter, base: Base) -> str | None:
-    place = at(pair.file.path, pair.a)
-    if module not in base.linear:
-        if module == "lm_head" and base.config["tie_word_embeddings"]:
-            raise UnsupportedError(
-                f"{place}: LoRA on the LM head of a base with tied embeddings is not supported; {MERGE_IN_PEFT}"
-            )
-        return f"{place}: the base has no linear layer {escaped(module)}"
-    if pair.shape != base.linear[module]:
-        return f"{place}: fits a weight of shape {pair.shape}, the base's is {base.linear[module]} (out, in)"
-    rank = adapter.config.rank_of(pair.module)
-    if rank != pair.rank:
-        return f"{place}: rank {pair.rank}, but adapter_config.json says {rank}, so its scale is not known"
-    return None
-
-
-def _saved_copies(adapter: Adapter, base: Base) -> list[TensorFate]:
-    """Full tensors in the adapter file: dropped when they are the base's own bits, otherwise refused."""
-    fates, unknown, changed = [], [], []
-    for name, raw in adapter.saved.items():
-        place = at(adapter.file.path, raw)
-        target = next((n for n in (name, f"model.{name}") if n in base.parameters), None)
-        if target is None and name == "lm_head.weight" and base.config["tie_word_embeddings"]:
-            target = "model.embed_tokens.weight"
-        if target is None or base.quantized:
-            unknown.append(
-                f"{place}: not a tensor this converter knows; map it with --key-map or drop it with --ignore-keys"
-            )
-            continue
-        ours, theirs = adapter.file.tensors[raw], base.info(target)
-        if ours.shape == theirs.shape and ours.dtype in FLOATS:
-            value, original = adapter.file.read(raw), base.tensors[target].read(target)
-            same = value.astype(mx.float32) == original.astype(value.dtype).astype(mx.float32)
-            if bool(same.all().item()):
-                fates.append(TensorFate(adapter.file.path.name, raw, f"equal to the base's {target}, dropped"))
-                continue
-        changed.append(f"{place}: a trained or resized copy of {target} is not supported; {MERGE_IN_PEFT}")
-    if unknown:
-        raise InvalidInputError(listing(unknown + changed))
-    if changed:
-        raise UnsupportedError(listing(changed))
-    return fates
-
-
 def _placement(options: ConvertOptions, base: Base, loras: LoraSet | None, config: StreamConfig | None) -> str:
     """Where the LoRA goes."""
     if config is not None and config.mode == "lossless":
@@ -307,7 +227,7 @@ def _lora_fates(loras: LoraSet, placement: str) -> list[TensorFate]:
     fates = []
     for item in loras.items:
         targets = {
-            "merged": (f"model:{item.module}.weight",) * 2,
+            "merged": (f"model:{item.weight}",) * 2,
             "live": (f"{ADAPTERS}:{item.module}.lora_a", f"{ADAPTERS}:{item.module}.lora_b"),
             "sidecar": (
                 f"{WEIGHTS_NAME}:{LORA_PREFIX}{item.module}.lora_a",
@@ -315,40 +235,28 @@ def _lora_fates(loras: LoraSet, placement: str) -> list[TensorFate]:
             ),
         }[placement]
         what = "merged" if placement == "merged" else "transposed"
-        for raw, target in zip((item.pair.a, item.pair.b), targets, strict=True):
-            fates.append(TensorFate(item.pair.file.path.name, raw, what, target))
+        for tensor, target in zip((item.factors.a, item.factors.b), targets, strict=True):
+            fates.append(TensorFate(tensor.file.path.name, tensor.raw, what, target))
     return fates
 
 
-def _base_fates(plan: Plan) -> tuple[TensorFate, ...]:
-    changed = plan.loras.by_weight() if plan.loras and plan.placement == "merged" else {}
+def _base_fates(base: Base, outputs: tuple[OutputTensor, ...], quantized: bool) -> list[TensorFate]:
     fates = []
-    for file, output in shards(plan):
-        for name in sorted(file.tensors):
-            if name in plan.base.dropped:
-                fates.append(TensorFate(file.path.name, name, f"dropped: {plan.base.dropped[name]}"))
+    by_source = {(output.source.file.path, output.source.raw): output for output in outputs}
+    for file in base.files:
+        for raw in sorted(file.tensors):
+            if raw in base.dropped:
+                fates.append(TensorFate(file.path.name, raw, f"dropped: {base.dropped[raw]}"))
                 continue
-            what = "merged with LoRA" if name in changed else "copied"
-            if stored(plan, name) != plan.base.info(name).dtype:
-                what += f", cast to {stored(plan, name)}"
-            if plan.quantization is not None:
+            output = by_source[file.path, raw]
+            unchanged = "transposed" if output.source.transposed else "copied"
+            what = "merged with LoRA" if output.changes else unchanged
+            if output.dtype != output.source.dtype:
+                what += f", cast to {output.dtype}"
+            if quantized:
                 what += ", quantised where the layer allows"
-            fates.append(TensorFate(file.path.name, name, what, f"{output}:{name}"))
-    return tuple(fates)
-
-
-def shards(plan: Plan) -> list[tuple[TensorFile, str]]:
-    """Each input file and the output file its tensors go to; a quantised output is written as one file."""
-    files = plan.base.files
-    if len(files) == 1 or plan.quantization is not None:
-        return [(file, "model.safetensors") for file in files]
-    return [(file, f"model-{i + 1:05d}-of-{len(files):05d}.safetensors") for i, file in enumerate(files)]
-
-
-def stored(plan: Plan, name: str) -> str:
-    """The dtype that a base tensor is written in."""
-    found = plan.base.info(name).dtype
-    return plan.dtype if plan.dtype is not None and found in FLOATS else found
+            fates.append(TensorFate(file.path.name, raw, what, f"{output.file}:{output.name}"))
+    return fates
 
 
 def lora_summary(plan: Plan) -> dict[str, Any] | None:
@@ -361,6 +269,6 @@ def lora_summary(plan: Plan) -> dict[str, Any] | None:
         "placement": plan.placement,
         "num_modules": len(plan.loras.items),
         "use_rslora": plan.adapter.config.use_rslora,
-        "ranks": sorted({item.pair.rank for item in plan.loras.items}),
-        "scales": sorted({item.scale for item in plan.loras.items}),
+        "ranks": sorted({item.factors.rank for item in plan.loras.items}),
+        "scales": sorted({item.factors.scale for item in plan.loras.items}),
     }

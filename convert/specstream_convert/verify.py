@@ -1,7 +1,7 @@
 """The check of what was written: reload it with stock mlx-lm and compare it with a reference made another way.
 
-The reference reads the inputs with ``mx.load``, merges in NumPy float64 and runs layer by layer; the output is
-opened by ``mlx_lm.utils.load_model``. So this package's reader, merge and writer do not vouch for themselves.
+The reference (``reference.py``) reads the inputs with ``mx.load``, works in NumPy float64 and runs layer by layer; the
+output is opened by ``mlx_lm.utils.load_model``.
 """
 
 from collections.abc import Callable
@@ -14,23 +14,25 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.utils import _get_classes, load_adapters, load_model
+from mlx_lm.utils import load_adapters, load_model
 
 from specstream_convert.base import Base
-from specstream_convert.merge import Lora, LoraSet
+from specstream_convert.lora import LoraSet
 from specstream_convert.messages import listing
+from specstream_convert.outputs import OutputTensor
+from specstream_convert.reference import Array, Reference, factors64, load, read, to_numpy
 from specstream_convert.safetensors_io import dtype_name, mlx_dtype
 from specstream_convert.streams_in import StreamSource
 from specstream_mlx.config import LORA_PREFIX, PREFIX
 from specstream_mlx.errors import InvalidInputError, VerificationError
+from specstream_mlx.families import family_of, model_classes
 
 NUM_TOKENS = 16
 WHOLE_MODEL_BYTES = 2 << 30  # above this the reloaded model is run layer by layer too
 ROUNDING = {"F32": 2.0**-24, "BF16": 2.0**-8, "F16": 2.0**-11}
+PARTS = ("weight", "scales", "biases")  # of a quantised layer
 LOGIT_TOLERANCE = {"F32": 1e-4, "BF16": 2e-3, "F16": 1e-3}
 REFERENCE_TOLERANCE = {"F32": 1e-4, "BF16": 8e-2, "F16": 2e-2}
-ROWS = 1 << 22  # elements of one block of a float64 comparison
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -39,41 +41,10 @@ class Expected:
 
     base: Base
     loras: LoraSet | None
+    outputs: tuple[OutputTensor, ...]
     placement: str
-    dtype: str | None
     quantization: dict[str, Any] | None  # of this conversion
     streams: StreamSource
-
-    def stored(self, name: str) -> str:
-        """The dtype a base tensor is written in."""
-        found = self.base.info(name).dtype
-        return self.dtype if self.dtype is not None and found in ROUNDING else found
-
-
-def to_numpy(array: mx.array) -> Array:
-    """Float values as NumPy float32, widened by bit shifts where NumPy has no such dtype."""
-    if array.dtype == mx.bfloat16:
-        return (np.array(array.view(mx.uint16)).astype(np.uint32) << 16).view(np.float32)
-    return np.array(array).astype(np.float32)
-
-
-def _load(path: Path) -> dict[str, mx.array]:
-    """``mx.load`` of a safetensors file: lazy arrays."""
-    tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-    return tensors
-
-
-class Loader:
-    """Tensors of several files through ``mx.load``, each read once and not kept."""
-
-    def __init__(self, files: dict[str, Path]) -> None:
-        self.files = files
-
-    def __call__(self, name: str) -> mx.array:
-        value = _load(self.files[name])[name]
-        mx.eval(value)
-        mx.clear_cache()
-        return value
 
 
 def verify_output(
@@ -97,63 +68,49 @@ def verify_output(
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def _written(directory: Path) -> Loader:
-    files = {name: path for path in sorted(directory.glob("model*.safetensors")) for name in _load(path)}
-    return Loader(files)
-
-
 def _verify_tensors(directory: Path, expected: Expected, progress: Callable[[int, int], None] | None) -> dict[str, Any]:
-    output, source = _written(directory), Loader({n: f.path for n, f in expected.base.tensors.items()})
-    changed = expected.loras.by_weight() if expected.loras and expected.placement == "merged" else {}
-    problems = [f"{name}: not in the output" for name in sorted(set(source.files) - set(output.files))]
-    problems += [f"{name}: in the output without reason" for name in sorted(set(output.files) - set(source.files))]
+    written = {name: path for path in sorted(directory.glob("model*.safetensors")) for name in load(path)}
+    wanted = {output.name: output for output in expected.outputs}
+    problems = [f"{name}: not in the output" for name in sorted(set(wanted) - set(written))]
+    problems += [f"{name}: in the output without reason" for name in sorted(set(written) - set(wanted))]
     largest, ratio = 0.0, 0.0
-    for i, name in enumerate(sorted(set(source.files) & set(output.files))):
-        item, found, original = changed.get(name), output(name), source(name)
-        if dtype_name(found) != expected.stored(name):
-            problems.append(f"{name}: written as {dtype_name(found)}, expected {expected.stored(name)}")
-        elif item is None:
-            wanted = original.astype(mlx_dtype(expected.stored(name)))
-            if not bool(mx.array_equal(found, wanted).item()):
-                problems.append(f"{name}: differs from the base although no LoRA touches it")
+    for i, name in enumerate(sorted(set(wanted) & set(written))):
+        output, found = wanted[name], load(written[name])[name]
+        mx.eval(found)
+        if dtype_name(found) != output.dtype:
+            problems.append(f"{name}: written as {dtype_name(found)}, expected {output.dtype}")
+        elif not output.changes:
+            if not bool(mx.array_equal(found, read(output.source).astype(mlx_dtype(output.dtype))).item()):
+                problems.append(f"{name}: differs from the base although nothing changes it")
         else:
-            error, share = _merge_error(found, original, item)
+            error, share = _error(found, Reference(read(output.source), output.changes))
             largest, ratio = max(largest, error), max(ratio, share)
             if not share <= 1:
                 problems.append(
-                    f"{name}: differs from W + s*B@A by {error:.3g}, {share:.3g} times the rounding allowed"
+                    f"{name}: differs from the float64 reference by {error:.3g}, {share:.3g} times the rounding allowed"
                 )
+        mx.clear_cache()
         if progress is not None:
-            progress(i + 1, len(source.files))
+            progress(i + 1, len(wanted))
     if problems:
         raise VerificationError(listing(f"the output is wrong: {problem}" for problem in problems))
     return {
-        "checked": len(source.files),
-        "merged": len(changed),
+        "checked": len(wanted),
+        "merged": sum(bool(output.changes) for output in expected.outputs),
         "max_abs_error": largest,
         "max_share_of_rounding_bound": ratio,
     }
 
 
-def _reference_factors(item: Lora) -> tuple[Array, Array]:
-    held = _load(item.pair.file.path)
-    return to_numpy(held[item.pair.a]).astype(np.float64), to_numpy(held[item.pair.b]).astype(np.float64)
-
-
-def _merge_error(found: mx.array, original: mx.array, item: Lora) -> tuple[float, float]:
-    """The largest error of a merged tensor against float64, absolute and as a share of the rounding bound."""
-    a, b = _reference_factors(item)
-    rounding = ROUNDING[dtype_name(found)]
-    block = max(1, ROWS // max(1, found.shape[1]))
+def _error(found: mx.array, reference: Reference) -> tuple[float, float]:
+    """The largest error of a tensor against its reference, absolute and as a share of the rounding allowed."""
+    if tuple(found.shape) != reference.shape:
+        return float("inf"), float("inf")
+    dtype = dtype_name(found)
     largest, share = 0.0, 0.0
-    for start in range(0, found.shape[0], block):
-        rows = slice(start, start + block)
-        wanted = to_numpy(original[rows]).astype(np.float64) + item.scale * (b[rows] @ a)
+    for rows, wanted, allowed in reference.blocks():
         error = np.abs(to_numpy(found[rows]).astype(np.float64) - wanted)
-        magnitude = abs(item.scale) * (np.abs(b[rows]) @ np.abs(a))
-        bound = 1.01 * rounding * np.abs(wanted) + (a.shape[0] + 8) * 2.0**-23 * (magnitude + np.abs(wanted)) + 1e-37
-        if dtype_name(found) == "F16":
-            bound += 2.0**-25
+        bound = 1.01 * ROUNDING[dtype] * np.abs(wanted) + allowed + (2.0**-25 if dtype == "F16" else 1e-37)
         largest, share = max(largest, float(error.max())), max(share, float((error / bound).max()))
     return largest, share
 
@@ -164,20 +121,22 @@ def _verify_adapters(directory: Path, expected: Expected) -> dict[str, Any] | No
         return None
     live = expected.placement == "live"
     path = directory / ("adapters/adapters.safetensors" if live else "specstream.safetensors")
-    held = {name: value for name, value in _load(path).items() if live or not name.startswith(PREFIX)}
+    held = {name: value for name, value in load(path).items() if live or not name.startswith(PREFIX)}
     largest, problems = 0.0, []
     prefix = "" if live else LORA_PREFIX
     for item in expected.loras.items:
-        a, b = _reference_factors(item)
+        a, b = factors64(item.factors)
+        scale = item.factors.scale
         names = [f"{prefix}{item.module}.{side}" for side in ("lora_a", "lora_b")]
         if not set(names) <= set(held):
             problems.append(f"{item.module}: its LoRA is not in the output")
             continue
         lora_a, lora_b = (to_numpy(held.pop(name)).astype(np.float64) for name in names)
-        wanted = item.scale * (b @ a)
-        error = float(np.abs(expected.loras.scale * (lora_a @ lora_b).T - wanted).max())
+        wanted = scale * (b @ a)
+        product = lora_a @ lora_b if item.factors.embedding else (lora_a @ lora_b).T
+        error = float(np.abs(expected.loras.scale * product - wanted).max())
         largest = max(largest, error)
-        if not error <= 1e-6 * max(1e-30, abs(item.scale) * float((np.abs(b) @ np.abs(a)).max())):
+        if not error <= 1e-6 * max(1e-30, abs(scale) * float((np.abs(b) @ np.abs(a)).max())):
             problems.append(f"{item.module}: its LoRA differs from s*B@A by {error:.3g}")
     problems += [f"{name}: in the output without reason" for name in sorted(held)]
     if problems:
@@ -188,22 +147,23 @@ def _verify_adapters(directory: Path, expected: Expected) -> dict[str, Any] | No
 def _verify_streams(directory: Path, streams: StreamSource) -> dict[str, Any] | None:
     if not streams.tensors:
         return None
-    held = _load(directory / "specstream.safetensors")
+    held = load(directory / "specstream.safetensors")
     for name, source in streams.tensors.items():
-        files = [to_numpy(_load(source.file.path)[tensor]).reshape(-1) for tensor in source.names]
+        files = [to_numpy(source.oriented(load(source.file.path)[tensor])).reshape(-1) for tensor in source.names]
         found = held.get(PREFIX + name)
         if found is None or not np.array_equal(to_numpy(found).reshape(-1), np.concatenate(files)):
             raise VerificationError(f"the output is wrong: {PREFIX}{name} differs from the input")
     return {"checked": len(streams.tensors), "max_abs_error": 0.0}
 
 
-def sample_tokens(vocab_size: int) -> Array:
+def sample_tokens(vocab_size: int, count: int = NUM_TOKENS) -> Array:
     """The token ids of the comparison, the same every time."""
-    return np.random.default_rng(0).integers(0, vocab_size, NUM_TOKENS)
+    return np.random.default_rng(0).integers(0, vocab_size, count)
 
 
 def _verify_logits(directory: Path, expected: Expected) -> dict[str, Any]:
-    tokens = sample_tokens(int(expected.base.config["vocab_size"]))
+    base = expected.base
+    tokens = sample_tokens(int(base.config["vocab_size"]), min(NUM_TOKENS, base.num_positions or NUM_TOKENS))
     found = output_logits(directory, tokens, live=expected.placement == "live")
     wanted = reference_logits(expected, tokens)
     difference = float(np.abs(found - wanted).max())
@@ -220,14 +180,13 @@ def _verify_logits(directory: Path, expected: Expected) -> dict[str, Any]:
 def _tolerance(expected: Expected, table: dict[str, float], quantized: float) -> float:
     if expected.quantization is not None or expected.base.quantized:
         return quantized
-    stored = {expected.stored(name) for name in expected.base.tensors}
-    return max(table[name] for name in stored)
+    return max(table[output.dtype] for output in expected.outputs)
 
 
 def output_logits(directory: Path, tokens: Array, *, live: bool) -> Array:
-    """Logits (L, V) of the directory as stock mlx-lm opens it, computed in float32."""
+    """Logits (L, V) of the directory as mlx-lm opens it, computed in float32."""
     try:
-        model, _ = load_model(directory, lazy=True)
+        model, _ = load_model(directory, lazy=True, get_model_classes=model_classes)
         if live:
             model = load_adapters(model, str(directory / "adapters"))
     except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
@@ -244,83 +203,86 @@ def output_logits(directory: Path, tokens: Array, *, live: bool) -> Array:
 def reference_logits(expected: Expected, tokens: Array) -> Array:
     """Logits (L, V) of the independently merged reference: float32 arithmetic, one layer in memory at a time."""
     base = expected.base
-    model_class, args_class = _get_classes(base.config)
+    model_class, args_class = model_classes(base.config)
     model = model_class(args_class.from_dict(base.config))
     model.eval()
-    source = Loader({name: file.path for name, file in base.tensors.items()})
-    changed = expected.loras.by_weight() if expected.loras and expected.placement in ("merged", "live") else {}
+    outputs = {output.name: output for output in expected.outputs}
+    items = expected.loras.items if expected.loras is not None and expected.placement == "live" else ()
+    live = {item.weight: item.merged() for item in items}
+    quantizable = {f"{name}.weight" for name, module in model.named_modules() if hasattr(module, "to_quantized")}
 
     def fill(module: nn.Module, prefix: str) -> None:
-        names = [f"{prefix}{name}" for name, _ in tree_flatten(module.parameters())]
-        values = [(name.removeprefix(prefix), _reference_tensor(name, source, changed, expected)) for name in names]
+        values = []
+        for name, _ in tree_flatten(module.parameters()):
+            quantized = expected.quantization is not None and f"{prefix}{name}" in quantizable
+            value = _reference_tensor(outputs[f"{prefix}{name}"], outputs, expected, quantized)
+            if f"{prefix}{name}" in live:
+                value = Reference(value, live[f"{prefix}{name}"]).float32()
+            values.append((name, value))
         module.load_weights(values)
 
     return np.array(_by_layers(model, mx.array(tokens)[None], fill)[0])
 
 
-def _reference_tensor(name: str, source: Loader, changed: dict[str, Lora], expected: Expected) -> mx.array:
-    value, module = source(name), name.removesuffix(".weight")
-    if f"{module}.scales" in source.files and name.endswith(".weight"):
-        value = _dequantized(module, source, expected.base.config["quantization"])
-    item = changed.get(name)
-    if item is not None and expected.placement == "merged":
-        value = _merged_in_float64(value, item).astype(mlx_dtype(expected.stored(name)))
-    elif not expected.base.quantized:
-        value = value.astype(mlx_dtype(expected.stored(name)))
-    if expected.quantization is not None and value.ndim == 2:
+def _reference_tensor(
+    output: OutputTensor, outputs: dict[str, OutputTensor], expected: Expected, quantized: bool
+) -> mx.array:
+    """The float32 value that one tensor of the output stands for."""
+    value, module = read(output.source), output.name.removesuffix(".weight")
+    if output.name.endswith(".weight") and f"{module}.scales" in outputs:
+        return _dequantized(module, outputs, expected.base.config["quantization"]).astype(mx.float32)
+    if output.changes:
+        value = Reference(value, output.changes).float32()
+    value = value.astype(mlx_dtype(output.dtype))
+    if quantized:
+        assert expected.quantization is not None
         how = {key: expected.quantization[key] for key in ("group_size", "bits", "mode")}
         if value.shape[-1] % how["group_size"] == 0:
             value = mx.dequantize(*mx.quantize(value, **how), **how)
-    value = value.astype(mx.float32)
-    if item is not None and expected.placement == "live":
-        value = _merged_in_float64(value, item)
-    return value
+    return value.astype(mx.float32)
 
 
-def _merged_in_float64(weight: mx.array, item: Lora) -> mx.array:
-    """``W + s * B @ A`` summed in float64 block by block, in float32."""
-    a, b = _reference_factors(item)
-    result = np.empty(weight.shape, np.float32)
-    block = max(1, ROWS // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], block):
-        rows = slice(start, start + block)
-        result[rows] = to_numpy(weight[rows]).astype(np.float64) + item.scale * (b[rows] @ a)
-    return mx.array(result)
-
-
-def _dequantized(module: str, source: Loader, quantization: dict[str, Any]) -> mx.array:
+def _dequantized(module: str, outputs: dict[str, OutputTensor], quantization: dict[str, Any]) -> mx.array:
     own = quantization.get(module)
     how = own if isinstance(own, dict) else quantization
     settings = {key: how[key] for key in ("group_size", "bits", "mode") if key in how}
-    biases = source(f"{module}.biases") if f"{module}.biases" in source.files else None
-    return mx.dequantize(source(f"{module}.weight"), source(f"{module}.scales"), biases, **settings)
+    held = {part: read(outputs[name].source) for part in PARTS if (name := f"{module}.{part}") in outputs}
+    return mx.dequantize(held["weight"], held["scales"], held.get("biases"), **settings)
 
 
 def _by_layers(model: nn.Module, ids: mx.array, fill: Callable[[nn.Module, str], None]) -> mx.array:
     """Logits (1, L, V): run the model one part at a time, letting ``fill`` load each part and dropping it after."""
-    inner = model.model
-    fill(inner.embed_tokens, "model.embed_tokens.")
-    hidden = inner.embed_tokens(ids).astype(mx.float32)
+    family = family_of(model, model.model_type)
+
+    def inside(name: str, paths: tuple[str, ...]) -> bool:
+        return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+    # No module of a block may be among them, or its weights would stay.
+    leaves = [(name, module) for name, module in model.named_modules() if not module.children()]
+    parts = [(name, module) for name, module in leaves if not inside(name, (family.LAYERS,))]
+    del leaves
+    for name, module in parts:
+        if inside(name, family.INPUT):
+            fill(module, f"{name}.")
+    hidden = family.embed(ids, np.arange(ids.shape[1], dtype=np.int32)).astype(mx.float32)
     mask = create_attention_mask(hidden, None)
-    for i in range(len(inner.layers)):
-        layer = inner.layers[i]
-        inner.layers[i] = None
-        fill(layer, f"model.layers.{i}.")
+    for i in range(len(family.layers)):
+        layer = family.layers[i]
+        family.layers[i] = None
+        fill(layer, f"{family.LAYERS}.{i}.")
         hidden = layer(hidden, mask, None)
         mx.eval(hidden)
         del layer
         mx.clear_cache()
-    fill(inner.norm, "model.norm.")
-    hidden = inner.norm(hidden)
-    if "lm_head" not in model:
-        return inner.embed_tokens.as_linear(hidden)
-    fill(model.lm_head, "lm_head.")
-    return model.lm_head(hidden)
+    for name, module in parts:
+        if not inside(name, family.INPUT):
+            fill(module, f"{name}.")
+    return family.head(family.norm(hidden))
 
 
 def compare_reference_logits(directory: Path, path: Path, expected: Expected) -> dict[str, Any]:
     """Compare with logits computed elsewhere: an npz of ``tokens`` (L,) and ``logits`` (L, V)."""
-    tokens, wanted = read_reference_logits(path, int(expected.base.config["vocab_size"]))
+    tokens, wanted = read_reference_logits(path, expected.base)
     found = output_logits(directory, tokens, live=expected.placement == "live")
     difference = float(np.abs(found - wanted).max())
     quantized = expected.quantization is not None or expected.base.quantized
@@ -340,8 +302,11 @@ def compare_reference_logits(directory: Path, path: Path, expected: Expected) ->
     return figure | {"tolerance": tolerance}
 
 
-def read_reference_logits(path: Path, vocab_size: int) -> tuple[Array, Array]:
-    """``tokens`` and ``logits`` of an npz, checked; nothing pickled is read."""
+def read_reference_logits(path: Path, base: Base) -> tuple[Array, Array]:
+    """``tokens`` and ``logits`` of an npz, checked against the base; nothing pickled is read."""
+    vocab_size = int(base.config["vocab_size"])
+    if path.exists() and not path.is_file():
+        raise InvalidInputError(f"{path}: not a regular file; give the npz file itself")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             missing = [name for name in ("tokens", "logits") if name not in held]
@@ -359,6 +324,8 @@ def read_reference_logits(path: Path, vocab_size: int) -> tuple[Array, Array]:
         raise InvalidInputError(f"{path}: not a readable npz file ({reason})") from error
     if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu" or logits.dtype.kind != "f":
         raise InvalidInputError(f"{path}: expected integer tokens (L,) and float logits (L, V)")
+    if base.num_positions is not None and len(tokens) > base.num_positions:
+        raise InvalidInputError(f"{path}: {len(tokens)} tokens, the model has {base.num_positions} learned positions")
     if logits.shape != (len(tokens), vocab_size):
         raise InvalidInputError(f"{path}: logits have shape {logits.shape}, expected {(len(tokens), vocab_size)}")
     if tokens.min() < 0 or tokens.max() >= vocab_size or not np.isfinite(logits).all():

@@ -7,19 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes, quantize_model
+from mlx_lm.utils import quantize_model
 
 from specstream_convert.checks import fingerprint
-from specstream_convert.merge import cast, merged
-from specstream_convert.messages import at
 from specstream_convert.options import DTYPES
 from specstream_convert.output import TOKENIZER_FILES, model_card, write_json
-from specstream_convert.plan import ADAPTERS, Plan, Progress, lora_summary, shards, stored
-from specstream_convert.safetensors_io import FLOATS, TensorOut, sha256_file, write_tensors
+from specstream_convert.plan import ADAPTERS, Plan, Progress, lora_summary
+from specstream_convert.safetensors_io import TensorOut, sha256_file, write_tensors
 from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME
 from specstream_mlx.errors import UsageError
+from specstream_mlx.families import model_classes
 
 METADATA = {"format": "mlx"}
 
@@ -37,6 +35,7 @@ def write_output(plan: Plan, directory: Path, hashes: dict[str, str], progress: 
         _write_sidecar(plan, directory, hashes)
     card = model_card(
         base_name=plan.base.name,
+        model_type=plan.base.model_type,
         mode=plan.mode,
         placement=plan.placement,
         gamma=plan.config.gamma if plan.config else None,
@@ -57,8 +56,8 @@ def _write_weights(plan: Plan, directory: Path, progress: Progress) -> dict[str,
         name = next(name for name, short in DTYPES.items() if short == plan.dtype)
         config.pop("torch_dtype", None)
         config["dtype"] = name
-    outs = {name: _tensor_out(plan, name) for name in plan.base.tensors}
-    total, done = sum(out.num_bytes for out in outs.values()), 0
+    outs = [TensorOut(out.name, out.dtype, out.shape, out.read) for out in plan.outputs]
+    total, done = sum(out.num_bytes for out in outs), 0
 
     def count(num_bytes: int) -> None:
         nonlocal done
@@ -67,39 +66,23 @@ def _write_weights(plan: Plan, directory: Path, progress: Progress) -> dict[str,
 
     if plan.quantization is not None:
         return _write_quantized(plan, directory, outs, config, count)
-    weight_map: dict[str, str] = {}
-    for file, output in shards(plan):
-        names = [name for name in file.tensors if name in outs]
-        write_tensors(directory / output, [outs[name] for name in names], METADATA, count)
-        weight_map |= dict.fromkeys(names, output)
-    if len(plan.base.files) > 1:
+    weight_map = {out.name: out.file for out in plan.outputs}
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        write_tensors(directory / file, [out for out in outs if weight_map[out.name] == file], METADATA, count)
+    if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(directory / "model.safetensors.index.json", index)
     return config
 
 
-def _tensor_out(plan: Plan, name: str) -> TensorOut:
-    changed = plan.loras.by_weight() if plan.loras and plan.placement == "merged" else {}
-    file, info, dtype = plan.base.tensors[name], plan.base.info(name), stored(plan, name)
-    item = changed.get(name)
-
-    def value() -> mx.array:
-        if item is not None:
-            return cast(merged(file.read_float32(name), item), dtype, at(file.path, name))
-        if info.dtype not in FLOATS:
-            return file.read(name)
-        return cast(file.read_finite(name), dtype, at(file.path, name))
-
-    return TensorOut(name, dtype, info.shape, value)
-
-
 def _write_quantized(
-    plan: Plan, directory: Path, outs: dict[str, TensorOut], config: dict[str, Any], count: Callable[[int], None]
+    plan: Plan, directory: Path, outs: list[TensorOut], config: dict[str, Any], count: Callable[[int], None]
 ) -> dict[str, Any]:
     assert plan.quantization is not None
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = model_classes(config)
     model = model_class(args_class.from_dict(config))
-    model.load_weights([(name, out.value()) for name, out in outs.items()])
+    model.load_weights([(out.name, out.value()) for out in outs])
     try:
         with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints a line on stdout
             model, config = quantize_model(model, config, **plan.quantization)
@@ -163,6 +146,10 @@ def _write_sidecar(plan: Plan, directory: Path, hashes: dict[str, str]) -> None:
     recorded = plan.config.base_model.get("name_or_path")
     if isinstance(recorded, str) and "/" in recorded and not recorded.startswith(("/", ".", "~")):
         base_model["name_or_path"] = recorded
-    base_model["fingerprint"] = fingerprint(plan.base, dtype=None if plan.options.adapter_only else plan.dtype)
+    base_model.pop("fingerprint", None)
+    marked = plan.base.family.fingerprint_tensor(plan.base.config)
+    if marked is not None:
+        dtype = None if plan.options.adapter_only else plan.dtype
+        base_model["fingerprint"] = fingerprint(plan.base, marked, dtype)
     config = replace(plan.config, base_model=base_model, lora=lora_summary(plan), source={"sha256": hashes})
     write_json(directory / CONFIG_NAME, config.to_dict())

@@ -47,7 +47,7 @@ def sample_tree(rows: int, gamma: int) -> DraftTree:
 
 def usable_contexts(model: SpecStreamModel, wanted: Sequence[int] = CONTEXTS) -> list[int]:
     """Those lengths that leave room for passes in the model's context, at least one."""
-    limit = getattr(model.args, "max_position_embeddings", None) or 1 << 30
+    limit = model.context_length or 1 << 30
     room = limit - max(ROWS) - PLAIN_STEPS
     return sorted({length for length in wanted if length <= room}) or [max(room // 2, 1)]
 

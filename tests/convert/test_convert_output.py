@@ -27,7 +27,7 @@ from convert_cases import (
 )
 from mlx_lm.utils import load_adapters, load_model
 
-from specstream_convert import ConvertOptions, convert, pipeline, plan, write
+from specstream_convert import ConvertOptions, convert, outputs, pipeline, plan, write
 from specstream_convert.safetensors_io import TensorOut, open_tensors, write_tensors
 from specstream_convert.verify import output_logits, to_numpy
 from specstream_mlx.config import StreamConfig, read_json
@@ -158,7 +158,8 @@ def test_fingerprint_is_of_the_written_base(case: Case) -> None:
     convert(case.options(dtype="bfloat16"))
     norm = to_numpy(load(case.out / "model.safetensors")["model.norm.weight"]).astype("<f4")
     recorded = json.loads((case.out / STREAM_CONFIG).read_text())["base_model"]["fingerprint"]
-    assert recorded == {"tensor": "model.norm.weight", "sha256": hashlib.sha256(norm.tobytes()).hexdigest()}
+    assert recorded["tensor"] == "model.norm.weight"
+    assert recorded["sha256"] == recorded["sha256_bf16"] == hashlib.sha256(norm.tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("fuse", [None, False])
@@ -373,16 +374,16 @@ def test_failed_overwrite_keeps_the_old(case: Case, monkeypatch: pytest.MonkeyPa
 
 
 def scaled(factor: float) -> Callable[..., mx.array]:
-    original = write.merged
-    return lambda weight, item: weight + factor * (original(weight, item) - weight)
+    original = outputs.changed
+    return lambda value, changes: value + factor * (original(value, changes) - value)
 
 
 @pytest.mark.parametrize(
     ("name", "broken", "message"),
     [
-        ("merged", scaled(1.0001), r"differs from W \+ s\*B@A"),
-        ("merged", lambda weight, item: weight, r"differs from W \+ s\*B@A"),
-        ("cast", lambda value, dtype, place: value + 1e-3, "differs from the base although no LoRA touches it"),
+        ("changed", scaled(1.0001), "differs from the float64 reference"),
+        ("changed", lambda value, changes: value, "differs from the float64 reference"),
+        ("cast", lambda value, dtype, place: value + 1e-3, "differs from the base although nothing changes it"),
     ],
     ids=["wrong scale", "forgotten merge", "changed weights"],
 )
@@ -390,7 +391,7 @@ def test_verification_catches(
     case: Case, monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, message: str
 ) -> None:
     """A merge broken on purpose is found, nothing is written; without verification it would have been."""
-    monkeypatch.setattr(write, name, broken)
+    monkeypatch.setattr(outputs, name, broken)
     before = snapshot(case.root)
     with pytest.raises(VerificationError, match=message):
         convert(case.options())
@@ -399,7 +400,7 @@ def test_verification_catches(
 
 
 def test_verification_catches_a_wrong_sidecar(lossless_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.LoraSet, "live", lambda self, item: tuple(2 * x.T for x in item.read()))
+    monkeypatch.setattr(plan.LoraSet, "live", lambda self, item: tuple(2 * x.T for x in item.factors.read()))
     with pytest.raises(VerificationError, match=r"LoRA differs from s\*B@A"):
         convert(lossless_case.options())
 

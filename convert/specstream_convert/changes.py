@@ -1,0 +1,130 @@
+"""What a fine-tune does to one tensor of the base, as data, and its exact result in float32.
+
+    Replace      W' = T                                a module trained in full, or a resized vocabulary
+    SetRows      W'[rows] = T                          trained token rows
+    AddLowRank   W' = W + s * B @ A  (out, in)         LoRA of a linear layer; of an embedding s * (B @ A).T
+    Rescale      W' = m * W / ||W||                    DoRA; the norm is per row, for an embedding per column
+    AddScaled    b' = b + s * T                        the bias of LoRA B
+
+Changes of one tensor apply in this order. Nothing is rounded until the last one is done.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from specstream_convert.safetensors_io import mlx_dtype
+from specstream_convert.stored import StoredTensor
+from specstream_mlx.errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The two LoRA factors of one module, in PEFT's orientation.
+
+    Attributes:
+        a: (r, in); of an embedding (r, rows).
+        b: (out, r); of an embedding (width, r).
+        scale: the factor of ``B @ A``.
+        embedding: the weight is an embedding (rows, width), and the change is ``s * (B @ A).T``.
+    """
+
+    a: StoredTensor
+    b: StoredTensor
+    scale: float
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the weight they change."""
+        shape = (self.b.shape[0], self.a.shape[1])
+        return shape[::-1] if self.embedding else shape
+
+    def read(self) -> tuple[mx.array, mx.array]:
+        """``A`` and ``B`` in float32."""
+        return self.a.read_float32(), self.b.read_float32()
+
+
+@dataclass(frozen=True)
+class Replace:
+    """The whole tensor is another one."""
+
+    tensor: StoredTensor
+
+
+@dataclass(frozen=True)
+class SetRows:
+    """Rows ``rows`` are those of ``tensor``, in that order."""
+
+    tensor: StoredTensor
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AddLowRank:
+    """LoRA is added."""
+
+    factors: Factors
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """Every row (``axis`` 1) or column (``axis`` 0) gets the norm that ``magnitude`` says."""
+
+    magnitude: StoredTensor
+    axis: int
+
+
+@dataclass(frozen=True)
+class AddScaled:
+    """A scaled tensor of the same shape is added."""
+
+    tensor: StoredTensor
+    scale: float
+
+
+Change = Replace | SetRows | AddLowRank | Rescale | AddScaled
+
+
+def changed(value: mx.array, changes: Sequence[Change]) -> mx.array:
+    """``value`` after ``changes``, in float32, computed on the CPU whose products are never rounded to fewer bits."""
+    with mx.stream(mx.cpu):
+        result = value.astype(mx.float32)
+        for change in changes:
+            result = _apply(result, change)
+            mx.eval(result)
+    return result
+
+
+def _apply(value: mx.array, change: Change) -> mx.array:
+    match change:
+        case Replace(tensor):
+            return tensor.read_float32()
+        case SetRows(tensor, rows):
+            value[mx.array(rows)] = tensor.read_float32()
+            return value
+        case AddLowRank(factors):
+            a, b = factors.read()
+            delta = (b @ a).T if factors.embedding else b @ a
+            return value + factors.scale * delta
+        case Rescale(magnitude, axis):
+            norm = mx.sqrt(mx.sum(value * value, axis=axis, keepdims=True))
+            return value * (mx.expand_dims(magnitude.read_float32(), axis) / norm)
+        case AddScaled(tensor, scale):
+            return value + scale * tensor.read_float32()
+
+
+def cast(value: mx.array, dtype: str, place: str) -> mx.array:
+    """Cast to ``dtype``, refusing a finite value that the target cannot hold."""
+    target = mlx_dtype(dtype)
+    if value.dtype == target:
+        return value
+    result = value.astype(target)
+    if not bool(mx.isfinite(result).all().item()):
+        raise InvalidInputError(f"{place}: values above the range of {dtype}; choose --dtype bfloat16 or float32")
+    return result

@@ -1,0 +1,122 @@
+"""What every tensor of the output must be, computed apart from the conversion: ``mx.load`` and NumPy float64.
+
+Nothing here uses this package's reader, arithmetic or writer, so they do not vouch for themselves.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from specstream_convert.changes import AddLowRank, AddScaled, Change, Factors, Replace, Rescale, SetRows
+from specstream_convert.stored import StoredTensor
+
+ROWS = 1 << 22  # elements of one block of a float64 computation
+EPSILON = 2.0**-23  # of the float32 arithmetic that is checked
+Array = np.ndarray[Any, Any]
+
+
+def to_numpy(array: mx.array) -> Array:
+    """Float values as NumPy float32, widened by bit shifts where NumPy has no such dtype."""
+    if array.dtype == mx.bfloat16:
+        return (np.array(array.view(mx.uint16)).astype(np.uint32) << 16).view(np.float32)
+    return np.array(array).astype(np.float32)
+
+
+def load(path: Path) -> dict[str, mx.array]:
+    """``mx.load`` of a safetensors file: lazy arrays."""
+    tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+    return tensors
+
+
+def read(tensor: StoredTensor) -> mx.array:
+    """A stored tensor through ``mx.load``, in its stored dtype."""
+    value = load(tensor.file.path)[tensor.raw]
+    if tensor.transposed:
+        value = mx.contiguous(value.T)
+    mx.eval(value)
+    return value
+
+
+def float64(tensor: StoredTensor) -> Array:
+    """A stored tensor in float64."""
+    return to_numpy(read(tensor)).astype(np.float64)
+
+
+def factors64(factors: Factors) -> tuple[Array, Array]:
+    """``A`` and ``B`` such that the change is ``s * B @ A`` in the weight's own orientation, in float64."""
+    a, b = float64(factors.a), float64(factors.b)
+    return (b.T, a.T) if factors.embedding else (a, b)
+
+
+class Reference:
+    """One tensor after its changes, block of rows by block of rows, each with the error float32 may make."""
+
+    def __init__(self, value: mx.array, changes: Sequence[Change]) -> None:
+        self._value = value
+        self._steps: list[tuple[Change, Any]] = []
+        self.shape = tuple(value.shape)
+        for change in changes:
+            self._add(change)
+
+    def _add(self, change: Change) -> None:
+        match change:
+            case Replace(tensor):
+                self._value, self._steps = read(tensor), []
+                self.shape = tuple(self._value.shape)
+            case SetRows(tensor, rows):
+                self._steps.append((change, (np.array(rows), float64(tensor))))
+            case AddLowRank(factors):
+                self._steps.append((change, factors64(factors)))
+            case Rescale(magnitude, axis):
+                norms = np.sqrt(sum((value**2).sum(0) for _, value, _ in self.blocks())) if axis == 0 else None
+                self._steps.append((change, (float64(magnitude), norms)))
+            case AddScaled(tensor, _):
+                self._steps.append((change, float64(tensor)))
+
+    def blocks(self) -> Iterator[tuple[slice, Array, Array]]:
+        """Slices of rows, their values in float64, and the error allowed to float32 arithmetic."""
+        block = max(1, ROWS // max(1, int(np.prod(self.shape[1:]))))
+        for start in range(0, self.shape[0], block):
+            rows = slice(start, min(start + block, self.shape[0]))
+            value = to_numpy(self._value[rows]).astype(np.float64)
+            error = np.zeros_like(value)
+            for change, data in self._steps:
+                value, error = _step(change, data, rows, value, error)
+            yield rows, value, error
+
+    def float32(self) -> mx.array:
+        """The whole tensor, rounded once."""
+        result = np.empty(self.shape, np.float32)
+        for rows, value, _ in self.blocks():
+            result[rows] = value
+        return mx.array(result)
+
+
+def _step(change: Change, data: Any, rows: slice, value: Array, error: Array) -> tuple[Array, Array]:
+    match change:
+        case SetRows():
+            indices, wanted = data
+            inside = (indices >= rows.start) & (indices < rows.stop)
+            value[indices[inside] - rows.start] = wanted[inside]
+            error[indices[inside] - rows.start] = 0
+            return value, error
+        case AddLowRank(factors):
+            a, b = data
+            size = np.abs(value) + abs(factors.scale) * (np.abs(b[rows]) @ np.abs(a))
+            return value + factors.scale * (b[rows] @ a), error + (a.shape[0] + 8) * EPSILON * size
+        case Rescale(_, axis):
+            magnitude, norms = data
+            norm = np.linalg.norm(value, axis=1, keepdims=True) if axis == 1 else norms[None]
+            gain = (magnitude[rows, None] if axis == 1 else magnitude[None]) / norm
+            relative = (16 + np.sqrt(value.shape[1 - axis])) * EPSILON
+            if axis == 1:
+                relative = relative + np.linalg.norm(error, axis=1, keepdims=True) / norm
+            return gain * value, np.abs(gain) * error + relative * np.abs(gain * value)
+        case AddScaled(_, scale):
+            added = scale * data[rows]
+            return value + added, error + 4 * EPSILON * (np.abs(value) + np.abs(added))
+        case Replace():
+            raise AssertionError("a replacement starts the steps anew")

@@ -1,0 +1,52 @@
+"""One tensor of a checkpoint: which file holds it, under which name, and in which orientation."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from specstream_convert.messages import at
+from specstream_convert.safetensors_io import TensorFile
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor still in its file. ``transposed`` tensors are stored (in, out) and read (out, in)."""
+
+    file: TensorFile
+    raw: str
+    transposed: bool = False
+
+    @property
+    def place(self) -> str:
+        """``file:tensor``, for messages."""
+        return at(self.file.path, self.raw)
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors name of the dtype."""
+        return self.file.tensors[self.raw].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape it is read in."""
+        shape = self.file.tensors[self.raw].shape
+        return shape[::-1] if self.transposed else shape
+
+    def read(self) -> mx.array:
+        """The tensor in its stored dtype."""
+        return self._oriented(self.file.read(self.raw))
+
+    def read_finite(self) -> mx.array:
+        """The float tensor in its stored dtype, refused unless every value is finite."""
+        return self._oriented(self.file.read_finite(self.raw))
+
+    def read_float32(self) -> mx.array:
+        """The float tensor in float32, refused unless every value is finite."""
+        return self._oriented(self.file.read_float32(self.raw))
+
+    def require_float(self) -> None:
+        """Refuse a tensor whose dtype has no exact float32 value here."""
+        self.file.require_float(self.raw)
+
+    def _oriented(self, value: mx.array) -> mx.array:
+        return mx.contiguous(value.T) if self.transposed else value
