@@ -184,7 +184,7 @@ class SpecStreamModel(nn.Module):
             prune_layer = self.prune_layer
         trunk_layer = self.num_trunk_layers
         kept: Sequence[int] = range(tree.size)
-        hidden = self.family.embed(node_tokens[None], start + self._row_depths(tree, with_stream_rows=False))
+        hidden = self.family.embed(node_tokens[None], start + rows_of(tree, ())[0])
         trunk, inserted = hidden, False
         layer = 0
         for boundary in sorted({prune_layer, trunk_layer, len(self.layers)}):

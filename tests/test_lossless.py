@@ -202,7 +202,7 @@ class Erratic:
 
 
 @pytest.mark.parametrize("temp", [0.0, 0.9])
-@pytest.mark.parametrize("name", ["llama", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "opt"])
 def test_plans_that_change_in_mid_generation(monkeypatch, name, temp):
     """Red when: streams inserted for one plan are read by the next one, or a pass launched ahead is lost."""
     model = make_model(name, seed=22)
