@@ -90,6 +90,7 @@ def _measure_at(
     report: Callable[[int, int], None] | None,
 ) -> PassCosts:
     gamma = model.gamma
+    cycle_rows = max((count for count in rows if count <= gamma + 1), default=0)
     timings = [_Timing("plain", 1, lambda: _plain(model, caches), PLAIN_STEPS, [])]
     for count in rows:
         timings.append(_pass_timing("chain", model, caches, DraftTree.chain(count - 1)))
@@ -97,8 +98,8 @@ def _measure_at(
             timings.append(_pass_timing("tree", model, caches, sample_tree(count, max(gamma, 1))))
         if gamma and count >= 2 and count * (1 + gamma) <= MOST_STREAM_ROWS:
             timings.append(_pass_timing("parallel", model, caches, DraftTree.chain(count - 1)))
-    if gamma:
-        timings.append(_pass_timing("cycle", model, caches, DraftTree.chain(min(gamma, max(rows) - 1))))
+        if gamma and count == cycle_rows:
+            timings.append(_pass_timing("cycle", model, caches, DraftTree.chain(count - 1)))
 
     def once(timing: _Timing) -> float:
         for cache in caches:
@@ -119,7 +120,8 @@ def _measure_at(
             too_dear.add(timing.kind)
         kept.append(timing)
     for repeat in range(repeats):
-        for timing in kept[repeat % 2 :: 2] + kept[1 - repeat % 2 :: 2]:
+        shift = repeat * len(kept) // repeats  # neighbours stay neighbours
+        for timing in kept[shift:] + kept[:shift]:
             timing.seconds.append(once(timing))
         if report is not None:
             report(repeat + 1, repeats)
@@ -129,10 +131,10 @@ def _measure_at(
         return Curve(points or chain.points)
 
     chain = Curve(tuple((timing.rows, timing.median) for timing in kept if timing.kind == "chain"))
-    streams = 0.0
-    for timing in kept:
-        if timing.kind == "cycle":
-            streams = max(timing.median - chain.at(timing.rows), 0.0)
+    alone = [timing.seconds for timing in kept if timing.kind == "chain" and timing.rows == cycle_rows]
+    whole = [timing.seconds for timing in kept if timing.kind == "cycle"]
+    pairs = zip(whole[0], alone[0], strict=True) if whole and alone else []
+    streams = max(statistics.median([both - one for both, one in pairs] or [0.0]), 0.0)
     return PassCosts(kept[0].median, chain, curve("tree"), curve("parallel"), streams)
 
 
