@@ -1,16 +1,16 @@
-"""A PEFT directory opened: one adapter chosen, every tensor of its file sorted by what it is."""
+"""A PEFT directory opened: one adapter chosen, every one of its tensors sorted by what it is."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from specstream_convert.messages import at, escaped, listing
+from specstream_convert.messages import escaped, listing
 from specstream_convert.peft_config import ADAPTER_CONFIG, MERGE_IN_PEFT, PeftConfig, read_peft_config
 from specstream_convert.peft_keys import Key, Kind, parse
 from specstream_convert.report import TensorFate
-from specstream_convert.safetensors_io import TensorFile, open_tensors
-from specstream_convert.stored import StoredTensor
+from specstream_convert.safetensors_io import open_tensors
+from specstream_convert.stored import StoredTensor, Weights
 from specstream_mlx.config import WEIGHTS_NAME, read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 
@@ -49,14 +49,14 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What one PEFT adapter file holds."""
+    """What one PEFT adapter holds."""
 
     directory: Path
     config: PeftConfig
-    file: TensorFile
+    weights: Weights
     pairs: tuple[LoraPair, ...]
-    streams: dict[str, str]  # name below specstream. -> tensor of the file
-    saved: dict[str, str]  # full tensors that may only be copies of the base's -> tensor of the file
+    streams: dict[str, StoredTensor]  # by their name below specstream.
+    saved: dict[str, StoredTensor]  # full tensors that may only be copies of the base's, by PEFT's name
     fates: tuple[TensorFate, ...]  # of tensors already disposed of
     notes: tuple[str, ...]
 
@@ -118,47 +118,47 @@ def open_adapter(
         UsageError: several adapters in one file and no ``adapter_name``.
     """
     config = read_peft_config(directory / ADAPTER_CONFIG)
-    file = _open_weights(directory)
+    weights = _open_weights(directory)
     fates: list[TensorFate] = []
     keys: list[Key] = []
-    for raw in file.tensors:
+    for raw, tensor in weights.tensors.items():
         if ignored is not None and ignored.fullmatch(raw):
-            fates.append(TensorFate(file.path.name, raw, "ignored by --ignore-keys"))
+            fates.append(TensorFate(tensor.file.path.name, raw, "ignored by --ignore-keys"))
         else:
             parsed = parse((renames or {}).get(raw, raw))
             keys.append(Key(raw, parsed.kind, parsed.module, parsed.adapter, parsed.prefixed))
-    keys, dropped = _choose_adapter(file, keys, directory, adapter_name)
-    fates += [TensorFate(file.path.name, key.raw, f"belongs to adapter {key.adapter}, not chosen") for key in dropped]
-    _refuse(file, keys)
+    keys, dropped = _choose_adapter(weights, keys, directory, adapter_name)
+    fates += [_fate(weights, key, f"belongs to adapter {key.adapter}, not chosen") for key in dropped]
+    _refuse(weights, keys)
     notes = []
     if any(key.prefixed for key in keys):
         notes.append(
-            f"{file.path.name}: a trainer's wrapper prefix (module., _orig_mod. or FSDP) was removed from names"
+            f"{weights.path.name}: a trainer's wrapper prefix (module., _orig_mod. or FSDP) was removed from names"
         )
     if (directory / "adapter_model.bin").exists():
         notes.append("adapter_model.bin was not opened; adapter_model.safetensors is used")
-    streams = _unique(file, [key for key in keys if key.kind is Kind.STREAM])
+    streams = _unique(weights, [key for key in keys if key.kind is Kind.STREAM])
     untrained = [key for key in keys if key.kind is Kind.UNTRAINED]
     for key in untrained:
-        fates.append(TensorFate(file.path.name, key.raw, "untrained copy, dropped"))
+        fates.append(_fate(weights, key, "untrained copy, dropped"))
     if not streams and any(key.module.startswith(("specstream.", "model.specstream.")) for key in untrained):
         raise InvalidInputError(
-            f"{at(file.path, untrained[0].raw)}: only the untrained original_module copies of the streams were saved; "
-            "save with PEFT's save_pretrained"
+            f"{weights.tensors[untrained[0].raw].place}: only the untrained original_module copies of the streams "
+            "were saved; save with PEFT's save_pretrained"
         )
     return Adapter(
         directory=directory,
         config=config,
-        file=file,
-        pairs=_pairs(file, keys),
+        weights=weights,
+        pairs=_pairs(weights, keys),
         streams=streams,
-        saved=_unique(file, [key for key in keys if key.kind in (Kind.SAVED, Kind.BASE_COPY)]),
+        saved=_unique(weights, [key for key in keys if key.kind in (Kind.SAVED, Kind.BASE_COPY)]),
         fates=tuple(fates),
         notes=tuple(notes),
     )
 
 
-def _open_weights(directory: Path) -> TensorFile:
+def _open_weights(directory: Path) -> Weights:
     path = directory / ADAPTER_WEIGHTS
     if not path.exists():
         pickles = sorted(f.name for f in directory.iterdir() if f.name in ("adapter_model.bin", "adapter_model.pt"))
@@ -171,19 +171,29 @@ def _open_weights(directory: Path) -> TensorFile:
     file = open_tensors(path)
     if not file.tensors:
         raise InvalidInputError(f"{path}: the adapter has no tensors; {ZERO_3}")
-    return file
+    return Weights(path, (file,))
+
+
+def _fate(weights: Weights, key: Key, fate: str) -> TensorFate:
+    return TensorFate(weights.tensors[key.raw].file.path.name, key.raw, fate)
 
 
 def _choose_adapter(
-    file: TensorFile, keys: list[Key], directory: Path, wanted: str | None
+    weights: Weights, keys: list[Key], directory: Path, wanted: str | None
 ) -> tuple[list[Key], list[Key]]:
     names = sorted({key.adapter for key in keys if key.adapter is not None})
     if wanted is not None and names and wanted not in names:
-        raise UsageError(f"{file.path}: no adapter {escaped(wanted)!r}; choose from {', '.join(map(escaped, names))}")
+        raise UsageError(
+            f"{weights.path}: no adapter {escaped(wanted)!r}; choose from {', '.join(map(escaped, names))}"
+        )
     if wanted is not None and not names and wanted not in ("default", directory.name):
-        raise UsageError(f"{file.path}: holds one unnamed adapter, not {escaped(wanted)!r}; leave out --adapter-name")
+        raise UsageError(
+            f"{weights.path}: holds one unnamed adapter, not {escaped(wanted)!r}; leave out --adapter-name"
+        )
     if len(names) > 1 and wanted is None:
-        raise UsageError(f"{file.path}: holds several adapters; choose --adapter-name {'|'.join(map(escaped, names))}")
+        raise UsageError(
+            f"{weights.path}: holds several adapters; choose --adapter-name {'|'.join(map(escaped, names))}"
+        )
     if len(names) < 2:
         return keys, []
     return (
@@ -192,61 +202,63 @@ def _choose_adapter(
     )
 
 
-def _refuse(file: TensorFile, keys: list[Key]) -> None:
+def _refuse(weights: Weights, keys: list[Key]) -> None:
     wrapped = [key for key in keys if key.kind is Kind.STREAM_WRAPPED]
     if wrapped:
         raise InvalidInputError(
             listing(
-                f"{at(file.path, key.raw)}: PEFT put a LoRA around a stream module: {NEVER_SAVED}" for key in wrapped
+                f"{weights.tensors[key.raw].place}: PEFT put a LoRA around a stream module: {NEVER_SAVED}"
+                for key in wrapped
             )
         )
     unsupported = [key for key in keys if key.kind in _REFUSED]
     if unsupported:
-        raise UnsupportedError(listing(f"{at(file.path, key.raw)}: {_REFUSED[key.kind]}" for key in unsupported))
+        raise UnsupportedError(
+            listing(f"{weights.tensors[key.raw].place}: {_REFUSED[key.kind]}" for key in unsupported)
+        )
     unknown = [key for key in keys if key.kind is Kind.OTHER]
     if unknown:
         raise InvalidInputError(
             listing(
-                f"{at(file.path, key.raw)}: not a tensor this converter knows; map it with --key-map or drop it with "
-                "--ignore-keys"
+                f"{weights.tensors[key.raw].place}: not a tensor this converter knows; map it with --key-map or drop it "
+                "with --ignore-keys"
                 for key in unknown
             )
         )
 
 
-def _unique(file: TensorFile, keys: Iterable[Key]) -> dict[str, str]:
-    found: dict[str, str] = {}
+def _unique(weights: Weights, keys: Iterable[Key]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
     for key in keys:
         if key.module in found:
             raise InvalidInputError(
-                f"{at(file.path, key.raw)}: means the same tensor as {escaped(found[key.module])}; keep one"
+                f"{weights.tensors[key.raw].place}: means the same tensor as {escaped(found[key.module].raw)}; keep one"
             )
-        found[key.module] = key.raw
+        found[key.module] = weights.tensors[key.raw]
     return found
 
 
-def _pairs(file: TensorFile, keys: list[Key]) -> tuple[LoraPair, ...]:
-    sides = {kind: _unique(file, [key for key in keys if key.kind is kind]) for kind in (Kind.LORA_A, Kind.LORA_B)}
-    a, b = sides[Kind.LORA_A], sides[Kind.LORA_B]
-    problems = [f"{at(file.path, a[module])}: has no matching lora_B" for module in sorted(set(a) - set(b))]
-    problems += [f"{at(file.path, b[module])}: has no matching lora_A" for module in sorted(set(b) - set(a))]
+def _pairs(weights: Weights, keys: list[Key]) -> tuple[LoraPair, ...]:
+    a, b = (_unique(weights, [key for key in keys if key.kind is kind]) for kind in (Kind.LORA_A, Kind.LORA_B))
+    problems = [f"{a[module].place}: has no matching lora_B" for module in sorted(set(a) - set(b))]
+    problems += [f"{b[module].place}: has no matching lora_A" for module in sorted(set(b) - set(a))]
     for side in (a, b):
         for module in sorted(side):
-            shape = file.tensors[side[module]].shape
+            shape = side[module].shape
             if len(shape) != 2 or 0 in shape:
-                problems.append(f"{at(file.path, side[module])}: shape {shape}, expected two dimensions; {ZERO_3}")
+                problems.append(f"{side[module].place}: shape {shape}, expected two dimensions; {ZERO_3}")
     if problems:
         raise InvalidInputError(listing(problems))
     pairs = []
     for module in sorted(a, key=_natural):
-        rank_a, rank_b = file.tensors[a[module]].shape[0], file.tensors[b[module]].shape[1]
+        rank_a, rank_b = a[module].shape[0], b[module].shape[1]
         if rank_a != rank_b:
-            problems.append(f"{at(file.path, a[module])}: rank {rank_a}, but lora_B has rank {rank_b}")
-        pairs.append(LoraPair(module, StoredTensor(file, a[module]), StoredTensor(file, b[module])))
+            problems.append(f"{a[module].place}: rank {rank_a}, but lora_B has rank {rank_b}")
+        pairs.append(LoraPair(module, a[module], b[module]))
     if problems:
         raise InvalidInputError(listing(problems))
-    for name in [*a.values(), *b.values()]:
-        file.require_float(name)
+    for tensor in [*a.values(), *b.values()]:
+        tensor.require_float()
     return tuple(pairs)
 
 

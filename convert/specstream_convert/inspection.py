@@ -148,7 +148,7 @@ class _Findings:
             self.fields["num_lora_parameters"] = sum(pair.rank * sum(pair.shape) for pair in adapter.pairs)
             self.fields["base"] = {"name_or_path": adapter.config.base_model}
             self.notes += adapter.notes
-            source = self._try(lambda: gather(adapter.file, adapter.streams)) or source
+            source = self._try(lambda: gather(adapter.streams)) or source
         self._streams(source, path, path / WEIGHTS_NAME)
 
     def _streams(self, source: StreamSource, directory: Path, weights: Path) -> None:

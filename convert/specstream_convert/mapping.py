@@ -56,7 +56,7 @@ def _map_loras(adapter: Adapter, base: Base) -> tuple[tuple[Lora, ...], list[str
     notes = []
     if strip or add:
         change = f"'{escaped(strip)}' removed from" if strip else f"'{add}' put before"
-        notes.append(f"{adapter.file.path.name}: prefix {change} every module path")
+        notes.append(f"{adapter.weights.path.name}: prefix {change} every module path")
     problems, items = [], []
     for pair, name in zip(adapter.pairs, names, strict=True):
         module = add + name.removeprefix(strip)
@@ -106,8 +106,7 @@ def _module_problem(pair: LoraPair, module: str, adapter: Adapter, base: Base) -
 def _saved_copies(adapter: Adapter, base: Base) -> list[TensorFate]:
     """Full tensors in the adapter file: dropped when they are the base's own bits, otherwise refused."""
     fates, unknown, trained = [], [], []
-    for name, raw in adapter.saved.items():
-        tensor = StoredTensor(adapter.file, raw)
+    for name, tensor in adapter.saved.items():
         target = next((n for n in (name, f"model.{name}") if n in base.parameters), None)
         if target is None and name == f"{base.layout.head}.weight" and base.tied:
             target = f"{base.layout.embedding}.weight"
@@ -117,7 +116,7 @@ def _saved_copies(adapter: Adapter, base: Base) -> list[TensorFate]:
                 "--ignore-keys"
             )
         elif is_copy(tensor, base.tensors[target]):
-            fates.append(TensorFate(tensor.file.path.name, raw, f"equal to the base's {target}, dropped"))
+            fates.append(TensorFate(tensor.file.path.name, tensor.raw, f"equal to the base's {target}, dropped"))
         else:
             trained.append(f"{tensor.place}: a trained or resized copy of {target} is not supported; {MERGE_IN_PEFT}")
     if unknown:

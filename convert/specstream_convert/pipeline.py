@@ -56,10 +56,12 @@ def _input_hashes(plan: Plan, progress: Progress) -> dict[str, str]:
     paths: dict[str, Path] = {}
     if plan.adapter is not None:
         paths["adapter/" + plan.adapter.config.path.name] = plan.adapter.config.path
-        paths["adapter/" + plan.adapter.file.path.name] = plan.adapter.file.path
+        paths |= {"adapter/" + file.path.name: file.path for file in plan.adapter.weights.files}
+    of_adapter = set(paths.values())
     for source in plan.streams.tensors.values():
-        if plan.adapter is None or source.file.path != plan.adapter.file.path:
-            paths["streams/" + source.file.path.name] = source.file.path
+        paths |= {
+            "streams/" + row.file.path.name: row.file.path for row in source.rows if row.file.path not in of_adapter
+        }
     if plan.config_path is not None:
         paths["streams/" + CONFIG_NAME] = plan.config_path
     paths["base/config.json"] = plan.base.path / "config.json"

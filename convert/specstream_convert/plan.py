@@ -93,7 +93,9 @@ def make_plan(options: ConvertOptions, progress: Progress) -> Plan:
     if loras is not None:
         warnings += check_effect(loras.items)
     elif adapter is not None and (config is None or config.mode == "shared"):
-        raise InvalidInputError(f"{adapter.file.path}: holds no LoRA tensor; give the streams alone as --streams-path")
+        raise InvalidInputError(
+            f"{adapter.weights.path}: holds no LoRA tensor; give the streams alone as --streams-path"
+        )
     placement = _placement(options, base, loras, config)
     if loras is not None:
         fates += _lora_fates(loras, placement)
@@ -135,7 +137,7 @@ def make_plan(options: ConvertOptions, progress: Progress) -> Plan:
 def _open_streams(
     options: ConvertOptions, adapter: Adapter | None, renames: dict[str, str], ignored: Any
 ) -> tuple[StreamSource, StreamConfig | None, Path | None, tuple[TensorFate, ...]]:
-    form_a = gather(adapter.file, adapter.streams) if adapter else None
+    form_a = gather(adapter.streams) if adapter else None
     if options.lora_only:
         if form_a is not None and form_a.tensors:
             raise UsageError(
@@ -155,11 +157,11 @@ def _open_streams(
     if config_path is None:
         config_path = homes[0] / CONFIG_NAME
     if not streams.tensors and not config_path.exists():
-        where = adapter.file.path if adapter else path
+        where = adapter.weights.path if adapter else path
         raise InvalidInputError(f"{where}: {WHY_NO_STREAMS}")
     config = read_stream_config(config_path, streams)
     if not streams.tensors and config.tensor_shapes(1):
-        where = adapter.file.path if adapter else path
+        where = adapter.weights.path if adapter else path
         raise InvalidInputError(f"{where}: {WHY_NO_STREAMS}")
     return streams, config, config_path, streams.fates
 

@@ -1,6 +1,8 @@
-"""One tensor of a checkpoint: which file holds it, under which name, and in which orientation."""
+"""The tensors of a checkpoint: which file holds each, under which name, and in which orientation."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -50,3 +52,21 @@ class StoredTensor:
 
     def _oriented(self, value: mx.array) -> mx.array:
         return mx.contiguous(value.T) if self.transposed else value
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one checkpoint, in one file or in shards; ``path`` stands for all of it in messages."""
+
+    path: Path
+    files: tuple[TensorFile, ...]
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor by its raw name, which is in one of the files only."""
+        return {raw: StoredTensor(file, raw) for file in self.files for raw in file.tensors}
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The names of the files, for reports."""
+        return tuple(file.path.name for file in self.files)

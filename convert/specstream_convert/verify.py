@@ -148,7 +148,7 @@ def _verify_streams(directory: Path, streams: StreamSource) -> dict[str, Any] | 
         return None
     held = load(directory / "specstream.safetensors")
     for name, source in streams.tensors.items():
-        files = [to_numpy(load(source.file.path)[tensor]).reshape(-1) for tensor in source.names]
+        files = [to_numpy(read(row)).reshape(-1) for row in source.rows]
         found = held.get(PREFIX + name)
         if found is None or not np.array_equal(to_numpy(found).reshape(-1), np.concatenate(files)):
             raise VerificationError(f"the output is wrong: {PREFIX}{name} differs from the input")
