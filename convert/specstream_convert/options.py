@@ -63,10 +63,6 @@ class ConvertOptions:
             raise UsageError("--reference-logits needs a whole model; leave out --adapter-only")
         if self.trust_remote_code:
             raise UsageError("--trust-remote-code: a conversion never runs code of a checkpoint; leave it out")
-        if self.allow_pickle:
-            raise UnsupportedError(
-                "--allow-pickle is not supported yet; save the adapter with safe_serialization=True (safetensors)"
-            )
         if self.recompute_init:
             raise UnsupportedError(
                 "--recompute-init is not supported yet; re-save the adapter in PEFT with "

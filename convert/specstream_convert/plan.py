@@ -15,13 +15,16 @@ from specstream_convert.adapter import (
 )
 from specstream_convert.base import Base, open_base, resolve_base
 from specstream_convert.checks import check_base_matches, check_coverage, check_lossless
+from specstream_convert.full_dump import split_dump
 from specstream_convert.lora import LoraSet, check_effect
 from specstream_convert.mapping import FineTune, map_adapter
 from specstream_convert.options import DTYPES, ConvertOptions
 from specstream_convert.output import check_tokenizer, tokenizer_directory
 from specstream_convert.outputs import OutputTensor, plan_outputs
+from specstream_convert.pickles import Pickles
 from specstream_convert.report import TensorFate
 from specstream_convert.safetensors_io import open_tensors
+from specstream_convert.stored import StoredTensor
 from specstream_convert.streams_in import (
     WHY_NO_STREAMS,
     StreamSource,
@@ -64,16 +67,19 @@ class Plan:
         return self.config.mode if self.config else None
 
 
-def make_plan(options: ConvertOptions, progress: Progress) -> Plan:
-    """Open and check all inputs; nothing is written."""
+def make_plan(options: ConvertOptions, progress: Progress, pickles: Pickles) -> Plan:
+    """Open and check all inputs; nothing is written but what ``pickles`` keeps for as long as it is open."""
     renames, ignored = read_renames(options.key_map), compile_ignored(options.ignore_keys)
     adapter = None
     if options.adapter_path is not None:
         directory = find_adapter(options.adapter_path, options.adapter_name)
-        adapter = open_adapter(directory, options.adapter_name, renames, ignored)
+        adapter = open_adapter(directory, options.adapter_name, renames, ignored, pickles)
+    dump = split_dump(adapter, renames, ignored) if adapter is not None and options.hf_path is None else None
+    if dump is not None:
+        adapter = dump[0]
     streams, config, config_path, stream_fates = _open_streams(options, adapter, renames, ignored)
-    base = _open_base(options, adapter, config)
-    notes = [*base.notes, *streams.notes]
+    base = _open_base(options, adapter, config, pickles, dump[1] if dump else None)
+    notes = [*base.notes, *streams.notes, *pickles.notes]
     warnings = list(base.warnings)
     fates = list(stream_fates)
     fine_tune = FineTune()
@@ -178,10 +184,19 @@ def _homes(options: ConvertOptions, adapter: Adapter | None) -> list[Path]:
     return homes
 
 
-def _open_base(options: ConvertOptions, adapter: Adapter | None, config: StreamConfig | None) -> Base:
+def _open_base(
+    options: ConvertOptions,
+    adapter: Adapter | None,
+    config: StreamConfig | None,
+    pickles: Pickles,
+    dumped: dict[str, StoredTensor] | None,
+) -> Base:
     revision: str | None = None
+    if dumped is not None:
+        assert adapter is not None
+        return open_base(adapter.directory, adapter.directory.resolve().name, held=dumped)
     if options.hf_path is not None:
-        path, name = resolve_base(options.hf_path, None)
+        path, name = resolve_base(options.hf_path, None, pickled=pickles.allowed)
     else:
         assert adapter is not None
         named = adapter.config.base_model
@@ -193,8 +208,8 @@ def _open_base(options: ConvertOptions, adapter: Adapter | None, config: StreamC
         recorded = config.base_model if config else {}
         if revision is None and recorded.get("name_or_path") == named and isinstance(recorded.get("revision"), str):
             revision = recorded["revision"]
-        path, name = resolve_base(named, revision, relative_to=adapter.directory)
-    return open_base(path, name, revision)
+        path, name = resolve_base(named, revision, relative_to=adapter.directory, pickled=pickles.allowed)
+    return open_base(path, name, revision, pickles)
 
 
 def _placement(options: ConvertOptions, base: Base, loras: LoraSet | None, config: StreamConfig | None) -> str:

@@ -33,7 +33,7 @@ def load(path: Path) -> dict[str, mx.array]:
 
 def read(tensor: StoredTensor) -> mx.array:
     """A stored tensor through ``mx.load``, in its stored dtype."""
-    value = load(tensor.file.path)[tensor.raw]
+    value = load(tensor.file.data_path)[tensor.raw]
     if tensor.transposed:
         value = mx.contiguous(value.T)
     mx.eval(value)
