@@ -67,7 +67,7 @@ def check_effect(items: tuple[Lora, ...]) -> list[str]:
     mostly_zero = 0
     for item in items:
         try:
-            a, b = item.factors.read()
+            a, b = item.factors.read_trained()
         except InvalidInputError as error:
             problems.append(str(error))
             continue

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from specstream_mlx.errors import UnsupportedError, UsageError
+from specstream_mlx.errors import UsageError
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FIXED_QUANTIZATION = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # mode -> bits, group size
@@ -63,11 +63,8 @@ class ConvertOptions:
             raise UsageError("--reference-logits needs a whole model; leave out --adapter-only")
         if self.trust_remote_code:
             raise UsageError("--trust-remote-code: a conversion never runs code of a checkpoint; leave it out")
-        if self.recompute_init:
-            raise UnsupportedError(
-                "--recompute-init is not supported yet; re-save the adapter in PEFT with "
-                "path_initial_model_for_weight_conversion"
-            )
+        if self.recompute_init and self.adapter_path is None:
+            raise UsageError("--recompute-init concerns a PEFT adapter; give --adapter-path")
 
     def _check_quantization(self) -> None:
         if not self.quantize:

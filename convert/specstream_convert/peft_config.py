@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specstream_convert.initial import RECOMPUTABLE, reason_against
 from specstream_convert.messages import escaped, listing
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
@@ -73,6 +74,7 @@ class PeftConfig:
     revision: str | None = None
     saves_streams: bool = False
     notes: tuple[str, ...] = ()
+    initial: str | None = None  # an initialisation that changed the base and can be recomputed
 
     def rank_of(self, module: str) -> int:
         """The rank that the configuration gives ``module``."""
@@ -154,11 +156,8 @@ def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
         if raw.get(name):
             problems.append(f"{path}: {name} is {_short(raw[name])}: {reason}; {MERGE_IN_PEFT}")
     init = raw.get("init_lora_weights")
-    if init not in INITS_OF_AN_UNCHANGED_BASE:
-        problems.append(
-            f"{path}: init_lora_weights is {_short(init)}: the base weights were changed at initialisation and are "
-            "not in this adapter; re-save it in PEFT with path_initial_model_for_weight_conversion"
-        )
+    if init not in INITS_OF_AN_UNCHANGED_BASE and _recomputable(init) is None:
+        problems.append(f"{path}: init_lora_weights is {_short(init)}: {reason_against(init)}")
     if raw.get("bias", "none") != "none":
         problems.append(f"{path}: bias is {_short(raw['bias'])}: biases of the base were trained; {MERGE_IN_PEFT}")
     saved = raw.get("modules_to_save") or []
@@ -176,6 +175,12 @@ def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
             )
     if problems:
         raise UnsupportedError(listing(problems))
+
+
+def _recomputable(init: Any) -> str | None:
+    """The initialisation's name; PEFT reads that of OLoRA in any case of letters."""
+    name = init.lower() if isinstance(init, str) and init.lower() == "olora" else init
+    return name if name in RECOMPUTABLE else None
 
 
 def _is_stream_module(name: Any) -> bool:
@@ -252,6 +257,7 @@ def _read_numbers(path: Path, raw: dict[str, Any]) -> PeftConfig:
         revision=text("revision"),
         saves_streams=any(_is_stream_module(name) for name in saved),
         notes=tuple(notes),
+        initial=_recomputable(raw.get("init_lora_weights")),
     )
     if problems:
         raise InvalidInputError(listing(problems))

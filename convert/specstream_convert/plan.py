@@ -1,7 +1,7 @@
 """Open and check every input and decide what becomes of every tensor; nothing is written."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from specstream_convert.options import DTYPES, ConvertOptions
 from specstream_convert.output import check_tokenizer, tokenizer_directory
 from specstream_convert.outputs import OutputTensor, plan_outputs
 from specstream_convert.pickles import Pickles
+from specstream_convert.recompute import check_asked_for, with_initials
 from specstream_convert.report import TensorFate
 from specstream_convert.safetensors_io import open_tensors
 from specstream_convert.stored import StoredTensor
@@ -74,6 +75,7 @@ def make_plan(options: ConvertOptions, progress: Progress, pickles: Pickles) -> 
     if options.adapter_path is not None:
         directory = find_adapter(options.adapter_path, options.adapter_name)
         adapter = open_adapter(directory, options.adapter_name, renames, ignored, pickles)
+        check_asked_for(adapter.config, options.recompute_init)
     dump = split_dump(adapter, renames, ignored) if adapter is not None and options.hf_path is None else None
     if dump is not None:
         adapter = dump[0]
@@ -89,6 +91,11 @@ def make_plan(options: ConvertOptions, progress: Progress, pickles: Pickles) -> 
         warnings += adapter.config.notes
         fates += [*adapter.fates, *fine_tune.fates]
         check_coverage(adapter.config, fine_tune.loras, base, config)
+        loras_trained, init_warnings = with_initials(
+            fine_tune.loras, adapter.config, base, config.mode if config else None
+        )
+        fine_tune = replace(fine_tune, loras=loras_trained)
+        warnings += init_warnings
     loras = LoraSet(fine_tune.loras) if fine_tune.loras else None
     if config is not None:
         assert config_path is not None

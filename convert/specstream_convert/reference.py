@@ -4,6 +4,7 @@ Nothing here uses this package's reader, arithmetic or writer, so they do not vo
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from specstream_convert.changes import AddLowRank, AddScaled, Change, Factors, Replace, Rescale, SetRows
+from specstream_convert.initial import Initial
 from specstream_convert.stored import StoredTensor
 
 ROWS = 1 << 22  # elements of one block of a float64 computation
@@ -48,7 +50,21 @@ def float64(tensor: StoredTensor) -> Array:
 def factors64(factors: Factors) -> tuple[Array, Array]:
     """``A`` and ``B`` such that the change is ``s * B @ A`` in the weight's own orientation, in float64."""
     a, b = float64(factors.a), float64(factors.b)
+    if factors.initial is not None:
+        a0, b0 = initial64(factors.initial)
+        a, b = np.concatenate([a, a0]), np.concatenate([b, -b0], axis=1)
     return (b.T, a.T) if factors.embedding else (a, b)
+
+
+@cache
+def initial64(initial: Initial) -> tuple[Array, Array]:
+    """``A0`` and ``B0`` that the training started from, in float64, by a decomposition of the whole weight."""
+    weight = float64(initial.weight)
+    u, sigma, vh = np.linalg.svd(weight if initial.kind == "pissa" else weight[:, : initial.rank], full_matrices=False)
+    if initial.kind == "pissa":
+        rank = initial.rank
+        return vh[:rank], u[:, :rank] * sigma[:rank] / initial.scale
+    return u.T @ weight, u
 
 
 class Reference:
