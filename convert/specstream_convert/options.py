@@ -35,6 +35,7 @@ class ConvertOptions:
     reference_logits: Path | None = None
     allow_pickle: bool = False
     recompute_init: bool = False
+    dequantize: bool = False
     upload_repo: str | None = None
     trust_remote_code: bool = False
 
@@ -54,6 +55,11 @@ class ConvertOptions:
             )
         if self.adapter_only and (self.quantize or self.dtype or self.fuse):
             raise UsageError("--adapter-only writes no base weights; leave out --quantize, --dtype and --fuse")
+        if self.dequantize and (self.adapter_only or self.recompute_init):
+            raise UsageError(
+                "--dequantize contradicts --adapter-only, which writes no base weights, and --recompute-init, which "
+                "needs the original ones; leave one out"
+            )
         if self.adapter_name is not None and self.adapter_path is None:
             raise UsageError("--adapter-name chooses within --adapter-path; give both or neither")
         self._check_quantization()

@@ -15,6 +15,7 @@ from specstream_convert.adapter import (
 )
 from specstream_convert.base import Base, open_base, resolve_base
 from specstream_convert.checks import check_base_matches, check_coverage, check_lossless
+from specstream_convert.dequantize import REQUANTIZED, DequantizedTensor, dequantized
 from specstream_convert.full_dump import split_dump
 from specstream_convert.lora import LoraSet, check_effect
 from specstream_convert.mapping import FineTune, map_adapter
@@ -81,8 +82,12 @@ def make_plan(options: ConvertOptions, progress: Progress, pickles: Pickles) -> 
         adapter = dump[0]
     streams, config, config_path, stream_fates = _open_streams(options, adapter, renames, ignored)
     base = _open_base(options, adapter, config, pickles, dump[1] if dump else None)
+    if options.dequantize:
+        base = dequantized(base)
     notes = [*base.notes, *streams.notes, *pickles.notes]
     warnings = list(base.warnings)
+    if options.dequantize and options.quantize:
+        warnings.append(REQUANTIZED)
     fates = list(stream_fates)
     fine_tune = FineTune()
     if adapter is not None:
@@ -232,7 +237,7 @@ def _placement(options: ConvertOptions, base: Base, loras: LoraSet | None, confi
     if options.fuse and base.quantized:
         raise UnsupportedError(
             f"{base.path}: the base is quantised, and merging into it keeps 12-23% of a small LoRA; give the "
-            "full-precision base with --hf-path (and --quantize), or --keep-adapters"
+            "full-precision base with --hf-path (and --quantize), or --keep-adapters, or --dequantize"
         )
     if options.fuse is None:
         return "live" if base.quantized else "merged"
@@ -241,7 +246,9 @@ def _placement(options: ConvertOptions, base: Base, loras: LoraSet | None, confi
 
 def _quantization(options: ConvertOptions, base: Base) -> dict[str, Any] | None:
     if base.quantized and (options.quantize or options.dtype):
-        raise UsageError(f"{base.path}: the base is already quantised; leave out --quantize and --dtype")
+        raise UsageError(
+            f"{base.path}: the base is already quantised; leave out --quantize and --dtype, or give --dequantize"
+        )
     if not options.quantize:
         return None
     return {"group_size": options.q_group_size, "bits": options.q_bits, "mode": options.q_mode}
@@ -274,6 +281,8 @@ def _base_fates(base: Base, outputs: tuple[OutputTensor, ...], quantized: bool) 
                 continue
             output = by_source[file.path, raw]
             what = "merged with LoRA" if output.changes else "copied"
+            if isinstance(output.source, DequantizedTensor):
+                what = "dequantised" + (", merged with LoRA" if output.changes else "")
             if output.dtype != output.source.dtype:
                 what += f", cast to {output.dtype}"
             if quantized:

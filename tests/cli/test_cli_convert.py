@@ -67,7 +67,9 @@ def converter(monkeypatch):
 def test_every_flag_reaches_the_converter(run, library, converter, tmp_path):
     words = f"convert --model {tmp_path} --adapter-path a --adapter-name n --streams-path s --specstream-config c"
     words += " --mlx-path out --overwrite --keep-adapters --adapter-only -q --q-bits 8 --q-group-size 32 --q-mode mxfp8"
-    words += " --dtype bfloat16 --key-map k --ignore-keys .*bias --recompute-init --lora-only --allow-pickle"
+    words += (
+        " --dtype bfloat16 --key-map k --ignore-keys .*bias --recompute-init --dequantize --lora-only --allow-pickle"
+    )
     words += " --trust-remote-code --dry-run --no-verify --reference-logits r.npz"
     assert run(*words.split()).code == 0
     assert converter.calls == [
@@ -89,6 +91,7 @@ def test_every_flag_reaches_the_converter(run, library, converter, tmp_path):
             "key_map": Path("k"),
             "ignore_keys": ".*bias",
             "recompute_init": True,
+            "dequantize": True,
             "lora_only": True,
             "allow_pickle": True,
             "trust_remote_code": True,
