@@ -1,12 +1,16 @@
 """What a conversion is asked to do."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from specstream_convert.messages import escaped
 from specstream_mlx.errors import UsageError
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FIXED_QUANTIZATION = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # mode -> bits, group size
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,10 @@ class ConvertOptions:
             raise UsageError("--reference-logits needs verification; leave out --no-verify")
         if self.reference_logits is not None and self.adapter_only:
             raise UsageError("--reference-logits needs a whole model; leave out --adapter-only")
+        if self.upload_repo is not None and (not _REPO.fullmatch(self.upload_repo) or ".." in self.upload_repo):
+            raise UsageError(f"--upload-repo is {escaped(repr(self.upload_repo))}, expected a repository id: org/name")
+        if self.upload_repo is not None and self.dry_run:
+            raise UsageError("--upload-repo: nothing is uploaded with --dry-run; leave one out")
         if self.trust_remote_code:
             raise UsageError("--trust-remote-code: a conversion never runs code of a checkpoint; leave it out")
         if self.recompute_init and self.adapter_path is None:

@@ -186,3 +186,18 @@ def test_inspect_reports_problems_and_exits_with_three(run, library, converter):
     assert result.code == 3
     assert "  m/x: missing" in result.stdout
     assert result.stderr == "error: m/x: missing\nerror: m/y: missing\n"
+
+
+def test_code_of_a_checkpoint_is_refused_by_name(run, tmp_path):
+    """The flag of the other commands; here it is no licence, and the help says so."""
+    result = run("convert", "--adapter-path", str(tmp_path), "--hf-path", str(tmp_path), "--trust-remote-code")
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr == ("error: --trust-remote-code: a conversion never runs code of a checkpoint; leave it out\n")
+    assert "never runs code of a checkpoint" in " ".join(run("convert", "--help").stdout.split())
+
+
+@pytest.mark.parametrize("name", ["streams", "a/b/c", "../x", ""])
+def test_a_bad_repository_name_is_a_usage_error(run, name):
+    result = run("convert", "--adapter-path", "a", "--upload-repo", name)
+    assert (result.code, result.stdout) == (2, "")
+    assert "--upload-repo" in result.stderr
