@@ -66,7 +66,7 @@ class Pickles:
         if not self._allowed:
             raise UnsupportedError(
                 f"{path}: a pickle can run code and is not opened; save it as safetensors (in PEFT: "
-                "save_pretrained(..., safe_serialization=True)), or give --allow-pickle"
+                "save_pretrained(..., safe_serialization=True)), or convert with --allow-pickle"
             )
         if path not in self._opened:
             torch = _torch()
@@ -225,7 +225,7 @@ def _check_tensors(torch: Any, path: Path, tensors: Mapping[str, Any]) -> None:
 
 
 def _to_mlx(torch: Any, tensor: Any) -> mx.array:
-    value = tensor.detach().contiguous()
+    value = tensor.detach()
     if value.dtype == torch.bfloat16:
         return mx.array(value.view(torch.uint16).numpy()).view(mx.bfloat16)
     return mx.array(value.numpy())

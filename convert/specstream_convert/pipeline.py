@@ -132,6 +132,9 @@ def _report(
             "lora_only": options.lora_only,
             "ignore_keys": options.ignore_keys,
             "key_map": options.key_map is not None,
+            "recompute_init": options.recompute_init,
+            "dequantize": options.dequantize,
+            "allow_pickle": options.allow_pickle,
             "verify": options.verify,
         },
     )

@@ -18,6 +18,7 @@ class FileSet:
 
     stem: str
     suffix: str
+    loose: bool = False  # mlx-lm reads every file whose name begins with the stem
 
     @property
     def index_name(self) -> str:
@@ -29,7 +30,8 @@ class FileSet:
 
     def present(self, directory: Path) -> list[Path]:
         """The files of this set in ``directory``, in order of their names."""
-        pattern = re.compile(rf"{self.stem}.*{re.escape(self.suffix)}")
+        between = ".*" if self.loose else r"(-\d{5}-of-\d{5})?"
+        pattern = re.compile(rf"{self.stem}{between}{re.escape(self.suffix)}")
         return sorted(file for file in directory.iterdir() if pattern.fullmatch(file.name))
 
     def is_member(self, name: str) -> bool:
@@ -40,7 +42,7 @@ class FileSet:
         return f"{self.stem}-{i:05d}-of-{total:05d}{self.suffix}"
 
 
-MODEL = FileSet("model", ".safetensors")
+MODEL = FileSet("model", ".safetensors", loose=True)
 PICKLED_MODEL = FileSet("pytorch_model", ".bin")
 ADAPTER = FileSet("adapter_model", ".safetensors")
 PICKLED_ADAPTERS = (FileSet("adapter_model", ".bin"), FileSet("adapter_model", ".pt"))
@@ -65,8 +67,8 @@ def open_shards(directory: Path, files: FileSet = MODEL, pickles: Pickles = NO_P
         total = int(match.group(1)) if match else 0
         if [f.name for f in present] != [files.shard(i, total) for i in range(1, total + 1)]:
             raise InvalidInputError(
-                f"{directory}: {', '.join(escaped(f.name) for f in present)} without {files.index_name}; mlx-lm would "
-                "mix them, keep one complete set"
+                f"{directory}: {', '.join(escaped(f.name) for f in present)} without {files.index_name}, so they would "
+                "be mixed; keep one complete set"
             )
     elif re.fullmatch(rf"{files.stem}-\d{{5}}-of-(?!00001)\d{{5}}{re.escape(files.suffix)}", present[0].name):
         raise InvalidInputError(f"{present[0]}: only one shard of several is here; download the others")
@@ -111,7 +113,7 @@ def _check_names(index: Path, present: list[Path], wanted: set[str]) -> None:
         f"{index}: names {name}, which is not there; download the base again" for name in sorted(wanted - names)
     ]
     problems += [
-        f"{index.parent / name}: not named in {index.name}; mlx-lm would mix it in, remove it"
+        f"{index.parent / name}: not named in {index.name}, but would be mixed in; remove it"
         for name in sorted(names - wanted)
     ]
     if problems:

@@ -119,6 +119,41 @@ def test_a_dump_without_config_needs_a_base(case: Case, expected: Path) -> None:
     same_weights(case.out, expected)
 
 
+@pytest.mark.parametrize("copies", [[NORM], [f"{Q.removeprefix(PREFIX)}.base_layer.weight"]], ids=["norm", "q_proj"])
+def test_copies_alone_are_no_dump(case: Case, expected: Path, copies: list[str]) -> None:
+    """Frozen copies beside a ``config.json``: the norm without what LoRA wraps, or the reverse, is not a base."""
+    base = load(case.base / "model.safetensors")
+    held = {PREFIX + name: base[name.replace(".base_layer", "")] for name in copies}
+    case.tensors(WEIGHTS, lambda t: t.update(held))
+    if NORM not in copies:  # LoRA on q_proj alone, all of it with its base_layer
+        case.json("adapter/adapter_config.json", lambda raw: raw.update(target_modules=".*layers.0.*q_proj"))
+        case.tensors(
+            WEIGHTS, lambda t: [t.pop(name) for name in list(t) if ".lora_" in name and not name.startswith(Q)]
+        )
+    shutil.copy(case.base / "config.json", case.adapter)
+    case.json("adapter/adapter_config.json", lambda raw: raw.update(base_model_name_or_path=str(case.base)))
+    report = convert(case.options(hf_path=None))
+    assert any("equal to the base's" in fate.fate for fate in report.tensors)
+    if NORM in copies:
+        same_weights(case.out, expected)
+
+
+def test_original_modules_are_the_base_s(case: Case, expected: Path) -> None:
+    """A wrapped head: its untouched original belongs to the base, every tensor has one fate."""
+    make_dump(case)
+    head = PREFIX + "lm_head"
+
+    def wrap(t: Tensors) -> None:
+        t[f"{head}.original_module.weight"] = t[f"{head}.weight"]
+        t[f"{head}.modules_to_save.default.weight"] = t.pop(f"{head}.weight")
+
+    case.tensors("adapter/model.safetensors", wrap)
+    report = convert(case.options(hf_path=None))
+    same_weights(case.out, expected)
+    names = [fate.tensor for fate in report.tensors]
+    assert len(names) == len(set(names)) == len(load(case.adapter / "model.safetensors"))
+
+
 def test_an_adapter_in_shards(case: Case, expected: Path) -> None:
     tensors = load(case.root / WEIGHTS)
     (case.root / WEIGHTS).unlink()
@@ -134,6 +169,12 @@ def test_the_adapter_s_own_file_comes_first(case: Case, expected: Path) -> None:
     """A merged model beside the adapter, as trainers leave it, is not mistaken for the adapter."""
     shutil.copy(case.base / "model.safetensors", case.adapter)
     shutil.copy(case.base / "config.json", case.adapter)
+    convert(case.options())
+    same_weights(case.out, expected)
+
+
+def test_other_files_of_the_stem_are_left_alone(case: Case, expected: Path) -> None:
+    shutil.copy(case.root / WEIGHTS, case.adapter / "adapter_model.backup.safetensors")
     convert(case.options())
     same_weights(case.out, expected)
 

@@ -49,6 +49,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def pickled(case: Case, name: str = "adapter_model.bin", wrap: Callable[[Any], Any] = lambda held: held) -> Path:
     """Replace the adapter's file by ``torch.save`` of the same tensors."""
     held = load_file(case.root / WEIGHTS)
+    held[STREAMS] = torch.nn.Parameter(held[STREAMS])  # as a raw state_dict may hold it
     (case.root / WEIGHTS).unlink()
     torch.save(wrap(held), case.adapter / name)
     return case.adapter / name

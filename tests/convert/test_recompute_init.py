@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from convert_cases import ADAPTER, CONFIG, Case, Q
 
-from specstream_convert import ConvertOptions, convert, initial
+from specstream_convert import ConvertOptions, convert, initial, inspect_checkpoint
 from specstream_convert.reference import initial64
 from specstream_convert.safetensors_io import open_tensors
 from specstream_convert.stored import StoredTensor
@@ -193,6 +193,13 @@ def test_what_cannot_be_recomputed(case: Case, init: str, reason: str, asked: bo
     assert init in str(caught.value)
     assert reason in str(caught.value)
     assert "path_initial_model_for_weight_conversion" in str(caught.value)
+
+
+def test_inspect_says_so(case: Case) -> None:
+    case.json(f"adapter/{CONFIG}", lambda raw: raw.update(init_lora_weights="pissa"))
+    found = inspect_checkpoint(case.adapter)
+    assert found.problems == ()
+    assert any("--recompute-init" in note for note in found.notes)
 
 
 def test_kasa(case: Case) -> None:
