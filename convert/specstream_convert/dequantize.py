@@ -120,7 +120,7 @@ def dequantized(base: Base) -> Base:
 
 def _layer(base: Base, module: str, how: dict[str, Any]) -> DequantizedTensor:
     weight, scales = base.tensors[f"{module}.weight"], base.tensors[f"{module}.scales"]
-    norm = base.tensors[f"{base.layout.norm}.weight"].dtype
+    plain = (t.dtype for n, t in base.tensors.items() if t.dtype in FLOATS and not n.endswith((".scales", ".biases")))
     return DequantizedTensor(
         weight.file,
         weight.raw,
@@ -129,7 +129,7 @@ def _layer(base: Base, module: str, how: dict[str, Any]) -> DequantizedTensor:
         group_size=how["group_size"],
         bits=how["bits"],
         mode=how.get("mode", "affine"),
-        float_dtype=scales.dtype if scales.dtype in FLOATS else norm,
+        float_dtype=scales.dtype if scales.dtype in FLOATS else next(plain, "BF16"),
     )
 
 

@@ -20,6 +20,8 @@ from specstream_convert.stored import StoredTensor
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError
 
+_FIRST_BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.0\.")
+
 
 def split_dump(
     adapter: Adapter, renames: dict[str, str], ignored: re.Pattern[str] | None
@@ -27,7 +29,7 @@ def split_dump(
     """The adapter without the base's tensors, and those by their Hugging Face names; None when it is no such dump.
 
     It is one when the directory has a model's ``config.json``, every LoRA module comes with its ``base_layer``, and
-    the final norm is there, which PEFT saves with no adapter.
+    the embedding and a plain tensor of the first block are there, which PEFT does not save with an adapter.
 
     Raises:
         InvalidInputError: two tensors that mean the same one of the base.
@@ -52,7 +54,8 @@ def split_dump(
                 )
             base[key.module] = tensor
     complete = all(f"{pair.module}.weight" in base for pair in adapter.pairs)
-    if not complete or f"{layout.norm}.weight" not in {layout.name(name) for name in base}:
+    plain = any(_FIRST_BLOCK.search(name) and ".base_layer." not in tensor.raw for name, tensor in base.items())
+    if not (complete and plain and f"{layout.embedding}.weight" in {layout.name(name) for name in base}):
         return None
     names = {tensor.raw for tensor in base.values()}
     views = {
