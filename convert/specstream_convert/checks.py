@@ -9,7 +9,7 @@ from specstream_convert.lora import Lora
 from specstream_convert.messages import escaped, listing
 from specstream_convert.peft_config import PeftConfig, layer_of
 from specstream_convert.safetensors_io import mlx_dtype
-from specstream_mlx.config import FINGERPRINT_TENSOR, StreamConfig
+from specstream_mlx.config import StreamConfig
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.fingerprint import fingerprint as mark_of
 from specstream_mlx.fingerprint import is_marked
@@ -26,7 +26,7 @@ COMPARED = (
 )
 
 
-def fingerprint(base: Base, tensor: str = FINGERPRINT_TENSOR, dtype: str | None = None) -> dict[str, str]:
+def fingerprint(base: Base, tensor: str, dtype: str | None = None) -> dict[str, str]:
     """The mark of one tensor of ``base``, which tells bases of equal shape apart.
 
     ``dtype`` is the one the tensor is written in, when that differs from the base's.
@@ -59,13 +59,14 @@ def check_base_matches(config: StreamConfig, where: Any, base: Base) -> None:
     mark = recorded.get("fingerprint")
     if mark is not None and not problems:
         tensor, digest = (mark.get("tensor"), mark.get("sha256")) if isinstance(mark, dict) else (None, None)
-        if not isinstance(tensor, str) or not isinstance(digest, str) or tensor not in base.tensors:
+        named = base.layout.name(tensor) if isinstance(tensor, str) else ""
+        if not isinstance(digest, str) or named not in base.tensors:
             problems.append(
                 f"{where}: base_model.fingerprint names no tensor of the base with its sha256; correct it or remove it"
             )
-        elif not is_marked(mark, base.tensors[tensor].read_float32()):
+        elif not is_marked(mark, base.tensors[named].read_float32()):
             problems.append(
-                f"{base.tensors[tensor].place}: not the tensor the streams were trained on (sha256 differs from "
+                f"{base.tensors[named].place}: not the tensor the streams were trained on (sha256 differs from "
                 f"base_model.fingerprint): same shapes, another base or revision; give the right one as --hf-path"
             )
     if problems:

@@ -31,6 +31,8 @@ from specstream_convert.streams_in import (
 )
 from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError, SpecStreamError
+from specstream_mlx.families import FAMILIES
+from specstream_mlx.families.decoder import DecoderFamily
 
 MEDUSA_HEADS = 4  # of the paper's comparison; used where no number of streams is known
 BASE_FIELDS = (
@@ -71,7 +73,16 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, in reading order."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: _finite(value) for name, value in values.items()}
+
+
+def _finite(value: Any) -> Any:
+    """``value`` as JSON can hold it: a number read from ``1e999`` becomes the word ``inf``."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def inspect_checkpoint(path: Path) -> Inspection:
@@ -311,7 +322,9 @@ class _Findings:
     def model(self, path: Path) -> None:
         """A model in either form; the converter's own opening of a base finds the problems."""
         raw = self.attempt(lambda: read_json(path / "config.json")) or {}
-        self.fields["base"] = {name: raw[name] for name in BASE_FIELDS if name in raw}
+        family = FAMILIES.get(str(raw.get("model_type")), DecoderFamily)
+        sizes = {name: family.size(raw, name) for name in BASE_FIELDS}
+        self.fields["base"] = {name: value for name, value in sizes.items() if value is not None}
         quantization = raw.get("quantization")
         if isinstance(quantization, dict):
             self.fields["quantization"] = {k: v for k, v in quantization.items() if not isinstance(v, dict)}

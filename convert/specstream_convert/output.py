@@ -18,6 +18,7 @@ from specstream_convert.placing import PARTIAL, create_locked, hidden_name, reco
 from specstream_convert.report import REPORT_NAME, TOOL
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.families import OURS
 
 
 class OutputDirectory:
@@ -145,7 +146,12 @@ def not_ours(target: Path) -> str | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON the same way every time."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:  # JSON may say 1e999, which is read as infinity
+        raise InvalidInputError(
+            f"{path.name}: would hold a number that is not finite, as a configuration of the input does; correct it"
+        ) from error
     path.write_bytes(text.encode("utf-8", "backslashreplace"))  # a name that is no UTF-8 becomes a JSON escape
 
 
@@ -191,7 +197,9 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
         )
 
 
-def model_card(*, base_name: str, mode: str | None, placement: str, gamma: int | None, adapter_only: bool) -> str:
+def model_card(
+    *, base_name: str, model_type: str, mode: str | None, placement: str, gamma: int | None, adapter_only: bool
+) -> str:
     """README.md of the output."""
     base_name = escaped(base_name)
     front = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
@@ -218,8 +226,11 @@ def model_card(*, base_name: str, mode: str | None, placement: str, gamma: int |
         lines += [f'specstream-mlx generate --model {base_name} --adapter . --prompt "..."', "```"]
     else:
         lines += ['specstream-mlx generate --model . --prompt "..."', "```"]
-        adapters = ', adapter_path="adapters"' if placement == "live" else ""
-        lines += ["", "Stock mlx-lm opens it without drafting:", "", "```python", "from mlx_lm import load", ""]
-        lines += [f'model, tokenizer = load("."{adapters})', "```"]
+        if model_type in OURS:
+            lines += ["", f"mlx-lm itself has no `{model_type}` and does not open it."]
+        else:
+            adapters = ', adapter_path="adapters"' if placement == "live" else ""
+            lines += ["", "Stock mlx-lm opens it without drafting:", "", "```python", "from mlx_lm import load", ""]
+            lines += [f'model, tokenizer = load("."{adapters})', "```"]
     lines += ["", f"What became of every tensor is in `{REPORT_NAME}`.", ""]
     return "\n".join(front + lines)

@@ -133,6 +133,8 @@ def as_json(value: Any, rng: Rng) -> bytes:
     if action == 0 and body.startswith(b'{"'):
         key, _, rest = body[1:].partition(b":")
         body = b"{" + key + b": 1, " + key + b":" + rest
+    elif action == 3:
+        body = body.replace(rng.choice((b"0", b"1", b"4", b"null", b"true")), b"1e999", 1)
     elif action == 1:
         body = b"\xef\xbb\xbf" + body
     elif action == 2:

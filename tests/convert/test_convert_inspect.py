@@ -194,6 +194,15 @@ def test_quantized_with_streams(lossless_case: Case) -> None:
     assert found.quantization == {"group_size": 32, "bits": 4, "mode": "affine"}
 
 
+def test_numbers_beyond_any_range(case: Case) -> None:
+    """JSON may say 1e999; the answer is JSON all the same."""
+    file = case.base / "config.json"
+    file.write_text(file.read_text().replace('"vocab_size": 61', '"vocab_size": 1e999'))
+    found = inspect_checkpoint(case.base).to_dict()
+    assert json.loads(json.dumps(found, allow_nan=False))["base"]["vocab_size"] == "inf"
+    assert any("vocab_size is inf" in line for line in found["problems"])
+
+
 def nan(name: str) -> Callable[[dict[str, mx.array]], Any]:
     return lambda t: t.update({name: mx.full(t[name].shape, float("nan"))})
 
