@@ -95,12 +95,17 @@ def check_coverage(peft: PeftConfig, items: tuple[Lora, ...], base: Base, config
 
 def check_lossless(items: tuple[Lora, ...], config: StreamConfig, base: Base) -> None:
     """In lossless mode a LoRA may only be where stream rows are: in the top ``num_stream_layers`` layers."""
-    first = base.num_layers - config.num_stream_layers
-    problems = [
+    problems = lossless_problems(items, config, base.num_layers)
+    if problems:
+        raise InvalidInputError(listing(problems))
+
+
+def lossless_problems(items: tuple[Lora, ...], config: StreamConfig, num_layers: int) -> list[str]:
+    """What :func:`check_lossless` refuses, for a base of ``num_layers`` layers."""
+    first = num_layers - config.num_stream_layers
+    return [
         f"{item.factors.a.place}: mode lossless allows LoRA only in layers {first} to "
-        f"{base.num_layers - 1}; this one would change the main stream, retrain without it or use mode shared"
+        f"{num_layers - 1}; this one would change the main stream, retrain without it or use mode shared"
         for item in items
         if (layer := layer_of(item.module)) is None or layer < first
     ]
-    if problems:
-        raise InvalidInputError(listing(problems))

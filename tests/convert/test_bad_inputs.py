@@ -519,6 +519,8 @@ CASES = [
         without(BC, "model_type")),
     Bad(39, "no-hidden-size", 4, ("config.json", "hidden_size is None"), "expected an integer",
         without(BC, "hidden_size")),
+    Bad(39, "number-beyond-range", 3, ("config.json", "not finite"), "correct it",
+        rewritten(lambda b: b.replace(b"{", b'{"initializer_range": 1e999, ', 1), BC)),
     Bad(39, "custom-code", 4, ("config.json", "custom"), "supported: ", config(
         BC, model_type="custom", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})),
     Bad(39, "model-file", 4, ("config.json", "model_file", "never run"), "remove it", config(BC, model_file="evil.py")),
