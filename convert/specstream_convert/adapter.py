@@ -163,7 +163,7 @@ def open_adapter(
 def _open_weights(directory: Path, pickles: Pickles) -> Weights:
     """The adapter's file or shards; without one, a dump of the whole model with the adapter inside."""
     sets = [ADAPTER, *PICKLED_ADAPTERS, MODEL, PICKLED_MODEL]
-    files = next((files for files in sets if files.present(directory)), None)
+    files = next((files for files in sets if any(map(Path.exists, files.present(directory)))), None)
     if files is None:
         path = directory / ADAPTER_WEIGHTS
         raise InvalidInputError(f"{path}: file not found; --adapter-path is the directory that PEFT saved")

@@ -67,8 +67,8 @@ def open_shards(directory: Path, files: FileSet = MODEL, pickles: Pickles = NO_P
         total = int(match.group(1)) if match else 0
         if [f.name for f in present] != [files.shard(i, total) for i in range(1, total + 1)]:
             raise InvalidInputError(
-                f"{directory}: {', '.join(escaped(f.name) for f in present)} without {files.index_name}, so they would "
-                "be mixed; keep one complete set"
+                f"{directory}: {', '.join(escaped(f.name) for f in present)} without {files.index_name}; loading "
+                "would mix them, keep one complete set"
             )
     elif re.fullmatch(rf"{files.stem}-\d{{5}}-of-(?!00001)\d{{5}}{re.escape(files.suffix)}", present[0].name):
         raise InvalidInputError(f"{present[0]}: only one shard of several is here; download the others")

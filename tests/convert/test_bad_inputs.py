@@ -472,7 +472,7 @@ CASES = [
         hostile_pickle("adapter/adapter_model.bin", instead=False)),
     Bad(30, "hostile-pickle", 4, ("adapter_model.bin", "can run code"), "safe_serialization",
         hostile_pickle("adapter/adapter_model.bin")),
-    Bad(30, "hostile-base", 3, ("pytorch_model.bin",), "save it as safetensors", several(
+    Bad(30, "hostile-base", 4, ("pytorch_model.bin",), "save it as safetensors", several(
         hostile_pickle("base/pytorch_model.bin", instead=False), remove(BASE))),
     Bad(30, "trainer-files-unopened", 0, ("wrote",), "verified", lambda c: [
         (c.adapter / name).mkdir() for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")]),
