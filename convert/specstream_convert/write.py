@@ -15,7 +15,7 @@ from specstream_convert.options import DTYPES
 from specstream_convert.output import TOKENIZER_FILES, model_card, write_json
 from specstream_convert.plan import ADAPTERS, Plan, Progress, lora_summary
 from specstream_convert.safetensors_io import TensorOut, sha256_file, write_tensors
-from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME
+from specstream_mlx.config import CONFIG_NAME, FINGERPRINT_TENSOR, LORA_PREFIX, PREFIX, WEIGHTS_NAME
 from specstream_mlx.errors import UsageError
 
 METADATA = {"format": "mlx"}
@@ -109,13 +109,15 @@ def _copy_texts(plan: Plan, directory: Path) -> None:
 
 
 def _write_live_adapter(plan: Plan, directory: Path) -> None:
-    """The LoRA in mlx-lm's own format: one rank, one scale, full module paths."""
+    """LoRA or DoRA in mlx-lm's own format: one rank, one scale, full module paths."""
     assert plan.loras is not None
     (directory / "adapters").mkdir()
     outs = []
     for item in plan.loras.items:
         lora_a, lora_b = plan.loras.live(item)
         outs += [TensorOut.of(f"{item.module}.lora_a", lora_a), TensorOut.of(f"{item.module}.lora_b", lora_b)]
+        if item.magnitude is not None:
+            outs.append(TensorOut.of(f"{item.module}.m", item.magnitude.read_float32()))
     write_tensors(directory / ADAPTERS, outs, METADATA)
     parameters = {
         "rank": plan.loras.rank,
@@ -125,7 +127,11 @@ def _write_live_adapter(plan: Plan, directory: Path) -> None:
     }
     write_json(
         directory / "adapters" / "adapter_config.json",
-        {"fine_tune_type": "lora", "num_layers": plan.base.num_layers, "lora_parameters": parameters},
+        {
+            "fine_tune_type": "dora" if plan.loras.dora else "lora",
+            "num_layers": plan.base.num_layers,
+            "lora_parameters": parameters,
+        },
     )
 
 
@@ -144,6 +150,7 @@ def _write_sidecar(plan: Plan, directory: Path, hashes: dict[str, str]) -> None:
     recorded = plan.config.base_model.get("name_or_path")
     if isinstance(recorded, str) and "/" in recorded and not recorded.startswith(("/", ".", "~")):
         base_model["name_or_path"] = recorded
-    base_model["fingerprint"] = fingerprint(plan.base, dtype=None if plan.options.adapter_only else plan.dtype)
+    dtype = None if plan.options.adapter_only else plan.dtype
+    base_model["fingerprint"] = fingerprint(plan.base, dtype=dtype, replaced=plan.replacement(FINGERPRINT_TENSOR))
     config = replace(plan.config, base_model=base_model, lora=lora_summary(plan), source={"sha256": hashes})
     write_json(directory / CONFIG_NAME, config.to_dict())
