@@ -48,6 +48,11 @@ REFUSED = {
     "kasa_config": "the base weights were changed at initialisation",
     "lora_ga_config": "the base weights were changed at initialisation",
 }
+NOT_MERGED_IN_PEFT = {  # what PEFT cannot merge either, and what can be done
+    "alora_invocation_tokens": "retrain without it",
+    "arrow_config": "convert one of its adapters",
+}
+PROMPT_LEARNING = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 INITS_OF_AN_UNCHANGED_BASE = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 _SIMPLE = re.compile(r"^[\w.\-]+$")
 
@@ -160,6 +165,11 @@ def read_peft_config(path: Path) -> PeftConfig:
     kind = raw.get("peft_type")
     if not isinstance(kind, str):
         raise InvalidInputError(f"{path}: peft_type is {kind!r}; this is not a PEFT adapter configuration")
+    if kind in PROMPT_LEARNING:
+        raise UnsupportedError(
+            f"{path}: peft_type {kind} is not supported, only LORA: it trains inputs, not weights, so there is "
+            "nothing to merge; retrain with LoRA"
+        )
     if kind != "LORA":
         raise UnsupportedError(
             f"{path}: peft_type {escaped(kind)} is not supported, only LORA; {MERGE_IN_PEFT} "
@@ -173,7 +183,8 @@ def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
     problems = []
     for name, reason in REFUSED.items():
         if raw.get(name):
-            problems.append(f"{path}: {name} is {_short(raw[name])}: {reason}; {MERGE_IN_PEFT}")
+            way_out = NOT_MERGED_IN_PEFT.get(name, MERGE_IN_PEFT)
+            problems.append(f"{path}: {name} is {_short(raw[name])}: {reason}; {way_out}")
     init = raw.get("init_lora_weights")
     if init not in INITS_OF_AN_UNCHANGED_BASE:
         problems.append(

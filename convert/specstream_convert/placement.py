@@ -31,7 +31,7 @@ def choose_placement(options: ConvertOptions, base: Base, fine_tune: FineTune, c
     if not fine_tune.loras and not fine_tune.others:
         return "none"
     if options.adapter_only:
-        _refuse(_whole_model_only(fine_tune) + _not_live(fine_tune, base, options), "leave out --adapter-only")
+        _refuse(_whole_model_only(fine_tune, base) + _not_live(fine_tune, base, options), "leave out --adapter-only")
         return "live"
     if options.fuse and base.quantized:
         raise UnsupportedError(
@@ -83,13 +83,17 @@ def _not_on_quantized(fine_tune: FineTune, base: Base) -> list[str]:
     return problems
 
 
-def _whole_model_only(fine_tune: FineTune) -> list[str]:
+def _whole_model_only(fine_tune: FineTune, base: Base) -> list[str]:
     """Changes that need the base's weights in the output."""
     problems = [
         f"{changes[0].tensors[0].place}: changes {name}, which an adapter without its base cannot hold"
         for name, changes in fine_tune.others.items()
     ]
     if fine_tune.untied and not problems:
-        place = fine_tune.loras[0].factors.a.place
-        problems = [f"{place}: the adapter unties the LM head, which an adapter without its base cannot hold"]
+        sides = (base.layout.embedding, base.layout.head)
+        problems = [
+            f"{item.factors.a.place}: unties the LM head, which an adapter without its base cannot hold"
+            for item in fine_tune.loras
+            if item.module in sides
+        ]
     return problems

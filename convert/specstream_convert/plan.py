@@ -113,6 +113,8 @@ def make_plan(options: ConvertOptions, progress: Progress) -> Plan:
     changes = {"merged": fine_tune.merged(), "live": fine_tune.others}.get(placement, {})
     if placement == "live" and changes:
         notes.append(f"{len(changes)} tensors that a live adapter cannot hold were written into the model instead")
+    if placement == "live" and loras is not None and loras.dora:
+        notes.append("mlx-lm's live DoRA computes the norm of every adapted weight at every call; merged is faster")
     fates += _adapter_fates(fine_tune, placement)
     vocabulary: dict[str, Any] = {}
     if fine_tune.untied:

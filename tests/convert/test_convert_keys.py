@@ -101,3 +101,20 @@ def test_expected_modules() -> None:
 def test_layer_of() -> None:
     assert layer_of("model.layers.10.mlp.up_proj") == 10
     assert layer_of("lm_head") is None
+
+
+def test_modules_to_save() -> None:
+    """PEFT wraps every module whose path ends with a name, and puts no LoRA inside."""
+    saving = config(target_modules=("q_proj", "down_proj"), modules_to_save=("mlp", "norm"))
+    assert saving.saves("model.layers.0.mlp.down_proj")
+    assert saving.saves("model.layers.0.input_layernorm")
+    assert not saving.saves("model.layers.0.self_attn.q_proj")
+    assert saving.expected_modules([Q, "model.layers.0.mlp.down_proj"]) == {Q}
+
+
+def test_token_rows() -> None:
+    assert config(trainable_token_indices=(3, 1)).token_rows("model.embed_tokens") == (3, 1)
+    by_module = config(trainable_token_indices={"embed_tokens": (3, 1), "lm_head": (2,)})
+    assert by_module.token_rows("model.embed_tokens") == (3, 1)
+    assert by_module.token_rows("lm_head") == (2,)
+    assert by_module.token_rows("model.norm") is None

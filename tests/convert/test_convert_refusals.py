@@ -163,6 +163,13 @@ def embedding_lora(t: dict[str, mx.array]) -> None:
     t[EMBED + ".lora_embedding_A"], t[EMBED + ".lora_embedding_B"] = mx.ones((RANK, V)), mx.ones((D, RANK))
 
 
+Q_BASE = "model.layers.0.self_attn.q_proj.weight"
+
+
+def zero_row(value: mx.array) -> mx.array:
+    return mx.concatenate([mx.zeros((1, value.shape[1])), value[1:]])
+
+
 E, U, I = UsageError, UnsupportedError, InvalidInputError  # noqa: E741
 F8 = {"x": {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [0, 4]}}
 ROWS = [
@@ -246,6 +253,9 @@ ROWS = [
     Row("magnitude alone", I, (f"{ADAPTER}:{Q}x.lora_magnitude_vector", "no lora_A"), lambda c: (
         c.json(AC, lambda raw: raw.update(use_dora=True)), c.tensors(WEIGHTS, magnitudes),
         c.tensors(WEIGHTS, added(Q + "x.lora_magnitude_vector", (D,))))),
+    Row("dora of a zero row", I, (f"{ADAPTER}:{Q}.lora_magnitude_vector", "not finite"), lambda c: (
+        c.json(AC, lambda raw: raw.update(use_dora=True)), c.tensors(WEIGHTS, magnitudes),
+        c.tensors(WEIGHTS, replaced(B, zero_row)), c.tensors(BASE, replaced(Q_BASE, zero_row)))),
     Row("dora and a bias", U, (CONFIG, "use_dora with lora_bias"), config(use_dora=True, lora_bias=True)),
     Row("lora bias without lora_bias", I, (f"{ADAPTER}:{Q}.lora_B.bias", "lora_bias"),
         data(added(Q + ".lora_B.bias", (D,)))),
@@ -311,6 +321,7 @@ ROWS = [
     Row("mlx adapter", I, ("mlx-lm's format",), text(AC, '{"fine_tune_type": "lora", "lora_parameters": {}}')),
     Row("no peft type", I, ("peft_type",), without(AC, "peft_type")),
     Row("other peft type", U, ("LOHA", "peft_type"), config(peft_type="LOHA")),
+    Row("prompt tuning", U, ("PROMPT_TUNING", "nothing to merge"), config(peft_type="PROMPT_TUNING")),
     Row("no alpha", I, ("lora_alpha is None",), without(AC, "lora_alpha")),
     Row("alpha text", I, ("lora_alpha is '8'",), config(lora_alpha="8")),
     Row("alpha huge", I, ("lora_alpha",), config(lora_alpha=10**400)),
@@ -320,7 +331,7 @@ ROWS = [
     Row("bad pattern key", I, ("rank_pattern", "(q"), config(rank_pattern={"(q": 4})),
     Row("endless pattern", I, ("alpha_pattern", "costly"), config(alpha_pattern={"(a+)+$": 4})),
     Row("bad pattern value", I, ("alpha_pattern", "'x'"), config(alpha_pattern={"q_proj": "x"})),
-    *(Row(f"config {name}", U, (CONFIG, name, "PEFT"), config(**{name: value})) for name, value in {
+    *(Row(f"config {name}", U, (CONFIG, name), config(**{name: value})) for name, value in {
         "use_qalora": True, "use_bdlora": {"x": 1}, "target_parameters": ["x"], "layer_replication": [[0, 2]],
         "megatron_config": {"a": 1}, "alora_invocation_tokens": [1], "arrow_config": {"a": 1},
         "monteclora_config": {"a": 1}, "kasa_config": {"a": 1}, "lora_ga_config": {"a": 1},

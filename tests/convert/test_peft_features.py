@@ -393,3 +393,11 @@ def test_the_report_tells_what_the_adapter_is(bases: Bases, tmp_path: Path) -> N
     assert report.lora["ranks"] == [3, 4, 5, 6]
     m = [fate for fate in report.tensors if fate.tensor.endswith("lora_magnitude_vector")]
     assert {fate.target.rpartition(".")[2] for fate in m} == {"m"}
+
+
+def test_an_adapter_that_only_trained_whole_modules(bases: Bases, tmp_path: Path) -> None:
+    """LoRA that does nothing is a fault of the save, unless something else was trained."""
+    saved = made(bases, "modules_to_save norms", tmp_path / "adapter")
+    held = load_file(saved.adapter / ADAPTER)
+    change(saved, **{name: torch.zeros_like(value) for name, value in held.items() if ".lora_B." in name})
+    assert any("A or B is zero" in warning for warning in saved.convert(tmp_path / "out").warnings)
