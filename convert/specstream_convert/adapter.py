@@ -10,8 +10,9 @@ import mlx.core as mx
 from specstream_convert.messages import escaped, listing
 from specstream_convert.peft_config import ADAPTER_CONFIG, PeftConfig, read_peft_config
 from specstream_convert.peft_keys import Key, Kind, parse
+from specstream_convert.pickles import NO_PICKLES, Pickles
 from specstream_convert.report import TensorFate
-from specstream_convert.safetensors_io import open_tensors
+from specstream_convert.shards import ADAPTER, MODEL, PICKLED_ADAPTERS, PICKLED_MODEL, open_shards
 from specstream_convert.stored import StoredTensor, Weights
 from specstream_mlx.config import WEIGHTS_NAME, read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
@@ -119,6 +120,7 @@ def open_adapter(
     adapter_name: str | None = None,
     renames: dict[str, str] | None = None,
     ignored: re.Pattern[str] | None = None,
+    pickles: Pickles = NO_PICKLES,
 ) -> Adapter:
     """Open ``directory`` and sort its tensors.
 
@@ -128,7 +130,7 @@ def open_adapter(
         UsageError: several adapters in one file and no ``adapter_name``.
     """
     config = read_peft_config(directory / ADAPTER_CONFIG)
-    weights = _open_weights(directory)
+    weights = _open_weights(directory, pickles)
     fates: list[TensorFate] = []
     keys: list[Key] = []
     for raw, tensor in weights.tensors.items():
@@ -146,7 +148,7 @@ def open_adapter(
         notes.append(
             f"{weights.path.name}: a trainer's wrapper prefix (module., _orig_mod. or FSDP) was removed from names"
         )
-    if (directory / "adapter_model.bin").exists():
+    if not weights.files[0].data and (directory / "adapter_model.bin").exists():
         notes.append("adapter_model.bin was not opened; adapter_model.safetensors is used")
     streams = _unique(weights, [key for key in keys if key.kind is Kind.STREAM])
     untrained = [key for key in keys if key.kind is Kind.UNTRAINED]
@@ -173,20 +175,19 @@ def open_adapter(
     )
 
 
-def _open_weights(directory: Path) -> Weights:
-    path = directory / ADAPTER_WEIGHTS
-    if not path.exists():
-        pickles = sorted(f.name for f in directory.iterdir() if f.name in ("adapter_model.bin", "adapter_model.pt"))
-        if pickles:
-            raise UnsupportedError(
-                f"{directory / pickles[0]}: a pickle can run code and is not opened; load the adapter in PEFT and call "
-                "save_pretrained(..., safe_serialization=True)"
-            )
+def _open_weights(directory: Path, pickles: Pickles) -> Weights:
+    """The adapter's file or shards; without one, a dump of the whole model with the adapter inside."""
+    sets = [ADAPTER, *PICKLED_ADAPTERS, MODEL, PICKLED_MODEL]
+    files = next((files for files in sets if files.present(directory)), None)
+    if files is None:
+        path = directory / ADAPTER_WEIGHTS
         raise InvalidInputError(f"{path}: file not found; --adapter-path is the directory that PEFT saved")
-    file = open_tensors(path)
-    if not file.tensors:
+    opened = open_shards(directory, files, pickles)
+    path = opened[0].path if len(opened) == 1 else directory / files.index_name
+    weights = Weights(path, opened)
+    if not weights.tensors:
         raise InvalidInputError(f"{path}: the adapter has no tensors; {ZERO_3}")
-    return Weights(path, (file,))
+    return weights
 
 
 def _fate(weights: Weights, key: Key, fate: str) -> TensorFate:
@@ -233,8 +234,8 @@ def _refuse(weights: Weights, keys: list[Key]) -> None:
     if unknown:
         raise InvalidInputError(
             listing(
-                f"{weights.tensors[key.raw].place}: not a tensor this converter knows; map it with --key-map or drop "
-                "it with --ignore-keys"
+                f"{weights.tensors[key.raw].place}: not a tensor this converter knows; map it with --key-map or "
+                "drop it with --ignore-keys"
                 for key in unknown
             )
         )

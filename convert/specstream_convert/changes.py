@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from specstream_convert.initial import Initial
 from specstream_convert.safetensors_io import mlx_dtype
 from specstream_convert.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError
@@ -28,16 +29,20 @@ class Factors:
         b: (out, r); of an embedding (width, r).
         scale: the factor of ``B @ A``.
         embedding: the weight is an embedding (rows, width), and the change is ``s * (B @ A).T``.
+        initial: factors the training started from and took out of the base; the change is ``s * (B @ A - B0 @ A0)``,
+            which is a LoRA of the sum of both ranks.
     """
 
     a: StoredTensor
     b: StoredTensor
     scale: float
     embedding: bool = False
+    initial: Initial | None = None
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        """The rank of the change."""
+        return self.a.shape[0] + (self.initial.rank if self.initial else 0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -46,7 +51,15 @@ class Factors:
         return shape[::-1] if self.embedding else shape
 
     def read(self) -> tuple[mx.array, mx.array]:
-        """``A`` and ``B`` in float32."""
+        """The ``A`` and ``B`` of the change, in float32."""
+        a, b = self.read_trained()
+        if self.initial is None:
+            return a, b
+        a0, b0 = self.initial.read()
+        return mx.concatenate([a, a0]), mx.concatenate([b, -b0], axis=1)
+
+    def read_trained(self) -> tuple[mx.array, mx.array]:
+        """``A`` and ``B`` as the adapter holds them, in float32."""
         return self.a.read_float32(), self.b.read_float32()
 
 

@@ -148,6 +148,8 @@ class _Findings:
             self.fields["num_lora_parameters"] = sum(pair.rank * sum(pair.shape) for pair in adapter.pairs)
             self.fields["base"] = {"name_or_path": adapter.config.base_model}
             self.notes += adapter.notes
+            if adapter.config.initial is not None:
+                self.notes.append(f"init_lora_weights is {adapter.config.initial!r}: convert with --recompute-init")
             source = self._try(lambda: gather(adapter.streams)) or source
         self._streams(source, path, path / WEIGHTS_NAME)
 

@@ -115,7 +115,7 @@ def check_effect(items: tuple[Lora, ...], alone: bool = True) -> list[str]:
     mostly_zero = 0
     for item in items:
         try:
-            a, b = item.factors.read()
+            a, b = item.factors.read_trained()
             for tensor in (item.magnitude, item.bias):
                 if tensor is not None:
                     tensor.read_float32()

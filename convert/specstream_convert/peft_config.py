@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specstream_convert.initial import RECOMPUTABLE, reason_against
 from specstream_convert.messages import escaped, listing
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
@@ -80,6 +81,7 @@ class PeftConfig:
     revision: str | None = None
     saves_streams: bool = False
     notes: tuple[str, ...] = ()
+    initial: str | None = None  # an initialisation that changed the base and can be recomputed
 
     def rank_of(self, module: str) -> int:
         """The rank that the configuration gives ``module``."""
@@ -186,11 +188,8 @@ def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
             way_out = NOT_MERGED_IN_PEFT.get(name, MERGE_IN_PEFT)
             problems.append(f"{path}: {name} is {_short(raw[name])}: {reason}; {way_out}")
     init = raw.get("init_lora_weights")
-    if init not in INITS_OF_AN_UNCHANGED_BASE:
-        problems.append(
-            f"{path}: init_lora_weights is {_short(init)}: the base weights were changed at initialisation and are "
-            "not in this adapter; re-save it in PEFT with path_initial_model_for_weight_conversion"
-        )
+    if init not in INITS_OF_AN_UNCHANGED_BASE and _recomputable(init) is None:
+        problems.append(f"{path}: init_lora_weights is {_short(init)}: {reason_against(init)}")
     if raw.get("use_dora") and raw.get("lora_bias"):
         problems.append(f"{path}: use_dora with lora_bias: PEFT itself refuses this, its result is not defined")
     for name in sorted(set(raw) - INERT - READ - set(REFUSED)):
@@ -201,6 +200,12 @@ def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
             )
     if problems:
         raise UnsupportedError(listing(problems))
+
+
+def _recomputable(init: Any) -> str | None:
+    """The initialisation's name; PEFT reads that of OLoRA in any case of letters."""
+    name = init.lower() if isinstance(init, str) and init.lower() == "olora" else init
+    return name if name in RECOMPUTABLE else None
 
 
 def _is_stream_module(name: Any) -> bool:
@@ -305,6 +310,7 @@ def _read_numbers(path: Path, raw: dict[str, Any]) -> PeftConfig:
         revision=text("revision"),
         saves_streams=any(_is_stream_module(name) for name in saved),
         notes=tuple(notes),
+        initial=_recomputable(raw.get("init_lora_weights")),
     )
     if problems:
         raise InvalidInputError(listing(problems))

@@ -11,6 +11,7 @@ from typing import Any
 from specstream_convert.messages import escaped
 from specstream_convert.options import ConvertOptions
 from specstream_convert.output import OutputDirectory, write_json
+from specstream_convert.pickles import Pickles
 from specstream_convert.plan import Plan, Progress, lora_summary, make_plan
 from specstream_convert.report import REPORT_NAME, ConversionReport
 from specstream_convert.safetensors_io import sha256_file
@@ -29,11 +30,16 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     Raises:
         UsageError, InvalidInputError, UnsupportedError, VerificationError: nothing has been written then.
     """
+    with Pickles(allowed=options.allow_pickle) as pickles:
+        return _convert(options, progress, pickles)
+
+
+def _convert(options: ConvertOptions, progress: Progress | None, pickles: Pickles) -> ConversionReport:
     options.check()
     report = progress or (lambda stage, done, total: None)
     inputs = [path for path in (options.adapter_path, options.streams_path) if path is not None and path.exists()]
     OutputDirectory(options.mlx_path, overwrite=options.overwrite, inputs=inputs)
-    plan = make_plan(options, report)
+    plan = make_plan(options, report, pickles)
     output = OutputDirectory(options.mlx_path, overwrite=options.overwrite, inputs=[*inputs, plan.base.path])
     if options.dry_run:
         return _report(plan, {}, {}, None)
@@ -126,6 +132,9 @@ def _report(
             "lora_only": options.lora_only,
             "ignore_keys": options.ignore_keys,
             "key_map": options.key_map is not None,
+            "recompute_init": options.recompute_init,
+            "dequantize": options.dequantize,
+            "allow_pickle": options.allow_pickle,
             "verify": options.verify,
         },
     )

@@ -36,7 +36,7 @@ def choose_placement(options: ConvertOptions, base: Base, fine_tune: FineTune, c
     if options.fuse and base.quantized:
         raise UnsupportedError(
             f"{base.path}: the base is quantised, and merging into it keeps 12-23% of a small LoRA; give the "
-            "full-precision base with --hf-path (and --quantize), or --keep-adapters"
+            "full-precision base with --hf-path (and --quantize), or --keep-adapters, or --dequantize"
         )
     if base.quantized:
         _refuse(_not_on_quantized(fine_tune, base) + _not_live(fine_tune, base, options), FULL_PRECISION)

@@ -16,12 +16,16 @@ from specstream_convert.adapter import (
 from specstream_convert.base import Base, open_base, resolve_base
 from specstream_convert.changes import AddLowRank, AddScaled, Replace, Rescale, SetRows
 from specstream_convert.checks import check_base_matches, check_coverage, check_lossless
+from specstream_convert.dequantize import REQUANTIZED, DequantizedTensor, dequantized
+from specstream_convert.full_dump import split_dump
 from specstream_convert.lora import LoraSet, check_effect
 from specstream_convert.mapping import FineTune, map_adapter
 from specstream_convert.options import DTYPES, ConvertOptions
 from specstream_convert.output import check_tokenizer, tokenizer_directory
 from specstream_convert.outputs import OutputTensor, plan_outputs
+from specstream_convert.pickles import Pickles
 from specstream_convert.placement import choose_placement
+from specstream_convert.recompute import check_asked_for, with_initials
 from specstream_convert.report import TensorFate
 from specstream_convert.safetensors_io import open_tensors
 from specstream_convert.stored import StoredTensor
@@ -72,17 +76,25 @@ class Plan:
         return next((change.tensor for change in changes if isinstance(change, Replace)), None)
 
 
-def make_plan(options: ConvertOptions, progress: Progress) -> Plan:
-    """Open and check all inputs; nothing is written."""
+def make_plan(options: ConvertOptions, progress: Progress, pickles: Pickles) -> Plan:
+    """Open and check all inputs; nothing is written but what ``pickles`` keeps for as long as it is open."""
     renames, ignored = read_renames(options.key_map), compile_ignored(options.ignore_keys)
     adapter = None
     if options.adapter_path is not None:
         directory = find_adapter(options.adapter_path, options.adapter_name)
-        adapter = open_adapter(directory, options.adapter_name, renames, ignored)
+        adapter = open_adapter(directory, options.adapter_name, renames, ignored, pickles)
+        check_asked_for(adapter.config, options.recompute_init)
+    dump = split_dump(adapter, renames, ignored) if adapter is not None and options.hf_path is None else None
+    if dump is not None:
+        adapter = dump[0]
     streams, config, config_path, stream_fates = _open_streams(options, adapter, renames, ignored)
-    base = _open_base(options, adapter, config)
-    notes = [*base.notes, *streams.notes]
+    base = _open_base(options, adapter, config, pickles, dump[1] if dump else None)
+    if options.dequantize:
+        base = dequantized(base)
+    notes = [*base.notes, *streams.notes, *pickles.notes]
     warnings = list(base.warnings)
+    if options.dequantize and options.quantize:
+        warnings.append(REQUANTIZED)
     fates = list(stream_fates)
     fine_tune = FineTune()
     if adapter is not None:
@@ -91,6 +103,12 @@ def make_plan(options: ConvertOptions, progress: Progress) -> Plan:
         warnings += adapter.config.notes
         fates += [*adapter.fates, *fine_tune.fates]
         check_coverage(adapter.config, fine_tune.loras, base, config)
+        mode = config.mode if config else None
+        loras_trained, init_warnings = with_initials(
+            fine_tune.loras, adapter.config, base, mode, fine_tune.others.keys()
+        )
+        fine_tune = replace(fine_tune, loras=loras_trained)
+        warnings += init_warnings
     loras = LoraSet(fine_tune.loras) if fine_tune.loras else None
     if config is not None:
         assert config_path is not None
@@ -200,10 +218,19 @@ def _homes(options: ConvertOptions, adapter: Adapter | None) -> list[Path]:
     return homes
 
 
-def _open_base(options: ConvertOptions, adapter: Adapter | None, config: StreamConfig | None) -> Base:
+def _open_base(
+    options: ConvertOptions,
+    adapter: Adapter | None,
+    config: StreamConfig | None,
+    pickles: Pickles,
+    dumped: dict[str, StoredTensor] | None,
+) -> Base:
     revision: str | None = None
+    if dumped is not None:
+        assert adapter is not None
+        return open_base(adapter.directory, adapter.directory.resolve().name, held=dumped)
     if options.hf_path is not None:
-        path, name = resolve_base(options.hf_path, None)
+        path, name = resolve_base(options.hf_path, None, pickled=pickles.allowed)
     else:
         assert adapter is not None
         named = adapter.config.base_model
@@ -215,8 +242,8 @@ def _open_base(options: ConvertOptions, adapter: Adapter | None, config: StreamC
         recorded = config.base_model if config else {}
         if revision is None and recorded.get("name_or_path") == named and isinstance(recorded.get("revision"), str):
             revision = recorded["revision"]
-        path, name = resolve_base(named, revision, relative_to=adapter.directory)
-    return open_base(path, name, revision)
+        path, name = resolve_base(named, revision, relative_to=adapter.directory, pickled=pickles.allowed)
+    return open_base(path, name, revision, pickles)
 
 
 def _tokenizer(options: ConvertOptions, adapter: Adapter | None, base: Base) -> Path | None:
@@ -231,7 +258,9 @@ def _tokenizer(options: ConvertOptions, adapter: Adapter | None, base: Base) -> 
 
 def _quantization(options: ConvertOptions, base: Base) -> dict[str, Any] | None:
     if base.quantized and (options.quantize or options.dtype):
-        raise UsageError(f"{base.path}: the base is already quantised; leave out --quantize and --dtype")
+        raise UsageError(
+            f"{base.path}: the base is already quantised; leave out --quantize and --dtype, or give --dequantize"
+        )
     if not options.quantize:
         return None
     return {"group_size": options.q_group_size, "bits": options.q_bits, "mode": options.q_mode}
@@ -284,7 +313,10 @@ def _what(output: OutputTensor) -> str:
         Rescale: "rescaled by DoRA",
         AddScaled: "added to",
     }
-    what = ", ".join(words[type(change)] for change in output.changes) or "copied"
+    done = [words[type(change)] for change in output.changes]
+    if isinstance(output.source, DequantizedTensor):
+        done.insert(0, "dequantised")
+    what = ", ".join(done) or "copied"
     return what if output.dtype == output.source.dtype else f"{what}, cast to {output.dtype}"
 
 

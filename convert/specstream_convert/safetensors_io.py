@@ -65,11 +65,20 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A validated safetensors file; nothing but its header has been read."""
+    """A validated safetensors file; nothing but its header has been read.
+
+    ``data`` is where the bytes are when ``path``, which messages and reports name, is a pickle they were taken from.
+    """
 
     path: Path
     tensors: dict[str, TensorInfo]
     num_bytes: int
+    data: Path | None = None
+
+    @property
+    def data_path(self) -> Path:
+        """The safetensors file itself."""
+        return self.data or self.path
 
     def read(self, name: str) -> mx.array:
         """The tensor ``name`` in its stored dtype."""
@@ -80,7 +89,7 @@ class TensorFile:
             )
         dtype = _MLX[info.dtype]
         try:
-            with self.path.open("rb") as file:
+            with self.data_path.open("rb") as file:
                 file.seek(info.start)
                 raw = file.read(info.num_bytes)
         except OSError as error:

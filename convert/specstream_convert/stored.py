@@ -65,8 +65,3 @@ class Weights:
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor by its raw name, which is in one of the files only."""
         return {raw: StoredTensor(file, raw) for file in self.files for raw in file.tensors}
-
-    @property
-    def file_names(self) -> tuple[str, ...]:
-        """The names of the files, for reports."""
-        return tuple(file.path.name for file in self.files)

@@ -10,6 +10,7 @@ import mlx.core as mx
 from specstream_convert.adapter import Adapter
 from specstream_convert.base import Base
 from specstream_convert.changes import SetRows
+from specstream_convert.dequantize import DequantizedTensor
 from specstream_convert.messages import escaped, listing
 from specstream_convert.report import TensorFate
 from specstream_convert.safetensors_io import FLOATS
@@ -55,7 +56,9 @@ def map_saved(adapter: Adapter, base: Base, name: Naming) -> tuple[dict[str, Sto
                 "--ignore-keys"
             )
             continue
-        quantized = f"{original.removesuffix('.weight')}.scales" in base.tensors
+        quantized = f"{original.removesuffix('.weight')}.scales" in base.tensors or isinstance(
+            base.tensors[original], DequantizedTensor
+        )
         wanted = base.parameters[original]
         why = _reason(path, tensor, target, wanted, adapter, base)
         if why is None and quantized:
