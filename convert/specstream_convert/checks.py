@@ -12,7 +12,7 @@ from specstream_convert.peft_config import PeftConfig, layer_of
 from specstream_convert.safetensors_io import mlx_dtype
 from specstream_convert.stored import StoredTensor
 from specstream_mlx.checkpoint import tensor_sha256
-from specstream_mlx.config import FINGERPRINT_TENSOR, StreamConfig
+from specstream_mlx.config import StreamConfig
 from specstream_mlx.errors import InvalidInputError
 
 COMPARED = (
@@ -27,7 +27,7 @@ COMPARED = (
 
 
 def fingerprint(
-    base: Base, tensor: str = FINGERPRINT_TENSOR, dtype: str | None = None, replaced: StoredTensor | None = None
+    base: Base, tensor: str, dtype: str | None = None, replaced: StoredTensor | None = None
 ) -> dict[str, str]:
     """The digest of one tensor as F32 little-endian: it tells bases of equal shape apart.
 
@@ -63,11 +63,12 @@ def check_base_matches(config: StreamConfig, where: Any, base: Base, vocab_size:
     mark = recorded.get("fingerprint")
     if mark is not None and not problems:
         tensor, digest = (mark.get("tensor"), mark.get("sha256")) if isinstance(mark, dict) else (None, None)
-        if not isinstance(tensor, str) or not isinstance(digest, str) or tensor not in base.tensors:
+        named = base.layout.name(tensor) if isinstance(tensor, str) else ""
+        if not isinstance(digest, str) or named not in base.tensors:
             problems.append(f"{where}: base_model.fingerprint does not name a tensor of the base and its sha256")
-        elif fingerprint(base, tensor)["sha256"] != digest.lower():
+        elif fingerprint(base, named)["sha256"] != digest.lower():
             problems.append(
-                f"{base.tensors[tensor].place}: not the tensor the streams were trained on (sha256 differs "
+                f"{base.tensors[named].place}: not the tensor the streams were trained on (sha256 differs "
                 f"from base_model.fingerprint): same shapes, another base or revision"
             )
     if problems:

@@ -120,7 +120,7 @@ def dequantized(base: Base) -> Base:
 
 def _layer(base: Base, module: str, how: dict[str, Any]) -> DequantizedTensor:
     weight, scales = base.tensors[f"{module}.weight"], base.tensors[f"{module}.scales"]
-    norm = base.tensors[f"{base.layout.norm}.weight"].dtype
+    norm = next(tensor.dtype for tensor in base.tensors.values() if len(tensor.shape) == 1)
     return DequantizedTensor(
         weight.file,
         weight.raw,

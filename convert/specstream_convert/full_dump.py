@@ -19,6 +19,7 @@ from specstream_convert.peft_keys import Kind, parse
 from specstream_convert.stored import StoredTensor
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.families import FAMILIES
 
 
 def split_dump(
@@ -35,7 +36,8 @@ def split_dump(
     where = adapter.directory / "config.json"
     if not where.is_file():
         return None
-    layout = LAYOUTS.get(str(read_json(where).get("model_type")))
+    config = read_json(where)
+    layout = LAYOUTS.get(str(config.get("model_type")))
     if layout is None:
         return None
     base: dict[str, StoredTensor] = {}
@@ -52,7 +54,8 @@ def split_dump(
                 )
             base[key.module] = tensor
     complete = all(f"{pair.module}.weight" in base for pair in adapter.pairs)
-    if not complete or f"{layout.norm}.weight" not in {layout.name(name) for name in base}:
+    norm = FAMILIES[str(config["model_type"])].fingerprint_tensor(config)
+    if not complete or norm not in {layout.name(name) for name in base}:
         return None
     names = {tensor.raw for tensor in base.values()}
     views = {

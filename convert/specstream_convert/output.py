@@ -15,6 +15,7 @@ from specstream_convert.messages import escaped
 from specstream_convert.report import REPORT_NAME, TOOL
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.families import OURS
 
 
 class OutputDirectory:
@@ -159,7 +160,9 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
         )
 
 
-def model_card(*, base_name: str, mode: str | None, placement: str, gamma: int | None, adapter_only: bool) -> str:
+def model_card(
+    *, base_name: str, model_type: str, mode: str | None, placement: str, gamma: int | None, adapter_only: bool
+) -> str:
     """README.md of the output."""
     front = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
     if gamma is not None:
@@ -185,8 +188,11 @@ def model_card(*, base_name: str, mode: str | None, placement: str, gamma: int |
         lines += [f'specstream-mlx generate --model {base_name} --adapter . --prompt "..."', "```"]
     else:
         lines += ['specstream-mlx generate --model . --prompt "..."', "```"]
-        adapters = ', adapter_path="adapters"' if placement == "live" else ""
-        lines += ["", "Stock mlx-lm opens it without drafting:", "", "```python", "from mlx_lm import load", ""]
-        lines += [f'model, tokenizer = load("."{adapters})', "```"]
+        if model_type in OURS:
+            lines += ["", f"mlx-lm itself has no `{model_type}` and does not open it."]
+        else:
+            adapters = ', adapter_path="adapters"' if placement == "live" else ""
+            lines += ["", "Stock mlx-lm opens it without drafting:", "", "```python", "from mlx_lm import load", ""]
+            lines += [f'model, tokenizer = load("."{adapters})', "```"]
     lines += ["", f"What became of every tensor is in `{REPORT_NAME}`.", ""]
     return "\n".join(front + lines)

@@ -154,7 +154,7 @@ def make_plan(options: ConvertOptions, progress: Progress, pickles: Pickles) -> 
         outputs = plan_outputs(base, changes, dtype, quantization is not None, fine_tune.untied)
         fates += _base_fates(base, outputs, quantization is not None)
     if options.reference_logits is not None:
-        read_reference_logits(options.reference_logits, int(base.config["vocab_size"]))
+        read_reference_logits(options.reference_logits, base)
     return Plan(
         options=options,
         base=base,
@@ -316,7 +316,7 @@ def _what(output: OutputTensor) -> str:
     done = [words[type(change)] for change in output.changes]
     if isinstance(output.source, DequantizedTensor):
         done.insert(0, "dequantised")
-    what = ", ".join(done) or "copied"
+    what = ", ".join(done) or ("transposed" if output.source.transposed else "copied")
     return what if output.dtype == output.source.dtype else f"{what}, cast to {output.dtype}"
 
 

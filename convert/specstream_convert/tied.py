@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from specstream_convert.adapter import Adapter
-from specstream_convert.base import Base
+from specstream_convert.base import Base, can_untie
 from specstream_convert.changes import AddLowRank, Change, Replace, SetRows
 from specstream_convert.lora import Lora, merged_changes
 from specstream_convert.report import TensorFate
 from specstream_convert.trained_tensors import same_values, weight_of
-from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def join_sides(
 
     Raises:
         InvalidInputError: the file contradicts ``ensure_weight_tying``.
+        UnsupportedError: values apart in a family whose LM head is always the embedding.
     """
     head_module = base.layout.head
     embedding, head = weight_of(base.layout.embedding), weight_of(head_module)
@@ -46,6 +47,11 @@ def join_sides(
     if adapter.config.ensure_weight_tying:
         _check_tying(of_embedding, of_head)
     if len(of_embedding) != len(of_head) or not all(map(_same_change, of_embedding, of_head)):
+        if not can_untie(base):
+            raise UnsupportedError(
+                f"{(of_head or of_embedding)[0].tensors[0].place}: the adapter gives LM head and embedding values of "
+                f"their own, and a {base.model_type} model has one tensor for both; retrain with ensure_weight_tying"
+            )
         sides = "embedding and LM head apart" if of_embedding and of_head else "one of the two only"
         note = f"the base ties its LM head to the embedding and the adapter trained {sides}: the output's are not tied"
         return Sides(loras, dict(others), untied=True, notes=(note,))
@@ -71,7 +77,7 @@ def _check_tying(of_embedding: tuple[Change, ...], of_head: tuple[Change, ...]) 
         if one and not other:
             raise InvalidInputError(
                 f"{one[0].tensors[0].place}: ensure_weight_tying of adapter_config.json is true, but nothing was saved "
-                "for the other side of the tied embeddings; the save is incomplete"
+                "for the other side of the tied embeddings; the save is incomplete, or PEFT did not tie this family"
             )
     if len(ours) != len(theirs) or not all(map(_mirrored, ours, theirs)):
         changes = theirs or ours

@@ -4,6 +4,7 @@ PEFT also writes copies of tensors that it left alone, unasked. Those must be th
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -56,6 +57,8 @@ def map_saved(adapter: Adapter, base: Base, name: Naming) -> tuple[dict[str, Sto
                 "--ignore-keys"
             )
             continue
+        transposed = path != base.layout.name(path) and base.layout.is_transposed(target)
+        tensor = replace(tensor, transposed=transposed)
         quantized = f"{original.removesuffix('.weight')}.scales" in base.tensors or isinstance(
             base.tensors[original], DequantizedTensor
         )

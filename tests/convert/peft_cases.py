@@ -24,9 +24,10 @@ from specstream_convert import ConvertOptions, convert
 from specstream_convert.torch_reference.testing import write_tiny_base
 from specstream_convert.verify import output_logits
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-WITH_BIASES = ("qwen2",)  # families whose adapted layers have biases
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "gpt2")
+WITH_BIASES = ("qwen2", "opt", "gpt2")  # families whose adapted layers have biases
 ONE = ("llama",)  # for what does not depend on the family: initialisations, ways to save
+UNTIABLE = tuple(family for family in FAMILIES if family != "gpt2")  # may have an LM head of their own
 RESIZED = 101
 TOKENS = [5, 17, 3, 88, 40, 41, 2, 9, 60, 33]
 ROWS = [88, 3, 60]  # token ids, not in order
@@ -36,9 +37,53 @@ Settings = dict[str, Any]
 Array = np.ndarray[Any, Any]
 
 
+@dataclass(frozen=True)
+class Names:
+    """What a family calls its parts; attention, then MLP, in ``linear``."""
+
+    linear: tuple[str, ...] = ("q_proj", "v_proj", "down_proj")
+    embedding: str = "embed_tokens"
+    output: str = "o_proj"  # of attention
+    norms: tuple[str, ...] = ("norm",)
+    block: str = "mlp"
+    layers: str = "layers"
+    attention: str = "self_attn"
+
+
+NAMES = {
+    "phi3": Names(linear=("qkv_proj", "down_proj")),
+    "opt": Names(linear=("q_proj", "v_proj", "fc2"), output="out_proj", norms=("layer_norm",), block="fc1"),
+    "gpt2": Names(
+        linear=("c_attn", "mlp.c_proj"),
+        embedding="wte",
+        output="attn.c_proj",
+        norms=("ln_1", "ln_2", "ln_f"),
+        layers="h",
+        attention="attn",
+    ),
+}
+HEAD = "lm_head"
+
+
+def names(family: str) -> Names:
+    """The parts of a family; those of llama when it has no others."""
+    return NAMES.get(family, Names())
+
+
 def targets(family: str) -> list[str]:
     """Linear layers of attention and MLP; the fused ones where the family fuses."""
-    return ["qkv_proj", "down_proj"] if family == "phi3" else ["q_proj", "v_proj", "down_proj"]
+    return list(names(family).linear)
+
+
+def biased(family: str) -> list[str]:
+    """The linear layers that have a bias: all but qwen2's MLP."""
+    return ["q_proj", "v_proj"] if family == "qwen2" else targets(family)
+
+
+def excluded(family: str) -> str:
+    """The last of the linear layers by its path within a layer."""
+    last = names(family).linear[-1]
+    return last if family in ("opt", "gpt2") else f"mlp.{last}"
 
 
 def save(model: Any, directory: Path) -> Path:
@@ -55,6 +100,7 @@ class Feature:
         settings: of LoraConfig, given the family.
         ties: whether the base ties its embeddings.
         live: whether ``--keep-adapters`` has an exact form.
+        apart: a tied base's LM head and embedding end up with values of their own.
         resize: the vocabulary is resized before PEFT is applied.
         write: model, directory -> the path to convert.
         options: of the conversion.
@@ -65,6 +111,7 @@ class Feature:
     ties: tuple[bool, ...] = (False,)
     families: tuple[str, ...] = FAMILIES
     live: bool = True
+    apart: bool = False
     resize: bool = False
     write: Callable[[Any, Path], Path] = save
     options: Settings = field(default_factory=dict)
@@ -122,6 +169,7 @@ class Bases:
                 torch.manual_seed(0)
                 model.resize_token_embeddings(RESIZED, mean_resizing=False)
             settings: Settings = {"r": 4, "lora_alpha": 6, "target_modules": targets(family), "task_type": "CAUSAL_LM"}
+            settings["fan_in_fan_out"] = family == "gpt2"
             model = peft.get_peft_model(model, peft.LoraConfig(**(settings | feature.settings(family))))
             if feature.settings(family).get("init_lora_weights") == "eva":
                 batches = [{"input_ids": torch.tensor([TOKENS])}]
@@ -227,22 +275,37 @@ def _mixed_dtypes(model: Any, directory: Path) -> Path:
 # What is compared with PEFT
 
 
-def _always(**settings: Any) -> Callable[[str], Settings]:
-    return lambda family: settings
+EMBEDDING = object()  # stands for the family's own name
 
 
-def _also(*modules: str, **settings: Any) -> Callable[[str], Settings]:
-    return lambda family: {"target_modules": [*targets(family), *modules], **settings}
+def _named_in(family: str, value: Any) -> Any:
+    """``value`` with the family's name of its embedding."""
+    if isinstance(value, dict):
+        return {_named_in(family, key): item for key, item in value.items()}
+    if isinstance(value, list):
+        return [_named_in(family, item) for item in value]
+    return names(family).embedding if value is EMBEDDING else value
+
+
+def _set(**settings: Any) -> Callable[[str], Settings]:
+    return lambda family: {key: _named_in(family, value) for key, value in settings.items()}
+
+
+def _also(*modules: Any, **settings: Any) -> Callable[[str], Settings]:
+    """LoRA of more modules than the usual ones."""
+    return lambda family: _set(target_modules=[*targets(family), *modules], **settings)(family)
 
 
 def _patterns(**settings: Any) -> Callable[[str], Settings]:
     """Overlapping keys, the first that fits counts; in alphabetical order, in which PEFT saves them."""
 
     def patterns(family: str) -> Settings:
-        first = targets(family)[0]
+        part = names(family)
+        first, last = part.linear[0], part.linear[-1]
+        one, any_layer = rf"{part.layers}\.1\.", rf"{part.layers}\.\d\."
         return {
-            "rank_pattern": {"down_proj": 6, f"layers.1.self_attn.{first}": 3, first: 5},
-            "alpha_pattern": {r"layers\.[0].mlp.*": 20, "mlp.down_proj": 2},
+            "rank_pattern": {last: 6, rf"{one}{part.attention}.{first}": 3, rf"{any_layer}.*{first}": 5},
+            "alpha_pattern": {rf"{part.layers}\.[0]\..*{last}": 20, rf"{any_layer}.*{last}": 2},
             **settings,
         }
 
@@ -250,87 +313,113 @@ def _patterns(**settings: Any) -> Callable[[str], Settings]:
 
 
 BOTH = (False, True)
-EMBEDDING, HEAD = "embed_tokens", "lm_head"
 FEATURES = (
     Feature("LoRA", ties=BOTH),
-    Feature("rsLoRA", _always(use_rslora=True)),
+    Feature("rsLoRA", _set(use_rslora=True)),
     Feature("rank_pattern, alpha_pattern", _patterns()),
     Feature("patterns with rsLoRA", _patterns(use_rslora=True)),
-    Feature("layers_to_transform", _always(layers_to_transform=[1], layers_pattern="layers")),
-    Feature("target_modules as a regex", _always(target_modules=r".*\.1\..*(qkv|q|down)_proj")),
-    Feature("target_modules all-linear", _always(target_modules="all-linear")),
-    Feature("exclude_modules", _always(exclude_modules=["layers.0.mlp.down_proj"])),
-    Feature("init gaussian", _always(init_lora_weights="gaussian"), families=ONE),
-    Feature("init orthogonal", _always(init_lora_weights="orthogonal"), families=ONE),
-    Feature("init EVA", _always(init_lora_weights="eva", eva_config=EvaConfig(rho=2.0)), families=ONE),
-    Feature("init MiCA", _always(init_lora_weights="mica"), families=ONE),
-    Feature("init PiSSA", _always(init_lora_weights="pissa"), families=ONE, options={"recompute_init": True}),
-    Feature("init OLoRA", _always(init_lora_weights="olora"), families=ONE, options={"recompute_init": True}),
+    Feature("layers_to_transform", lambda f: {"layers_to_transform": [1], "layers_pattern": names(f).layers}),
+    Feature("target_modules as a regex", _set(target_modules=r".*\.1\..*(qkv_proj|q_proj|down_proj|fc2|c_attn)")),
+    Feature("target_modules all-linear", _set(target_modules="all-linear")),
+    Feature("exclude_modules", lambda f: {"exclude_modules": [f"{names(f).layers}.0.{excluded(f)}"]}),
+    Feature("init gaussian", _set(init_lora_weights="gaussian"), families=ONE),
+    Feature("init orthogonal", _set(init_lora_weights="orthogonal"), families=ONE),
+    Feature("init EVA", _set(init_lora_weights="eva", eva_config=EvaConfig(rho=2.0)), families=ONE),
+    Feature("init MiCA", _set(init_lora_weights="mica"), families=ONE),
+    Feature("init PiSSA", _set(init_lora_weights="pissa"), families=ONE, options={"recompute_init": True}),
+    Feature("init OLoRA", _set(init_lora_weights="olora"), families=ONE, options={"recompute_init": True}),
     Feature(
         "init PiSSA with DoRA",
-        _always(init_lora_weights="pissa", use_dora=True),
+        _set(init_lora_weights="pissa", use_dora=True),
         families=ONE,
         options={"recompute_init": True},
     ),
-    Feature("VeLoRA", _always(velora_config=VeloraConfig(num_groups=4)), families=ONE),
-    Feature("DoRA", _always(use_dora=True), ties=BOTH),
+    Feature("VeLoRA", _set(velora_config=VeloraConfig(num_groups=4)), families=ONE),
+    Feature("DoRA", _set(use_dora=True), ties=BOTH),
     Feature("DoRA with rsLoRA and patterns", _patterns(use_dora=True, use_rslora=True)),
-    Feature("DoRA of the LM head", _also(HEAD, use_dora=True), ties=BOTH),
-    Feature("DoRA of the embedding", _also(EMBEDDING, use_dora=True), ties=BOTH, live=False),
-    Feature("LoRA of the embedding", _also(EMBEDDING), ties=BOTH),
-    Feature("LoRA of the LM head", _also(HEAD), ties=BOTH),
-    Feature("LoRA of embedding and LM head", _also(EMBEDDING, HEAD), ties=BOTH),
-    Feature("LoRA of the embedding, ensure_weight_tying", _also(EMBEDDING, ensure_weight_tying=True), ties=(True,)),
+    Feature("DoRA of the LM head", _also(HEAD, use_dora=True), ties=BOTH, apart=True),
+    Feature("DoRA of the embedding", _also(EMBEDDING, use_dora=True), ties=BOTH, live=False, apart=True),
+    Feature("LoRA of the embedding", _also(EMBEDDING), ties=BOTH, apart=True),
+    Feature("LoRA of the LM head", _also(HEAD), ties=BOTH, apart=True),
+    Feature("LoRA of embedding and LM head", _also(EMBEDDING, HEAD), ties=BOTH, apart=True),
+    Feature(
+        "LoRA of the embedding, ensure_weight_tying",
+        _also(EMBEDDING, ensure_weight_tying=True),
+        ties=(True,),
+        families=UNTIABLE,
+    ),
     Feature("LoRA of the LM head, ensure_weight_tying", _also(HEAD, ensure_weight_tying=True), ties=(True,)),
-    Feature("lora_bias", _always(lora_bias=True, target_modules=["q_proj", "v_proj"]), families=WITH_BIASES),
-    Feature("bias all", _always(bias="all"), families=WITH_BIASES),
-    Feature("bias lora_only", _always(bias="lora_only"), families=WITH_BIASES),
+    Feature("lora_bias", lambda f: {"lora_bias": True, "target_modules": biased(f)}, families=WITH_BIASES),
+    Feature("bias all", _set(bias="all"), families=WITH_BIASES),
+    Feature("bias lora_only", _set(bias="lora_only"), families=WITH_BIASES),
     Feature(
         "bias lora_only with lora_bias",
-        _always(bias="lora_only", lora_bias=True, target_modules=["q_proj", "v_proj"]),
+        lambda f: {"bias": "lora_only", "lora_bias": True, "target_modules": biased(f)},
         families=WITH_BIASES,
     ),
-    Feature("modules_to_save embedding", _always(modules_to_save=[EMBEDDING]), ties=BOTH),
-    Feature("modules_to_save LM head", _always(modules_to_save=[HEAD]), ties=BOTH),
-    Feature("modules_to_save both", _always(modules_to_save=[EMBEDDING, HEAD]), ties=BOTH),
+    Feature("modules_to_save embedding", _set(modules_to_save=[EMBEDDING]), ties=BOTH, apart=True),
+    Feature("modules_to_save LM head", _set(modules_to_save=[HEAD]), ties=BOTH, apart=True),
+    Feature("modules_to_save both", _set(modules_to_save=[EMBEDDING, HEAD]), ties=BOTH, apart=True),
     Feature(
         "modules_to_save embedding, ensure_weight_tying",
-        _always(modules_to_save=[EMBEDDING], ensure_weight_tying=True),
+        _set(modules_to_save=[EMBEDDING], ensure_weight_tying=True),
         ties=(True,),
+        families=UNTIABLE,
     ),
-    Feature("modules_to_save norms", _always(modules_to_save=["norm"])),
-    Feature("modules_to_save a linear layer", _always(modules_to_save=["o_proj"])),
-    Feature("modules_to_save a whole block", _always(modules_to_save=["mlp"], target_modules=r".*self_attn.*_proj")),
-    Feature("modules_to_save with LoRA of the LM head", _also(HEAD, modules_to_save=[EMBEDDING]), ties=BOTH),
+    Feature("modules_to_save norms", lambda f: {"modules_to_save": list(names(f).norms)}),
+    Feature("modules_to_save a linear layer", lambda f: {"modules_to_save": [names(f).output]}),
+    Feature(
+        "modules_to_save a whole block",
+        lambda f: {"modules_to_save": [names(f).block], "target_modules": [names(f).linear[0]]},
+    ),
+    Feature(
+        "modules_to_save with LoRA of the LM head",
+        _also(HEAD, modules_to_save=[EMBEDDING]),
+        ties=BOTH,
+        apart=True,
+    ),
     Feature("resized vocabulary", resize=True, ties=BOTH),
-    Feature("resized, modules_to_save both", _always(modules_to_save=[EMBEDDING, HEAD]), resize=True, ties=BOTH),
-    Feature("resized, LoRA of embedding and LM head", _also(EMBEDDING, HEAD), resize=True, ties=BOTH),
-    Feature("resized, LoRA of the tied embedding", _also(EMBEDDING), resize=True, ties=(True,)),
-    Feature("trainable_token_indices", _always(trainable_token_indices=ROWS), ties=BOTH),
-    Feature("trainable_token_indices by module", _always(trainable_token_indices={EMBEDDING: ROWS}), ties=BOTH),
+    Feature(
+        "resized, modules_to_save both",
+        _set(modules_to_save=[EMBEDDING, HEAD]),
+        resize=True,
+        ties=BOTH,
+        apart=True,
+    ),
+    Feature("resized, LoRA of embedding and LM head", _also(EMBEDDING, HEAD), resize=True, ties=BOTH, apart=True),
+    Feature("resized, LoRA of the tied embedding", _also(EMBEDDING), resize=True, ties=(True,), apart=True),
+    Feature("trainable_token_indices", _set(trainable_token_indices=ROWS), ties=BOTH),
+    Feature("trainable_token_indices by module", _set(trainable_token_indices={EMBEDDING: ROWS}), ties=BOTH),
     Feature(
         "trainable_token_indices of both",
-        _always(trainable_token_indices={EMBEDDING: ROWS, HEAD: [9, 60]}),
+        _set(trainable_token_indices={EMBEDDING: ROWS, HEAD: [9, 60]}),
         ties=BOTH,
+        apart=True,
     ),
     Feature(
         "trainable_token_indices of both, the same",
-        _always(trainable_token_indices={EMBEDDING: ROWS, HEAD: ROWS}),
+        _set(trainable_token_indices={EMBEDDING: ROWS, HEAD: ROWS}),
         ties=BOTH,
     ),
-    Feature("trainable_token_indices, LoRA of the LM head", _also(HEAD, trainable_token_indices=ROWS), ties=BOTH),
+    Feature(
+        "trainable_token_indices, LoRA of the LM head",
+        _also(HEAD, trainable_token_indices=ROWS),
+        ties=BOTH,
+        apart=True,
+    ),
     Feature(
         "trainable_token_indices, modules_to_save LM head",
-        _always(trainable_token_indices=ROWS, modules_to_save=[HEAD]),  # PEFT cannot run it on a tied base
+        _set(trainable_token_indices=ROWS, modules_to_save=[HEAD]),
+        families=UNTIABLE,  # PEFT cannot run it on a tied base
     ),
-    Feature("resized, trainable_token_indices", _always(trainable_token_indices=[99, 98, 3]), resize=True, ties=BOTH),
+    Feature("resized, trainable_token_indices", _set(trainable_token_indices=[99, 98, 3]), resize=True, ties=BOTH),
     Feature("adapter in a sub-directory", write=_named, families=ONE),
     Feature("Trainer's checkpoint-N", write=_in_checkpoint, families=ONE),
-    Feature("raw state_dict", _always(use_dora=True), write=_raw, families=ONE),
-    Feature("raw state_dict, modules_to_save", _always(modules_to_save=["norm", HEAD]), write=_raw, families=ONE),
+    Feature("raw state_dict", _set(use_dora=True), write=_raw, families=ONE),
+    Feature("raw state_dict, modules_to_save", _set(modules_to_save=["norm", HEAD]), write=_raw, families=ONE),
     Feature(
         "raw state_dict, trainable_token_indices",
-        _always(trainable_token_indices=ROWS),
+        _set(trainable_token_indices=ROWS),
         write=_raw,
         ties=BOTH,
         families=ONE,
@@ -338,7 +427,7 @@ FEATURES = (
     Feature("raw state_dict, LoRA of the embedding", _also(EMBEDDING), write=_raw, families=ONE),
     Feature(
         "raw state_dict under DDP, compile and FSDP",
-        _always(modules_to_save=["norm"]),
+        _set(modules_to_save=["norm"]),
         write=_raw_with_prefixes,
         families=ONE,
     ),
@@ -347,9 +436,21 @@ FEATURES = (
 )
 
 
+def ties(feature: Feature, family: str) -> tuple[bool, ...]:
+    """GPT-2's bases are always tied."""
+    return feature.ties if family in UNTIABLE else feature.ties[-1:]
+
+
 def variants() -> list[tuple[Feature, str, bool]]:
     """Every feature with every family and tie for which it makes sense."""
-    return [(f, family, tie) for f in FEATURES for family in f.families for tie in f.ties]
+    return [(f, family, tie) for f in FEATURES for family in f.families for tie in ties(f, family)]
+
+
+def refused(feature: Feature, family: str, *, fuse: bool) -> str | None:
+    """A part of the message with which a combination is refused, or None."""
+    if feature.apart and family not in UNTIABLE:
+        return "one tensor for both"
+    return None if fuse or feature.live else "leave out --keep-adapters"
 
 
 def label(feature: Feature, tie: bool) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft_cases import ATOL, FAMILIES, FEATURES, Bases, Feature, label
+from peft_cases import ATOL, FAMILIES, FEATURES, Bases, Feature, Saved, label, ties
 
 from specstream_convert.peft_config import INERT, READ, REFUSED, read_peft_config
 from specstream_mlx.errors import SpecStreamError, UnsupportedError
@@ -40,14 +40,12 @@ PYTHONPATH=.:convert scripts/with-openblas python tests/convert/peft_table.py --
 """
 
 
-def measure(feature: Feature, family: str, tie: bool, bases: Bases, root: Path) -> tuple[float, float | str]:
-    """The largest differences merged and live; instead of the second why it is refused."""
-    saved = bases.save(feature, family, tie, root / "adapter")
-    merged = saved.difference(root / "merged", fuse=True)
+def measure(saved: Saved, out: Path, *, fuse: bool) -> float | str:
+    """The largest difference, or why the conversion is refused."""
     try:
-        return merged, saved.difference(root / "live", fuse=False)
+        return saved.difference(out, fuse=fuse)
     except UnsupportedError as error:
-        return merged, reason(error)
+        return reason(error)
 
 
 def reason(error: SpecStreamError) -> str:
@@ -130,8 +128,12 @@ def main() -> None:
         bases = Bases(Path(root) / "bases")
         for i, (feature, tie, name) in enumerate(rows()):
             for family in feature.families:
-                merged, live = measure(feature, family, tie, bases, Path(root) / f"{i}-{family}")
-                results["merged"][name, family], results["live"][name, family] = merged, live
+                if tie not in ties(feature, family):
+                    continue
+                place = Path(root) / f"{i}-{family}"
+                saved = bases.save(feature, family, tie, place / "adapter")
+                for how in results:
+                    results[how][name, family] = measure(saved, place / how, fuse=how == "merged")
         text = document(results, refusals(Path(root)))
     if path is None:
         print(text, end="")
