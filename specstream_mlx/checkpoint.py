@@ -5,14 +5,12 @@ base. mlx-lm loads the base; here the stream tensors are checked against the con
 shape, and against the base they were trained for.
 """
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model, load_tokenizer
@@ -30,6 +28,7 @@ from specstream_mlx.config import (
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families import check_supported, family_of, model_classes
 from specstream_mlx.families.decoder import DecoderFamily
+from specstream_mlx.fingerprint import is_marked
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.streams import StreamLoRALinear, Streams
 
@@ -159,11 +158,6 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def tensor_sha256(value: mx.array) -> str:
-    """The digest of a tensor as F32 little-endian, which tells bases of equal shape apart."""
-    return hashlib.sha256(np.array(value.astype(mx.float32)).astype("<f4").tobytes()).hexdigest()
-
-
 def _with_streams(base: nn.Module, config: dict[str, Any], source: Path, required: bool) -> SpecStreamModel:
     model_type = str(config.get("model_type"))
     config_file, weights_file = source / CONFIG_NAME, source / WEIGHTS_NAME
@@ -237,11 +231,11 @@ def _check_base(
         )
     if stream_config.prune is not None and stream_config.prune.layer > layers:
         problems.append(f"{where}: prune.layer is {stream_config.prune.layer}, the base has {layers} layers")
-    fingerprint: Any = trained_for.get("fingerprint")
+    mark: Any = trained_for.get("fingerprint")
     marked = family.fingerprint_tensor(config)
-    if isinstance(fingerprint, dict) and marked is not None and fingerprint.get("tensor") == marked:
+    if isinstance(mark, dict) and marked is not None and mark.get("tensor") == marked:
         weight: mx.array = dict(tree_flatten(base.parameters()))[marked]
-        if tensor_sha256(weight) != fingerprint.get("sha256"):
+        if not is_marked(mark, weight):
             problems.append(
                 f"{where}: fingerprint of {marked} differs; the shapes fit, but this is another base than "
                 f"{trained_for.get('name_or_path', 'the one the streams were trained for')!r}"

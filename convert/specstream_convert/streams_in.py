@@ -6,7 +6,7 @@ Form A keeps them in the adapter file (PEFT's ``modules_to_save``), form B in ``
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import mlx.core as mx
 from specstream_convert.messages import at, escaped, listing
 from specstream_convert.peft_keys import Kind, parse
 from specstream_convert.report import TensorFate
-from specstream_convert.safetensors_io import FLOATS, TensorFile
+from specstream_convert.safetensors_io import TensorFile
 from specstream_convert.stored import StoredTensor
 from specstream_mlx.config import CONFIG_NAME, PREFIX, REQUIRED, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError
@@ -32,6 +32,7 @@ _ALIASES = (
     (re.compile(r"^(?:prune|f_rho|o_theta)\.(?:down|0)\.weight$"), "prune.down.weight"),
     (re.compile(r"^(?:prune|f_rho|o_theta)\.(?:up|1)\.weight$"), "prune.up.weight"),
 )
+TRANSPOSED = ".T"  # behind a name in the key map
 _ROW = re.compile(r"^stream_embeddings\.(\d{1,3})$")
 
 
@@ -79,15 +80,21 @@ def gather(found: Mapping[str, StoredTensor]) -> StreamSource:
     rows: dict[int, StoredTensor] = {}
     names: dict[str, StoredTensor] = {}
     for inner, tensor in found.items():
-        row = _ROW.match(inner)
+        turned = inner.endswith(TRANSPOSED) and not tensor.raw.endswith(TRANSPOSED)  # so the key map wrote it
+        if turned:
+            inner = inner.removesuffix(TRANSPOSED)
+            problems += _turning_problems(tensor)
+            tensor = replace(tensor, transposed=True)
+        row = None if turned else _ROW.match(inner)
         if row:
             rows[int(row.group(1))] = tensor
             continue
         canonical = next((name for pattern, name in _ALIASES if pattern.match(inner)), inner)
         if canonical in names:
             problems.append(f"{tensor.place}: means the same tensor as {escaped(names[canonical].raw)}; keep one")
-        if canonical != inner:
-            notes.append(f"{tensor.file.path.name}: {escaped(tensor.raw)} read as {PREFIX}{canonical}")
+        if canonical != inner or turned:
+            how = ", transposed" if turned else ""
+            notes.append(f"{tensor.file.path.name}: {escaped(tensor.raw)} read as {PREFIX}{canonical}{how}")
         names[canonical] = tensor
     tensors = {name: Source((tensor,)) for name, tensor in names.items()}
     if rows:
@@ -114,11 +121,25 @@ def gather(found: Mapping[str, StoredTensor]) -> StreamSource:
     )
 
 
+def _turning_problems(tensor: StoredTensor) -> list[str]:
+    shape = tensor.shape
+    if len(shape) != 2:
+        return [f"{tensor.place}: shape {shape}, only a matrix can be transposed; correct the key map"]
+    if shape[0] == shape[1]:
+        return [
+            f"{tensor.place}: has as many rows as columns, so nothing shows that it is transposed; "
+            "save it the right way round"
+        ]
+    return []
+
+
 def _row_problems(rows: dict[int, StoredTensor], names: dict[str, StoredTensor]) -> list[str]:
     problems = []
     path = next(iter(rows.values())).file.path
     if sorted(rows) != list(range(len(rows))):
-        problems.append(f"{path}: rows of stream_embeddings are {sorted(rows)}, expected 0 to {len(rows) - 1}")
+        problems.append(
+            f"{path}: rows of stream_embeddings are {sorted(rows)}, expected 0 to {len(rows) - 1}; save them all"
+        )
     if "stream_embeddings" in names:
         problems.append(f"{names['stream_embeddings'].place}: given whole and row by row; keep one")
     sizes = {row.shape for row in rows.values()}
@@ -163,7 +184,10 @@ def join(form_a: StreamSource | None, form_b: StreamSource | None) -> StreamSour
         if a is None or b is None:
             held = a or b
             assert held is not None
-            problems.append(f"{held.rows[0].file.path}: {PREFIX}{escaped(name)} is only there, not in the other form")
+            problems.append(
+                f"{held.rows[0].file.path}: {PREFIX}{escaped(name)} is only there, not in the other form; remove the "
+                "wrong one"
+            )
         elif a.shape != b.shape or not bool(mx.array_equal(a.read(), b.read()).item()):
             problems.append(f"{a.place}: differs from {b.place}; remove the one that is wrong")
     if problems:
@@ -223,9 +247,12 @@ def check_streams(source: StreamSource, config: StreamConfig, hidden_size: int, 
     Raises:
         InvalidInputError: missing, superfluous, of another shape, not float, or not finite (all are listed).
     """
+    for held in source.tensors.values():
+        for row in held.rows:
+            row.require_float()
     expected = config.tensor_shapes(hidden_size)
     problems = [
-        f"{where}: {PREFIX}{name} {shape} is needed by the configuration and was not saved"
+        f"{where}: {PREFIX}{name} {shape} is needed by {CONFIG_NAME} and was not saved; save it or correct that file"
         for name, shape in expected.items()
         if name not in source.tensors
     ]
@@ -235,11 +262,7 @@ def check_streams(source: StreamSource, config: StreamConfig, hidden_size: int, 
         if wanted is None:
             problems.append(f"{place}: not needed by {CONFIG_NAME}; correct the configuration or --ignore-keys it")
         elif held.shape != wanted:
-            problems.append(f"{place}: shape {held.shape}, expected {wanted}{_hint(name, held.shape, wanted, config)}")
-    for held in source.tensors.values():
-        for row in held.rows:
-            if row.dtype not in FLOATS and not problems:
-                row.require_float()
+            problems.append(f"{place}: shape {held.shape}, expected {wanted}{_hint(name, held, wanted, config)}")
     if problems:
         raise InvalidInputError(listing(problems))
     warnings = []
@@ -255,9 +278,11 @@ def check_streams(source: StreamSource, config: StreamConfig, hidden_size: int, 
     return warnings
 
 
-def _hint(name: str, shape: tuple[int, ...], wanted: tuple[int, ...], config: StreamConfig) -> str:
-    if shape == tuple(reversed(wanted)):
-        return "; it is transposed"
+def _hint(name: str, held: Source, wanted: tuple[int, ...], config: StreamConfig) -> str:
+    shape = held.shape
+    if shape == tuple(reversed(wanted)) and len(held.rows) == 1:
+        turn = json.dumps({held.rows[0].raw: f"{PREFIX}{name}{TRANSPOSED}"})
+        return f"; it is transposed; turn it with --key-map and a file that holds {escaped(turn)}"
     if name == "stream_embeddings" and len(shape) == 2 and shape[1] == wanted[1]:
         return f"; gamma is {config.gamma} in {CONFIG_NAME}, the tensor has {shape[0]} rows"
     return "; the base or the configuration is another one"

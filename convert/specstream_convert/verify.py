@@ -318,6 +318,8 @@ def compare_reference_logits(directory: Path, path: Path, expected: Expected) ->
 def read_reference_logits(path: Path, base: Base) -> tuple[Array, Array]:
     """``tokens`` and ``logits`` of an npz, checked against the base; nothing pickled is read."""
     vocab_size = int(base.config["vocab_size"])
+    if path.exists() and not path.is_file():
+        raise InvalidInputError(f"{path}: not a regular file; give the npz file itself")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             missing = [name for name in ("tokens", "logits") if name not in held]
