@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
+
 from specstream_convert.messages import escaped, listing
-from specstream_convert.peft_config import ADAPTER_CONFIG, MERGE_IN_PEFT, PeftConfig, read_peft_config
+from specstream_convert.peft_config import ADAPTER_CONFIG, PeftConfig, read_peft_config
 from specstream_convert.peft_keys import Key, Kind, parse
 from specstream_convert.pickles import NO_PICKLES, Pickles
 from specstream_convert.report import TensorFate
@@ -21,22 +23,27 @@ NEVER_SAVED = (
     "its initial weights were never saved and cannot be recovered; retrain with modules_to_save=['specstream'] and "
     "without target_modules that reach into it"
 )
-_REFUSED = {
-    Kind.LORA_BIAS: f"a bias of LoRA B is not supported; {MERGE_IN_PEFT}",
-    Kind.EMBEDDING_LORA: f"LoRA on an embedding is not supported; {MERGE_IN_PEFT}",
-    Kind.DORA: f"DoRA is not supported; {MERGE_IN_PEFT}",
-    Kind.TOKENS: f"trained token rows are not supported; {MERGE_IN_PEFT}",
-    Kind.EXPERT_LORA: "LoRA on fused experts is packed in two incompatible ways and not supported",
-}
+NO_TWO_PACKINGS = "LoRA on fused experts is packed in two incompatible ways and not supported"
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """The two factors of one module by PEFT's path: ``A`` (r, in) and ``B`` (out, r)."""
+    """What PEFT trained beside one module, by PEFT's path.
+
+    Attributes:
+        a: (r, in); of an embedding (r, rows).
+        b: (out, r); of an embedding (width, r).
+        embedding: the module is an embedding.
+        magnitude: DoRA's, (out,); of an embedding (width,).
+        bias: of ``B``, (out,).
+    """
 
     module: str
     a: StoredTensor
     b: StoredTensor
+    embedding: bool = False
+    magnitude: StoredTensor | None = None
+    bias: StoredTensor | None = None
 
     @property
     def rank(self) -> int:
@@ -44,8 +51,9 @@ class LoraPair:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight they change."""
-        return self.b.shape[0], self.a.shape[1]
+        """The shape of the weight they change."""
+        shape = (self.b.shape[0], self.a.shape[1])
+        return shape[::-1] if self.embedding else shape
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,9 @@ class Adapter:
     weights: Weights
     pairs: tuple[LoraPair, ...]
     streams: dict[str, StoredTensor]  # by their name below specstream.
-    saved: dict[str, StoredTensor]  # full tensors that may only be copies of the base's, by PEFT's name
+    saved: dict[str, StoredTensor]  # whole tensors, trained ones and copies of the base's, by PEFT's name
+    frozen: frozenset[str]  # those of ``saved`` that PEFT kept under a LoRA (``base_layer``)
+    tokens: dict[str, StoredTensor]  # trained rows of an embedding or of the LM head, by PEFT's module path
     fates: tuple[TensorFate, ...]  # of tensors already disposed of
     notes: tuple[str, ...]
 
@@ -132,6 +142,7 @@ def open_adapter(
     keys, dropped = _choose_adapter(weights, keys, directory, adapter_name)
     fates += [_fate(weights, key, f"belongs to adapter {key.adapter}, not chosen") for key in dropped]
     _refuse(weights, keys)
+    fates += [_fate(weights, key, "not used at inference, dropped") for key in keys if key.kind is Kind.VELORA]
     notes = []
     if any(key.prefixed for key in keys):
         notes.append(
@@ -148,13 +159,17 @@ def open_adapter(
             f"{weights.tensors[untrained[0].raw].place}: only the untrained original_module copies of the streams "
             "were saved; save with PEFT's save_pretrained"
         )
+    whole, twice = _without_twins(weights, [key for key in keys if key.kind in (Kind.SAVED, Kind.BASE_COPY)])
+    fates += twice
     return Adapter(
         directory=directory,
         config=config,
         weights=weights,
-        pairs=_pairs(weights, keys),
+        pairs=_pairs(weights, keys, config),
         streams=streams,
-        saved=_unique(weights, [key for key in keys if key.kind in (Kind.SAVED, Kind.BASE_COPY)]),
+        saved={key.module: weights.tensors[key.raw] for key in whole},
+        frozen=frozenset(key.module for key in whole if key.kind is Kind.BASE_COPY),
+        tokens=_unique(weights, [key for key in keys if key.kind is Kind.TOKENS]),
         fates=tuple(fates),
         notes=tuple(notes),
     )
@@ -212,11 +227,9 @@ def _refuse(weights: Weights, keys: list[Key]) -> None:
                 for key in wrapped
             )
         )
-    unsupported = [key for key in keys if key.kind in _REFUSED]
-    if unsupported:
-        raise UnsupportedError(
-            listing(f"{weights.tensors[key.raw].place}: {_REFUSED[key.kind]}" for key in unsupported)
-        )
+    experts = [key for key in keys if key.kind is Kind.EXPERT_LORA]
+    if experts:
+        raise UnsupportedError(listing(f"{weights.tensors[key.raw].place}: {NO_TWO_PACKINGS}" for key in experts))
     unknown = [key for key in keys if key.kind is Kind.OTHER]
     if unknown:
         raise InvalidInputError(
@@ -239,28 +252,82 @@ def _unique(weights: Weights, keys: Iterable[Key]) -> dict[str, StoredTensor]:
     return found
 
 
-def _pairs(weights: Weights, keys: list[Key]) -> tuple[LoraPair, ...]:
-    a, b = (_unique(weights, [key for key in keys if key.kind is kind]) for kind in (Kind.LORA_A, Kind.LORA_B))
-    problems = [f"{a[module].place}: has no matching lora_B" for module in sorted(set(a) - set(b))]
-    problems += [f"{b[module].place}: has no matching lora_A" for module in sorted(set(b) - set(a))]
-    for side in (a, b):
-        for module in sorted(side):
-            shape = side[module].shape
-            if len(shape) != 2 or 0 in shape:
-                problems.append(f"{side[module].place}: shape {shape}, expected two dimensions; {ZERO_3}")
+def _without_twins(weights: Weights, keys: list[Key]) -> tuple[list[Key], list[TensorFate]]:
+    """Keep one of several names of the same tensor, provided that they hold the same bits.
+
+    After a resized vocabulary PEFT writes a module of modules_to_save under two names.
+    """
+    kept: dict[str, Key] = {}
+    fates = []
+    for key in keys:
+        first = kept.setdefault(key.module, key)
+        if first is key:
+            continue
+        one, other = weights.tensors[first.raw], weights.tensors[key.raw]
+        if (one.dtype, one.shape) != (other.dtype, other.shape) or not bool(
+            mx.array_equal(one.read(), other.read()).item()
+        ):
+            raise InvalidInputError(f"{other.place}: means the same tensor as {escaped(one.raw)}; keep one")
+        fates.append(_fate(weights, key, f"equal to {escaped(first.raw)}, dropped"))
+    return list(kept.values()), fates
+
+
+def _pairs(weights: Weights, keys: list[Key], config: PeftConfig) -> tuple[LoraPair, ...]:
+    """LoRA modules in the order of their layers, complete and of shapes that fit each other."""
+    magnitudes, biases = (
+        _unique(weights, [key for key in keys if key.kind is kind]) for kind in (Kind.DORA, Kind.LORA_BIAS)
+    )
+    pairs: dict[str, LoraPair] = {}
+    problems: list[str] = []
+    for kinds in ((Kind.LORA_A, Kind.LORA_B), (Kind.EMBEDDING_A, Kind.EMBEDDING_B)):
+        embedding = Kind.EMBEDDING_A in kinds
+        a, b = (_unique(weights, [key for key in keys if key.kind is kind]) for kind in kinds)
+        problems += _side_problems(a, b)
+        for module in set(a) & set(b):
+            pair = LoraPair(module, a[module], b[module], embedding, magnitudes.get(module), biases.get(module))
+            if pairs.setdefault(module, pair) is not pair:
+                problems.append(f"{a[module].place}: the module also has {escaped(pairs[module].a.raw)}; keep one")
+    if not problems:
+        for pair in pairs.values():
+            problems += _pair_problems(pair, config)
+        for extra in (magnitudes, biases):
+            problems += [
+                f"{extra[name].place}: the module has no lora_A and lora_B" for name in set(extra) - set(pairs)
+            ]
     if problems:
-        raise InvalidInputError(listing(problems))
-    pairs = []
-    for module in sorted(a, key=_natural):
-        rank_a, rank_b = a[module].shape[0], b[module].shape[1]
-        if rank_a != rank_b:
-            problems.append(f"{a[module].place}: rank {rank_a}, but lora_B has rank {rank_b}")
-        pairs.append(LoraPair(module, a[module], b[module]))
-    if problems:
-        raise InvalidInputError(listing(problems))
-    for tensor in [*a.values(), *b.values()]:
-        tensor.require_float()
-    return tuple(pairs)
+        raise InvalidInputError(listing(sorted(problems)))
+    for pair in pairs.values():
+        for tensor in (pair.a, pair.b, pair.magnitude, pair.bias):
+            if tensor is not None:
+                tensor.require_float()
+    return tuple(pairs[module] for module in sorted(pairs, key=_natural))
+
+
+def _side_problems(a: dict[str, StoredTensor], b: dict[str, StoredTensor]) -> list[str]:
+    problems = [f"{a[module].place}: has no matching lora_B" for module in set(a) - set(b)]
+    problems += [f"{b[module].place}: has no matching lora_A" for module in set(b) - set(a)]
+    for tensor in (*a.values(), *b.values()):
+        if len(tensor.shape) != 2 or 0 in tensor.shape:
+            problems.append(f"{tensor.place}: shape {tensor.shape}, expected two dimensions; {ZERO_3}")
+    return problems
+
+
+def _pair_problems(pair: LoraPair, config: PeftConfig) -> list[str]:
+    problems = []
+    if pair.rank != pair.b.shape[1]:
+        problems.append(f"{pair.a.place}: rank {pair.rank}, but lora_B has rank {pair.b.shape[1]}")
+    wanted = (pair.b.shape[0],)
+    for tensor, name, field, needed in (
+        (pair.magnitude, "lora_magnitude_vector", "use_dora", config.use_dora),
+        (pair.bias, "lora_B.bias", "lora_bias", config.lora_bias and not pair.embedding),
+    ):
+        if tensor is None and needed:
+            problems.append(f"{pair.a.place}: has no matching {name}, although {field} of {ADAPTER_CONFIG} is true")
+        elif tensor is not None and not needed:
+            problems.append(f"{tensor.place}: {field} of {ADAPTER_CONFIG} is not true, so PEFT would not use it")
+        elif tensor is not None and tensor.shape != wanted:
+            problems.append(f"{tensor.place}: shape {tensor.shape}, expected {wanted}")
+    return problems
 
 
 def _natural(module: str) -> tuple[tuple[int, int, str], ...]:

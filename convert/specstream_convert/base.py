@@ -209,6 +209,12 @@ def _module_tree(
     return parameters, shapes(nn.Linear), shapes(nn.Embedding)
 
 
+def can_untie(base: Base) -> bool:
+    """Whether the family's model may have an LM head of its own."""
+    untied, _, _ = _module_tree(base.config | {"tie_word_embeddings": False}, base.path / "config.json")
+    return f"{base.layout.head}.weight" in untied
+
+
 def _named(held: Mapping[str, StoredTensor], layout: Layout) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors by mlx-lm's names, and the raw names of those that are no parameters."""
     tensors: dict[str, StoredTensor] = {}

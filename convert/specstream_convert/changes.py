@@ -69,6 +69,11 @@ class Replace:
 
     tensor: StoredTensor
 
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """What the change reads; every kind of change has it."""
+        return (self.tensor,)
+
 
 @dataclass(frozen=True)
 class SetRows:
@@ -77,12 +82,20 @@ class SetRows:
     tensor: StoredTensor
     rows: tuple[int, ...]
 
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return (self.tensor,)
+
 
 @dataclass(frozen=True)
 class AddLowRank:
     """LoRA is added."""
 
     factors: Factors
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return (self.factors.a, self.factors.b)
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,10 @@ class Rescale:
     magnitude: StoredTensor
     axis: int
 
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return (self.magnitude,)
+
 
 @dataclass(frozen=True)
 class AddScaled:
@@ -99,6 +116,10 @@ class AddScaled:
 
     tensor: StoredTensor
     scale: float
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return (self.tensor,)
 
 
 Change = Replace | SetRows | AddLowRank | Rescale | AddScaled

@@ -37,7 +37,8 @@ def split_dump(
     where = adapter.directory / "config.json"
     if not where.is_file():
         return None
-    layout = LAYOUTS.get(str(read_json(where).get("model_type")))
+    config = read_json(where)
+    layout = LAYOUTS.get(str(config.get("model_type")))
     if layout is None:
         return None
     base: dict[str, StoredTensor] = {}
@@ -63,7 +64,12 @@ def split_dump(
         for file in adapter.weights.files
     }
     base = {name: replace(tensor, file=views[tensor.file.path]) for name, tensor in base.items()}
-    rest = {name: tensor for name, tensor in adapter.saved.items() if tensor.raw not in names}
+    biases = adapter.config.bias != "none"  # trained in place: the base's and the adapter's are one
+    rest = {
+        name: tensor
+        for name, tensor in adapter.saved.items()
+        if tensor.raw not in names or (biases and name.endswith(".bias"))
+    }
     fates = tuple(fate for fate in adapter.fates if fate.tensor not in names)
     note = f"{adapter.weights.path.name}: holds the base as well, which is used; give --hf-path to compare with another"
     return replace(adapter, saved=rest, fates=fates, notes=(*adapter.notes, note)), base

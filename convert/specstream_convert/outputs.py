@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from specstream_convert.base import Base
-from specstream_convert.changes import Change, cast, changed
+from specstream_convert.changes import Change, Replace, cast, changed
 from specstream_convert.safetensors_io import FLOATS
 from specstream_convert.stored import StoredTensor
+from specstream_mlx.errors import InvalidInputError
 
 
 @dataclass(frozen=True)
@@ -29,23 +30,34 @@ class OutputTensor:
             InvalidInputError: values that are not finite, or that ``dtype`` cannot hold.
         """
         if self.changes:
-            return cast(changed(self.source.read_float32(), self.changes), self.dtype, self.source.place)
+            value = changed(self.source.read_float32(), self.changes)
+            if not bool(mx.isfinite(value).all().item()):
+                raise InvalidInputError(f"{self.changes[-1].tensors[0].place}: makes values of {self.name} not finite")
+            return cast(value, self.dtype, self.source.place)
         if self.source.dtype not in FLOATS:
             return self.source.read()
         return cast(self.source.read_finite(), self.dtype, self.source.place)
 
 
 def plan_outputs(
-    base: Base, changes: Mapping[str, tuple[Change, ...]], dtype: str | None, one_file: bool
+    base: Base, changes: Mapping[str, tuple[Change, ...]], dtype: str | None, one_file: bool, untied: bool = False
 ) -> tuple[OutputTensor, ...]:
-    """Every tensor of the base with what becomes of it; the input's shards are kept unless ``one_file``."""
+    """Every tensor of the base with what becomes of it; the input's shards are kept unless ``one_file``.
+
+    With ``untied`` the LM head of a tied base becomes a tensor of its own, made from the embedding.
+    """
     many = len(base.files) > 1 and not one_file
     files = {
         file.path: f"model-{i + 1:05d}-of-{len(base.files):05d}.safetensors" if many else "model.safetensors"
         for i, file in enumerate(base.files)
     }
+    sources = dict(base.tensors)
+    if untied:
+        sources[f"{base.layout.head}.weight"] = base.tensors[f"{base.layout.embedding}.weight"]
     outputs = []
-    for name, source in base.tensors.items():
+    for name, source in sources.items():
         stored = dtype if dtype is not None and source.dtype in FLOATS else source.dtype
-        outputs.append(OutputTensor(name, files[source.file.path], stored, source.shape, source, changes.get(name, ())))
+        applied = changes.get(name, ())
+        whole = next((change.tensor for change in applied if isinstance(change, Replace)), source)
+        outputs.append(OutputTensor(name, files[source.file.path], stored, whole.shape, source, applied))
     return tuple(outputs)

@@ -14,6 +14,7 @@ from specstream_convert.adapter import (
     stream_file,
 )
 from specstream_convert.base import Base, open_base, resolve_base
+from specstream_convert.changes import AddLowRank, AddScaled, Replace, Rescale, SetRows
 from specstream_convert.checks import check_base_matches, check_coverage, check_lossless
 from specstream_convert.dequantize import REQUANTIZED, DequantizedTensor, dequantized
 from specstream_convert.full_dump import split_dump
@@ -23,6 +24,7 @@ from specstream_convert.options import DTYPES, ConvertOptions
 from specstream_convert.output import check_tokenizer, tokenizer_directory
 from specstream_convert.outputs import OutputTensor, plan_outputs
 from specstream_convert.pickles import Pickles
+from specstream_convert.placement import choose_placement
 from specstream_convert.recompute import check_asked_for, with_initials
 from specstream_convert.report import TensorFate
 from specstream_convert.safetensors_io import open_tensors
@@ -38,7 +40,7 @@ from specstream_convert.streams_in import (
 )
 from specstream_convert.verify import read_reference_logits
 from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig
-from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.errors import InvalidInputError, UsageError
 
 Progress = Callable[[str, int, int], None]
 ADAPTERS = "adapters/adapters.safetensors"
@@ -49,7 +51,7 @@ class Plan:
     """Everything decided before the first byte is written."""
 
     options: ConvertOptions
-    base: Base
+    base: Base  # its configuration is the output's: LM head untied, vocabulary resized where the adapter does so
     adapter: Adapter | None
     loras: LoraSet | None
     outputs: tuple[OutputTensor, ...]  # of model*.safetensors; empty with --adapter-only
@@ -67,6 +69,11 @@ class Plan:
     @property
     def mode(self) -> str | None:
         return self.config.mode if self.config else None
+
+    def replacement(self, name: str) -> StoredTensor | None:
+        """The tensor that the output has in place of the base's ``name``."""
+        changes = next((output.changes for output in self.outputs if output.name == name), ())
+        return next((change.tensor for change in changes if isinstance(change, Replace)), None)
 
 
 def make_plan(options: ConvertOptions, progress: Progress, pickles: Pickles) -> Plan:
@@ -96,40 +103,55 @@ def make_plan(options: ConvertOptions, progress: Progress, pickles: Pickles) -> 
         warnings += adapter.config.notes
         fates += [*adapter.fates, *fine_tune.fates]
         check_coverage(adapter.config, fine_tune.loras, base, config)
+        mode = config.mode if config else None
         loras_trained, init_warnings = with_initials(
-            fine_tune.loras, adapter.config, base, config.mode if config else None
+            fine_tune.loras, adapter.config, base, mode, fine_tune.others.keys()
         )
         fine_tune = replace(fine_tune, loras=loras_trained)
         warnings += init_warnings
     loras = LoraSet(fine_tune.loras) if fine_tune.loras else None
     if config is not None:
         assert config_path is not None
-        check_base_matches(config, config_path, base)
+        check_base_matches(config, config_path, base, fine_tune.vocab_size)
         warnings += check_streams(streams, config, base.hidden_size, config_path)
-        if config.mode == "lossless" and loras is not None:
-            check_lossless(loras.items, config, base)
-    if loras is not None:
-        warnings += check_effect(loras.items)
-    elif adapter is not None and (config is None or config.mode == "shared"):
+        if config.mode == "lossless":
+            check_lossless(fine_tune, config, base)
+    warnings += check_effect(fine_tune.loras, alone=not fine_tune.others)
+    if (
+        adapter is not None
+        and not fine_tune.loras
+        and not fine_tune.others
+        and (config is None or config.mode == "shared")
+    ):
         raise InvalidInputError(
             f"{adapter.weights.path}: holds no LoRA tensor; give the streams alone as --streams-path"
         )
-    placement = _placement(options, base, loras, config)
-    if loras is not None:
-        fates += _lora_fates(loras, placement)
+    quantization = _quantization(options, base)
+    placement = choose_placement(options, base, fine_tune, config)
+    changes = {"merged": fine_tune.merged(), "live": fine_tune.others}.get(placement, {})
+    if placement == "live" and changes:
+        notes.append(f"{len(changes)} tensors that a live adapter cannot hold were written into the model instead")
+    if placement == "live" and loras is not None and loras.dora:
+        notes.append("mlx-lm's live DoRA computes the norm of every adapted weight at every call; merged is faster")
+    fates += _adapter_fates(fine_tune, placement)
+    vocabulary: dict[str, Any] = {}
+    if fine_tune.untied:
+        vocabulary["tie_word_embeddings"] = False
+    if fine_tune.vocab_size is not None:
+        vocabulary["vocab_size"] = fine_tune.vocab_size
+        notes.append(f"the adapter resized the vocabulary to {fine_tune.vocab_size}; config.json says so")
+    base = replace(base, config=base.config | vocabulary)
     tokenizer = None
     if not options.adapter_only:
-        tokenizer = tokenizer_directory(adapter.directory if adapter else None, base.path)
+        tokenizer = _tokenizer(options, adapter, base)
         if tokenizer is None:
             notes.append("no tokenizer files were found in the adapter or the base; the output has none")
         else:
             check_tokenizer(tokenizer, int(base.config["vocab_size"]))
     dtype = DTYPES[options.dtype] if options.dtype else None
-    quantization = _quantization(options, base)
     outputs: tuple[OutputTensor, ...] = ()
     if not options.adapter_only:
-        changes = fine_tune.merged() if placement == "merged" else {}
-        outputs = plan_outputs(base, changes, dtype, one_file=quantization is not None)
+        outputs = plan_outputs(base, changes, dtype, quantization is not None, fine_tune.untied)
         fates += _base_fates(base, outputs, quantization is not None)
     if options.reference_logits is not None:
         read_reference_logits(options.reference_logits, base)
@@ -224,24 +246,14 @@ def _open_base(
     return open_base(path, name, revision, pickles)
 
 
-def _placement(options: ConvertOptions, base: Base, loras: LoraSet | None, config: StreamConfig | None) -> str:
-    """Where the LoRA goes."""
-    if config is not None and config.mode == "lossless":
-        if options.fuse:
-            raise UsageError("--fuse contradicts mode lossless: the LoRA may act on stream rows only; leave it out")
-        return "sidecar" if loras is not None else "none"
-    if loras is None:
-        return "none"
-    if options.adapter_only:
-        return "live"
-    if options.fuse and base.quantized:
-        raise UnsupportedError(
-            f"{base.path}: the base is quantised, and merging into it keeps 12-23% of a small LoRA; give the "
-            "full-precision base with --hf-path (and --quantize), or --keep-adapters, or --dequantize"
-        )
-    if options.fuse is None:
-        return "live" if base.quantized else "merged"
-    return "merged" if options.fuse else "live"
+def _tokenizer(options: ConvertOptions, adapter: Adapter | None, base: Base) -> Path | None:
+    """The adapter's tokenizer, beside its weights or one directory up, otherwise the base's."""
+    if adapter is None:
+        return tokenizer_directory(None, base.path)
+    found = tokenizer_directory(adapter.directory, base.path)
+    if found in (base.path, None) and options.adapter_path not in (None, adapter.directory):
+        return tokenizer_directory(options.adapter_path, base.path)
+    return found
 
 
 def _quantization(options: ConvertOptions, base: Base) -> dict[str, Any] | None:
@@ -254,42 +266,58 @@ def _quantization(options: ConvertOptions, base: Base) -> dict[str, Any] | None:
     return {"group_size": options.q_group_size, "bits": options.q_bits, "mode": options.q_mode}
 
 
-def _lora_fates(loras: LoraSet, placement: str) -> list[TensorFate]:
+def _adapter_fates(fine_tune: FineTune, placement: str) -> list[TensorFate]:
+    """What becomes of the adapter's tensors; a tensor that changes both sides of a tie has two fates."""
     fates = []
-    for item in loras.items:
-        targets = {
-            "merged": (f"model:{item.weight}",) * 2,
-            "live": (f"{ADAPTERS}:{item.module}.lora_a", f"{ADAPTERS}:{item.module}.lora_b"),
-            "sidecar": (
-                f"{WEIGHTS_NAME}:{LORA_PREFIX}{item.module}.lora_a",
-                f"{WEIGHTS_NAME}:{LORA_PREFIX}{item.module}.lora_b",
-            ),
-        }[placement]
-        what = "merged" if placement == "merged" else "transposed"
-        for tensor, target in zip((item.factors.a, item.factors.b), targets, strict=True):
+    for item in fine_tune.loras:
+        parts = {"lora_a": item.factors.a, "lora_b": item.factors.b, "m": item.magnitude}
+        for part, tensor in parts.items():
+            if tensor is None:
+                continue
+            home = {"live": f"{ADAPTERS}:", "sidecar": f"{WEIGHTS_NAME}:{LORA_PREFIX}"}.get(placement)
+            target = f"model:{item.weight}" if home is None else f"{home}{item.module}.{part}"
+            what = "merged" if home is None else ("copied" if part == "m" else "transposed")
             fates.append(TensorFate(tensor.file.path.name, tensor.raw, what, target))
+    for name, changes in fine_tune.others.items():
+        for change in changes:
+            what = {Replace: "replaces the base's", SetRows: "replaces rows", AddScaled: "merged"}[type(change)]
+            fates += [TensorFate(tensor.file.path.name, tensor.raw, what, f"model:{name}") for tensor in change.tensors]
     return fates
 
 
 def _base_fates(base: Base, outputs: tuple[OutputTensor, ...], quantized: bool) -> list[TensorFate]:
+    """What becomes of the base's tensors; the embedding of a base that is untied has two fates."""
     fates = []
-    by_source = {(output.source.file.path, output.source.raw): output for output in outputs}
+    by_source: dict[tuple[Path, str], list[OutputTensor]] = {}
+    for output in outputs:
+        by_source.setdefault((output.source.file.path, output.source.raw), []).append(output)
     for file in base.files:
         for raw in sorted(file.tensors):
             if raw in base.dropped:
                 fates.append(TensorFate(file.path.name, raw, f"dropped: {base.dropped[raw]}"))
                 continue
-            output = by_source[file.path, raw]
-            unchanged = "transposed" if output.source.transposed else "copied"
-            what = "merged with LoRA" if output.changes else unchanged
-            if isinstance(output.source, DequantizedTensor):
-                what = "dequantised" + (", merged with LoRA" if output.changes else "")
-            if output.dtype != output.source.dtype:
-                what += f", cast to {output.dtype}"
-            if quantized:
-                what += ", quantised where the layer allows"
-            fates.append(TensorFate(file.path.name, raw, what, f"{output.file}:{output.name}"))
+            for output in by_source[file.path, raw]:
+                what = _what(output)
+                if quantized:
+                    what += ", quantised where the layer allows"
+                fates.append(TensorFate(file.path.name, raw, what, f"{output.file}:{output.name}"))
     return fates
+
+
+def _what(output: OutputTensor) -> str:
+    """A tensor of the output in words."""
+    words = {
+        Replace: "replaced by the adapter's",
+        SetRows: "rows replaced by the adapter's",
+        AddLowRank: "merged with LoRA",
+        Rescale: "rescaled by DoRA",
+        AddScaled: "added to",
+    }
+    done = [words[type(change)] for change in output.changes]
+    if isinstance(output.source, DequantizedTensor):
+        done.insert(0, "dequantised")
+    what = ", ".join(done) or ("transposed" if output.source.transposed else "copied")
+    return what if output.dtype == output.source.dtype else f"{what}, cast to {output.dtype}"
 
 
 def lora_summary(plan: Plan) -> dict[str, Any] | None:
@@ -302,6 +330,7 @@ def lora_summary(plan: Plan) -> dict[str, Any] | None:
         "placement": plan.placement,
         "num_modules": len(plan.loras.items),
         "use_rslora": plan.adapter.config.use_rslora,
+        "use_dora": plan.loras.dora,
         "ranks": sorted({item.factors.rank for item in plan.loras.items}),
         "scales": sorted({item.factors.scale for item in plan.loras.items}),
     }

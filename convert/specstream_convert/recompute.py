@@ -1,5 +1,6 @@
 """``--recompute-init``: LoRA modules that also take out of the base what their training started from."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from specstream_convert.base import Base
@@ -25,9 +26,11 @@ def check_asked_for(config: PeftConfig, asked: bool) -> None:
 
 
 def with_initials(
-    items: tuple[Lora, ...], config: PeftConfig, base: Base, mode: str | None
+    items: tuple[Lora, ...], config: PeftConfig, base: Base, mode: str | None, changed: Collection[str] = ()
 ) -> tuple[tuple[Lora, ...], list[str]]:
     """The modules with the factors they started from, all recomputed, and warnings.
+
+    ``changed`` names the tensors of the base that the adapter replaces.
 
     Raises:
         UnsupportedError: a base that the training cannot have started from, or modules whose factors are not defined
@@ -50,6 +53,12 @@ def with_initials(
         factors = item.factors
         if factors.embedding or item.weight not in base.tensors:
             problems.append(f"{factors.a.place}: {config.initial} of an embedding has no defined result; {RESAVE}")
+            continue
+        if item.weight in changed:
+            problems.append(
+                f"{factors.a.place}: the adapter also holds {item.weight} itself, from which nothing can be "
+                f"recomputed; {RESAVE}"
+            )
             continue
         initial = Initial(config.initial, base.tensors[item.weight], factors.a.shape[0], factors.scale)
         problem = initial.problem()

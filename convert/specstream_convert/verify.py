@@ -147,6 +147,10 @@ def _verify_adapters(directory: Path, expected: Expected) -> dict[str, Any] | No
         largest = max(largest, error)
         if not error <= 1e-6 * max(1e-30, abs(scale) * float((np.abs(b) @ np.abs(a)).max())):
             problems.append(f"{item.module}: its LoRA differs from s*B@A by {error:.3g}")
+        if item.magnitude is not None:
+            m = held.pop(f"{item.module}.m", None)
+            if m is None or not np.array_equal(to_numpy(m), to_numpy(read(item.magnitude))):
+                problems.append(f"{item.module}: its DoRA magnitude differs from the input")
     problems += [f"{name}: in the output without reason" for name in sorted(held)]
     if problems:
         raise VerificationError(listing(f"the output is wrong: {problem}" for problem in problems))

@@ -111,13 +111,15 @@ def _copy_texts(plan: Plan, directory: Path) -> None:
 
 
 def _write_live_adapter(plan: Plan, directory: Path) -> None:
-    """The LoRA in mlx-lm's own format: one rank, one scale, full module paths."""
+    """LoRA or DoRA in mlx-lm's own format: one rank, one scale, full module paths."""
     assert plan.loras is not None
     (directory / "adapters").mkdir()
     outs = []
     for item in plan.loras.items:
         lora_a, lora_b = plan.loras.live(item)
         outs += [TensorOut.of(f"{item.module}.lora_a", lora_a), TensorOut.of(f"{item.module}.lora_b", lora_b)]
+        if item.magnitude is not None:
+            outs.append(TensorOut.of(f"{item.module}.m", item.magnitude.read_float32()))
     write_tensors(directory / ADAPTERS, outs, METADATA)
     parameters = {
         "rank": plan.loras.rank,
@@ -127,7 +129,11 @@ def _write_live_adapter(plan: Plan, directory: Path) -> None:
     }
     write_json(
         directory / "adapters" / "adapter_config.json",
-        {"fine_tune_type": "lora", "num_layers": plan.base.num_layers, "lora_parameters": parameters},
+        {
+            "fine_tune_type": "dora" if plan.loras.dora else "lora",
+            "num_layers": plan.base.num_layers,
+            "lora_parameters": parameters,
+        },
     )
 
 
@@ -150,6 +156,6 @@ def _write_sidecar(plan: Plan, directory: Path, hashes: dict[str, str]) -> None:
     marked = plan.base.family.fingerprint_tensor(plan.base.config)
     if marked is not None:
         dtype = None if plan.options.adapter_only else plan.dtype
-        base_model["fingerprint"] = fingerprint(plan.base, marked, dtype)
+        base_model["fingerprint"] = fingerprint(plan.base, marked, dtype, plan.replacement(marked))
     config = replace(plan.config, base_model=base_model, lora=lora_summary(plan), source={"sha256": hashes})
     write_json(directory / CONFIG_NAME, config.to_dict())
