@@ -304,8 +304,8 @@ def _pairs(weights: Weights, keys: list[Key], config: PeftConfig) -> tuple[LoraP
 
 
 def _side_problems(a: dict[str, StoredTensor], b: dict[str, StoredTensor]) -> list[str]:
-    problems = [f"{a[module].place}: has no matching lora_B" for module in set(a) - set(b)]
-    problems += [f"{b[module].place}: has no matching lora_A" for module in set(b) - set(a)]
+    problems = [f"{a[module].place}: has no matching lora_B; save the adapter again" for module in set(a) - set(b)]
+    problems += [f"{b[module].place}: has no matching lora_A; save the adapter again" for module in set(b) - set(a)]
     for tensor in (*a.values(), *b.values()):
         if len(tensor.shape) != 2 or 0 in tensor.shape:
             problems.append(f"{tensor.place}: shape {tensor.shape}, expected two dimensions; {ZERO_3}")
@@ -315,7 +315,9 @@ def _side_problems(a: dict[str, StoredTensor], b: dict[str, StoredTensor]) -> li
 def _pair_problems(pair: LoraPair, config: PeftConfig) -> list[str]:
     problems = []
     if pair.rank != pair.b.shape[1]:
-        problems.append(f"{pair.a.place}: rank {pair.rank}, but lora_B has rank {pair.b.shape[1]}")
+        problems.append(
+            f"{pair.a.place}: rank {pair.rank}, but lora_B has rank {pair.b.shape[1]}; save the adapter again"
+        )
     wanted = (pair.b.shape[0],)
     for tensor, name, field, needed in (
         (pair.magnitude, "lora_magnitude_vector", "use_dora", config.use_dora),

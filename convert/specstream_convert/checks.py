@@ -101,6 +101,19 @@ def check_coverage(peft: PeftConfig, items: tuple[Lora, ...], base: Base, config
         )
 
 
+def check_lossless_settings(peft: PeftConfig) -> None:
+    """Refuse an adapter whose own configuration says that it trained the main stream."""
+    trained = {"modules_to_save": ", ".join(peft.modules_to_save), "bias": "" if peft.bias == "none" else peft.bias}
+    problems = [
+        f"{peft.path}: {name} is {escaped(value)}: mode lossless leaves the base as it is, and this would change the "
+        "main stream; retrain without it or use mode shared"
+        for name, value in trained.items()
+        if value
+    ]
+    if problems:
+        raise InvalidInputError(listing(problems))
+
+
 def check_lossless(fine_tune: FineTune, config: StreamConfig, base: Base) -> None:
     """In lossless mode there may only be LoRA, where stream rows are: in the top ``num_stream_layers`` layers."""
     problems = lossless_problems(fine_tune.loras, config, base.num_layers)

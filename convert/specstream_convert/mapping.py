@@ -155,5 +155,8 @@ def _module_problem(
         return f"{place}: fits a weight of shape {pair.shape}, the base's is {shapes[module]} ({order})"
     rank = adapter.config.rank_of(pair.module)
     if rank != pair.rank:
-        return f"{place}: rank {pair.rank}, but adapter_config.json says {rank}, so its scale is not known"
+        return (
+            f"{place}: rank {pair.rank}, but adapter_config.json says {rank}, so its scale is not known; save "
+            "both together"
+        )
     return None

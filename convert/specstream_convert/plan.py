@@ -15,7 +15,7 @@ from specstream_convert.adapter import (
 )
 from specstream_convert.base import Base, open_base, resolve_base
 from specstream_convert.changes import AddLowRank, AddScaled, Replace, Rescale, SetRows
-from specstream_convert.checks import check_base_matches, check_coverage, check_lossless
+from specstream_convert.checks import check_base_matches, check_coverage, check_lossless, check_lossless_settings
 from specstream_convert.dequantize import REQUANTIZED, DequantizedTensor, dequantized
 from specstream_convert.full_dump import split_dump
 from specstream_convert.lora import LoraSet, check_effect
@@ -98,6 +98,8 @@ def make_plan(options: ConvertOptions, progress: Progress, pickles: Pickles) -> 
     fates = list(stream_fates)
     fine_tune = FineTune()
     if adapter is not None:
+        if config is not None and config.mode == "lossless":
+            check_lossless_settings(adapter.config)
         fine_tune = map_adapter(adapter, base)
         notes += [*adapter.notes, *fine_tune.notes]
         warnings += adapter.config.notes

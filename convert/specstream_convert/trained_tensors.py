@@ -74,7 +74,7 @@ def map_saved(adapter: Adapter, base: Base, name: Naming) -> tuple[dict[str, Sto
         elif why is None:
             problems.append(
                 f"{tensor.place}: differs from the base's {original}: it was saved from another base, or trained "
-                "without being named in modules_to_save"
+                "without being named in modules_to_save; give its own base with --hf-path"
             )
         elif tensor.shape != wanted and (why != "resized" or tensor.shape[1:] != wanted[1:]):
             problems.append(f"{tensor.place}: shape {tensor.shape}, the base's {original} has {wanted}")

@@ -394,7 +394,7 @@ ROWS = [
     Row("lossless token rows", I, (TOKENS, "lossless", "model.embed_tokens.weight"), lambda c: (
         c.json(AC, lambda raw: raw.update(trainable_token_indices=[1])), c.tensors(WEIGHTS, added(TOKENS, (1, D)))),
         mode="lossless"),
-    Row("lossless norm", I, ("model.norm.weight", "lossless"), lambda c: (
+    Row("lossless norm", I, (CONFIG, "model.norm", "lossless"), lambda c: (
         c.json(AC, lambda raw: raw.update(modules_to_save=["specstream", "model.norm"])),
         c.tensors(WEIGHTS, added(PREFIX + "model.norm.weight", (D,)))), mode="lossless"),
     Row("lossless half a layer", I, ("model.layers.1.mlp.up_proj", "incomplete"),
