@@ -8,13 +8,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from specstream_convert.comparison import Expected
 from specstream_convert.messages import escaped
 from specstream_convert.options import ConvertOptions
 from specstream_convert.output import OutputDirectory, write_json
-from specstream_convert.plan import Plan, Progress, lora_summary, make_plan
+from specstream_convert.plan import Plan, lora_summary, make_plan
 from specstream_convert.report import REPORT_NAME, ConversionReport
 from specstream_convert.safetensors_io import sha256_file
-from specstream_convert.verify import Expected, compare_reference_logits, verify_output
+from specstream_convert.verify import Progress, compare_reference_logits, verify_output
 from specstream_convert.write import write_output
 from specstream_mlx.config import CONFIG_NAME, PREFIX
 from specstream_mlx.errors import UsageError
@@ -65,11 +66,14 @@ def _input_hashes(plan: Plan, progress: Progress) -> dict[str, str]:
     paths["base/config.json"] = plan.base.path / "config.json"
     if not plan.options.adapter_only:
         paths |= {"base/" + file.path.name: file.path for file in plan.base.files}
-    hashes = {}
-    for i, (name, path) in enumerate(paths.items()):
-        hashes[name] = sha256_file(path)
-        progress("hash", i + 1, len(paths))
-    return hashes
+    total, done = sum(path.stat().st_size for path in paths.values()), 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress("hash", done, total)
+
+    return {name: sha256_file(path, count) for name, path in paths.items()}
 
 
 def _verify(plan: Plan, directory: Path, progress: Progress) -> dict[str, Any]:
@@ -78,10 +82,10 @@ def _verify(plan: Plan, directory: Path, progress: Progress) -> dict[str, Any]:
         loras=plan.loras,
         outputs=plan.outputs,
         placement=plan.placement,
-        quantization=plan.quantization,
+        quantized=plan.quantized,
         streams=plan.streams,
     )
-    figures = verify_output(directory, expected, lambda done, total: progress("verify", done, total))
+    figures = verify_output(directory, expected, progress)
     if plan.options.reference_logits is not None:
         figures["reference_logits"] = compare_reference_logits(directory, plan.options.reference_logits, expected)
     return figures
