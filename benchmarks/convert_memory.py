@@ -4,8 +4,9 @@
     python benchmarks/convert_memory.py --shape llama-7b --layers 8 --run merge    one mode, fewer layers
 
 A base of random float16 weights is written shard by shard, with a random PEFT adapter that has streams. Every mode is
-converted in a process of its own. Its peak is the largest resident set that the kernel saw (``ru_maxrss``), less that
-of a process which imports the converter and does nothing. Files that are mapped would count; none are.
+converted in a process of its own. Its peak is the largest resident set that the kernel saw, less that of a process
+which imports the converter and does nothing: ``VmHWM`` on Linux, where ``ru_maxrss`` of a child begins at its parent's
+size, and ``ru_maxrss`` on macOS. Files that are mapped would count; none are.
 The budget is 1.5 times the largest shard of the base plus the adapter. The last line is one JSON document.
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 LLAMA = {"intermediate_size": 11008, "hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32}
 SHAPES: dict[str, dict[str, int]] = {
@@ -40,6 +42,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "llama-8b": LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
 RANK, GAMMA = 16, 4
+RNG = np.random.default_rng(0)
+POOL = RNG.standard_normal(1 << 20)
 MODES: dict[str, dict[str, Any]] = {
     "merge": {},
     "merge-bfloat16": {"dtype": "bfloat16"},
@@ -52,6 +56,11 @@ CHILD = """
 import json, resource, sys, time
 from pathlib import Path
 import specstream_convert.pipeline
+def peak_rss():
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
 options = json.loads(sys.argv[1])
 stages, start = {}, time.perf_counter()
 if options:
@@ -61,7 +70,7 @@ if options:
     specstream_convert.convert(specstream_convert.ConvertOptions(**paths, **options), progress)
 end = time.perf_counter()
 print(json.dumps({
-    "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    "peak_rss": peak_rss(),
     "seconds": end - start,
     "stages": [(stage, at - start) for stage, at in stages.items()],
 }))
@@ -89,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root = Path(tempfile.mkdtemp(prefix="convert_memory-", dir=options.dir))
     try:
         files = make_files(root, shape, int(options.shard_gb * (1 << 30)))
-        idle = child({})["max_rss"]
+        idle = child({})["peak_rss"]
         rows = [measure(root, files, mode, idle, options) for mode in options.run or MODES]
     finally:
         shutil.rmtree(root, ignore_errors=True)
@@ -205,7 +214,9 @@ def make_adapter(directory: Path, shape: dict[str, int], mode: str) -> Path:
 
 
 def random_tensor(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    return (mx.random.normal(shape) / shape[-1] ** 0.5).astype(dtype)
+    """Normal values with variance 1 / columns; a pool of a million, begun at another place each time."""
+    pool = np.roll(POOL, RNG.integers(POOL.size)) / shape[-1] ** 0.5
+    return mx.array(np.resize(pool.astype(np.float16 if dtype == mx.float16 else np.float32), shape))
 
 
 def save(path: Path, tensors: dict[str, mx.array]) -> None:
@@ -229,7 +240,7 @@ def measure(root: Path, files: Files, name: str, idle: int, options: argparse.Na
     begun = [*result["stages"], ("end", result["seconds"])]
     stages = {stage: round(after - at, 1) for (stage, at), (_, after) in itertools.pairwise(begun)}
     budget = 1.5 * max(files.shards) + files.adapter_bytes(mode)
-    peak = result["max_rss"] - idle
+    peak = result["peak_rss"] - idle
     return {
         "mode": name, "peak_bytes": peak, "budget_bytes": int(budget), "adapter_bytes": files.adapter_bytes(mode),
         "peak_per_largest_shard": round(peak / max(files.shards), 3), "written_bytes": written,
@@ -238,11 +249,10 @@ def measure(root: Path, files: Files, name: str, idle: int, options: argparse.Na
 
 
 def child(settings: dict[str, Any]) -> dict[str, Any]:
-    """Run :data:`CHILD`; ``max_rss`` in bytes."""
+    """Run :data:`CHILD`; ``peak_rss`` is in bytes."""
     command = [sys.executable, "-c", CHILD, json.dumps(settings)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    result["max_rss"] *= 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return result
 
 

@@ -19,7 +19,7 @@ from specstream_convert.streams_in import StreamSource
 from specstream_mlx.errors import VerificationError
 
 ROUNDING = {"F32": 2.0**-24, "BF16": 2.0**-8, "F16": 2.0**-11}
-QUANTIZED_APART = 0.1  # how far two quantisations of nearly equal weights may lie apart, in units of their own error
+QUANTIZED_APART = 0.05  # how far two quantisations of nearly equal weights may lie apart, in units of their own error
 
 
 @dataclass(frozen=True)

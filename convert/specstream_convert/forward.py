@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from mlx_lm.utils import _get_classes, load_adapters, load_model
 
 from specstream_convert.base import Base
@@ -91,17 +92,19 @@ class _Loaded:
         modules: dict[str, Any] = dict(model.named_modules())
         self._embedding = modules[layout.embedding]
         self._head = modules.get(layout.head, self._embedding)
-        self._rows_of_head = self._head.parameters()
+        self._held_by_head = self._head.parameters()
+        values = dict(tree_flatten(self._held_by_head))
+        self._shape_of_head = next(value.shape for name, value in values.items() if name.split(".")[-1] == "weight")
         for path, module in modules.items():
-            apart = module in (self._embedding, self._head) or path.startswith(f"{layout.layers}.")
+            apart = path in (layout.embedding, layout.head) or path.startswith(f"{layout.layers}.")
             if not apart and not module.children():
                 module.set_dtype(mx.float32)
 
     def embed(self, tokens: Array) -> Array:
-        if type(self._embedding) not in ROWWISE:
+        rows = _rows(self._embedding, self._embedding.parameters(), mx.array(tokens))
+        if rows is None:
             self._embedding.set_dtype(mx.float32)
             return tokens
-        rows = {name: value[mx.array(tokens)] for name, value in self._embedding.parameters().items()}
         mx.eval(rows)
         self._embedding.update(rows)
         self._embedding.set_dtype(mx.float32)
@@ -111,14 +114,25 @@ class _Loaded:
         layer.set_dtype(mx.float32)
 
     def head(self) -> Iterator[None]:
-        if type(self._head) not in ROWWISE:
+        for block in row_blocks(self._shape_of_head):
+            rows = _rows(self._head, self._held_by_head, block)
+            if rows is not None:
+                self._head.update(rows)
             self._head.set_dtype(mx.float32)
             yield
-            return
-        for rows in row_blocks(self._rows_of_head["weight"].shape):
-            self._head.update({name: value[rows] for name, value in self._rows_of_head.items()})
-            self._head.set_dtype(mx.float32)
-            yield
+            if rows is None:
+                return
+
+
+def _rows(module: nn.Module, parameters: dict[str, Any], rows: slice | mx.array) -> dict[str, Any] | None:
+    """The parameters that make the chosen rows of an embedding or an LM head, or None for an unknown kind of module."""
+    if type(module) in ROWWISE:
+        return {name: value[rows] for name, value in parameters.items()}
+    if type(module) is LoRALinear and (plain := _rows(module.linear, parameters["linear"], rows)) is not None:
+        return {"linear": plain, "lora_a": parameters["lora_a"], "lora_b": parameters["lora_b"][:, rows]}
+    if type(module) is LoRAEmbedding and (plain := _rows(module.embedding, parameters["embedding"], rows)) is not None:
+        return {"embedding": plain, "lora_a": parameters["lora_a"][rows], "lora_b": parameters["lora_b"]}
+    return None
 
 
 class _Compared:
