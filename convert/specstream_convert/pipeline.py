@@ -4,9 +4,13 @@ adapter, streams, base -> Plan (every tensor's fate is known, nothing is written
 Plan -> temporary directory -> verification -> the output directory
 """
 
+import contextlib
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 from specstream_convert.comparison import Expected
 from specstream_convert.messages import escaped
@@ -19,6 +23,8 @@ from specstream_convert.verify import Progress, compare_reference_logits, verify
 from specstream_convert.write import write_output
 from specstream_mlx.config import CONFIG_NAME, PREFIX
 from specstream_mlx.errors import UsageError
+
+CACHE_BYTES = 1 << 26
 
 
 def convert(options: ConvertOptions, progress: Progress | None = None) -> ConversionReport:
@@ -38,7 +44,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     output = OutputDirectory(options.mlx_path, overwrite=options.overwrite, inputs=[*inputs, plan.base.path])
     if options.dry_run:
         return _report(plan, {}, {}, None)
-    with output as directory:
+    with output as directory, _small_cache():
         try:
             hashes = _input_hashes(plan, report)
             files = write_output(plan, directory, hashes, report)
@@ -51,6 +57,17 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     if options.upload_repo is not None:
         _upload(output.target, options.upload_repo)
     return result
+
+
+@contextlib.contextmanager
+def _small_cache() -> Iterator[None]:
+    """Let MLX keep few of the buffers it has freed."""
+    before = mx.set_cache_limit(CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
+        mx.clear_cache()
 
 
 def _input_hashes(plan: Plan, progress: Progress) -> dict[str, str]:
