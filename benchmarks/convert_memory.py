@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -92,6 +93,7 @@ class Files:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 0, or 5 when a mode went over the budget."""
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the files are deleted then too
     shape = dict(SHAPES[options.shape])
     if options.layers is not None:
         shape["num_hidden_layers"] = options.layers
@@ -233,7 +235,6 @@ def measure(root: Path, files: Files, name: str, idle: int, options: argparse.Na
         "adapter_path": str(files.adapters[mode]), "mlx_path": str(out), "hf_path": str(files.base),
         "verify": not options.no_verify,
     }  # fmt: skip
-    print(f"{name} ...", file=sys.stderr, flush=True)
     result = child(settings)
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     shutil.rmtree(out)
@@ -241,6 +242,7 @@ def measure(root: Path, files: Files, name: str, idle: int, options: argparse.Na
     stages = {stage: round(after - at, 1) for (stage, at), (_, after) in itertools.pairwise(begun)}
     budget = 1.5 * max(files.shards) + files.adapter_bytes(mode)
     peak = result["peak_rss"] - idle
+    print(f"{name}: {gb(peak)} in {result['seconds']:.0f} s", file=sys.stderr, flush=True)
     return {
         "mode": name, "peak_bytes": peak, "budget_bytes": int(budget), "adapter_bytes": files.adapter_bytes(mode),
         "peak_per_largest_shard": round(peak / max(files.shards), 3), "written_bytes": written,
