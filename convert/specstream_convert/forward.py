@@ -10,27 +10,27 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
-from mlx_lm.utils import _get_classes, load_adapters, load_model
+from mlx_lm.utils import load_adapters, load_model
 
 from specstream_convert.base import Base
 from specstream_convert.comparison import Comparison
-from specstream_convert.layouts import LAYOUTS, Layout
+from specstream_convert.layouts import LAYOUTS
 from specstream_convert.reference import Array
 from specstream_convert.safetensors_io import row_blocks
 from specstream_mlx.errors import VerificationError
-from specstream_mlx.families import family_of
+from specstream_mlx.families import FAMILIES, family_of, model_classes
 
 WHOLE_MODEL_BYTES = 1 << 26  # in float32; a larger model is run part by part
 ROWWISE = (nn.Embedding, nn.Linear, nn.QuantizedEmbedding, nn.QuantizedLinear)  # every parameter has a row per output
 
 
 def output_logits(directory: Path, tokens: Array, *, live: bool, done: Callable[[str], None] | None = None) -> Array:
-    """Logits (L, V) of the directory as stock mlx-lm opens it, computed in float32.
+    """Logits (L, V) of the directory as mlx-lm opens it, computed in float32.
 
     ``done`` is told the path of every layer that has been run.
     """
     try:
-        model, config = load_model(directory, lazy=True)
+        model, config = load_model(directory, lazy=True, get_model_classes=model_classes)
         if live:
             model = load_adapters(model, str(directory / "adapters"))
     except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
@@ -40,15 +40,15 @@ def output_logits(directory: Path, tokens: Array, *, live: bool, done: Callable[
     if sum(value.size for _, value in tree_flatten(model.parameters())) * 4 <= WHOLE_MODEL_BYTES:
         model.set_dtype(mx.float32)
         return np.array(model(mx.array(tokens)[None])[0].astype(mx.float32))
-    return _by_parts(model, config["model_type"], tokens, _Loaded(model, LAYOUTS[config["model_type"]]), done)
+    return _by_parts(model, config["model_type"], tokens, _Loaded(model, config["model_type"]), done)
 
 
 def reference_logits(base: Base, comparison: Comparison, tokens: Array) -> Array:
     """Logits (L, V) of the reference in float32; every tensor of the output is compared with it on the way."""
-    model_class, args_class = _get_classes(base.config)
+    model_class, args_class = model_classes(base.config)
     model = model_class(args_class.from_dict(base.config))
     model.eval()
-    return _by_parts(model, base.model_type, tokens, _Compared(model, base.layout, comparison))
+    return _by_parts(model, base.model_type, tokens, _Compared(model, base.model_type, comparison))
 
 
 class _Parts(Protocol):
@@ -67,12 +67,13 @@ class _Parts(Protocol):
 def _by_parts(
     model: nn.Module, model_type: str, tokens: Array, parts: _Parts, done: Callable[[str], None] | None = None
 ) -> Array:
-    family: Any = family_of(model, model_type)
-    hidden = family.embed(mx.array(parts.embed(tokens))[None]).astype(mx.float32)
+    family = family_of(model, model_type)
+    positions = np.arange(len(tokens), dtype=np.int32)
+    hidden = family.embed(mx.array(parts.embed(tokens))[None], positions).astype(mx.float32)
     mx.eval(hidden)
     mask = create_attention_mask(hidden, None)
     for i in range(len(family.layers)):
-        layer, path = family.layers[i], f"{LAYOUTS[model_type].layers}.{i}"
+        layer, path = family.layers[i], f"{family.LAYERS}.{i}"
         family.layers[i] = None
         parts.layer(path, layer)
         hidden = layer(hidden, mask, None)
@@ -88,7 +89,8 @@ def _by_parts(
 class _Loaded:
     """A model that mlx-lm has opened; its parameters are lazy and still in their files."""
 
-    def __init__(self, model: nn.Module, layout: Layout) -> None:
+    def __init__(self, model: nn.Module, model_type: str) -> None:
+        layout, layers = LAYOUTS[model_type], FAMILIES[model_type].LAYERS
         modules: dict[str, Any] = dict(model.named_modules())
         self._embedding = modules[layout.embedding]
         self._head = modules.get(layout.head, self._embedding)
@@ -96,7 +98,7 @@ class _Loaded:
         values = dict(tree_flatten(self._held_by_head))
         self._shape_of_head = next(value.shape for name, value in values.items() if name.split(".")[-1] == "weight")
         for path, module in modules.items():
-            apart = path in (layout.embedding, layout.head) or path.startswith(f"{layout.layers}.")
+            apart = path in (layout.embedding, layout.head) or path.startswith(f"{layers}.")
             if not apart and not module.children():
                 module.set_dtype(mx.float32)
 
@@ -138,7 +140,8 @@ def _rows(module: nn.Module, parameters: dict[str, Any], rows: slice | mx.array)
 class _Compared:
     """mlx-lm's unquantised model, filled with the reference."""
 
-    def __init__(self, model: nn.Module, layout: Layout, comparison: Comparison) -> None:
+    def __init__(self, model: nn.Module, model_type: str, comparison: Comparison) -> None:
+        layout, layers = LAYOUTS[model_type], FAMILIES[model_type].LAYERS
         self._comparison = comparison
         self._names = comparison.parameters()
         modules: dict[str, Any] = dict(model.named_modules())
@@ -147,7 +150,7 @@ class _Compared:
         self._embedding_name = f"{layout.embedding}.weight"
         self._head_name = f"{layout.head}.weight" if layout.head in modules else self._embedding_name
         apart = (self._embedding_name, self._head_name)
-        small = [name for name in self._names if name not in apart and not name.startswith(f"{layout.layers}.")]
+        small = [name for name in self._names if name not in apart and not name.startswith(f"{layers}.")]
         model.load_weights([(name, self._whole(name)) for name in small], strict=False)
 
     def _whole(self, name: str) -> mx.array:

@@ -14,11 +14,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import MAX_FILE_SIZE_GB, _get_classes, quantize_model
+from mlx_lm.utils import MAX_FILE_SIZE_GB, quantize_model
 
 from specstream_convert.outputs import OutputTensor
 from specstream_convert.safetensors_io import Entry, TensorOut, mlx_dtype
 from specstream_mlx.errors import UsageError
+from specstream_mlx.families import model_classes
 
 PARTS = ("weight", "scales", "biases")  # of a quantised layer
 MAX_FILE_BYTES = MAX_FILE_SIZE_GB << 30
@@ -62,7 +63,7 @@ def plan_quantization(
         UsageError: MLX cannot quantise so, or no layer's size is a multiple of the group size.
     """
     held = {output.name: output for output in outputs}
-    model_class, args_class = _get_classes(dict(config))
+    model_class, args_class = model_classes(dict(config))
     model = model_class(args_class.from_dict(dict(config)))
     model.load_weights([(name, mx.zeros(out.shape, mlx_dtype(out.dtype))) for name, out in held.items()])
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from specstream_convert.base import Base
 from specstream_convert.comparison import Comparison, Expected
 from specstream_convert.forward import output_logits, reference_logits
 from specstream_convert.messages import listing
@@ -58,7 +59,8 @@ def _verify_model(directory: Path, expected: Expected, progress: Progress | None
         count(sum(size for name, size in sizes.items() if name.startswith(f"{path}.")))
 
     comparison = Comparison(directory, expected, count)
-    tokens = sample_tokens(int(expected.base.config["vocab_size"]))
+    num_tokens = min(NUM_TOKENS, expected.base.num_positions or NUM_TOKENS)
+    tokens = sample_tokens(int(expected.base.config["vocab_size"]), num_tokens)
     wanted = reference_logits(expected.base, comparison, tokens)
     tensors = comparison.finish()
     found = output_logits(directory, tokens, live=expected.placement == "live", done=count_layer)
@@ -114,21 +116,21 @@ def _verify_streams(directory: Path, streams: StreamSource) -> dict[str, Any] | 
         return None
     held = load(directory / "specstream.safetensors")
     for name, source in streams.tensors.items():
-        files = [to_numpy(load(source.file.path)[tensor]).reshape(-1) for tensor in source.names]
+        files = [to_numpy(source.oriented(load(source.file.path)[tensor])).reshape(-1) for tensor in source.names]
         found = held.get(PREFIX + name)
         if found is None or not np.array_equal(to_numpy(found).reshape(-1), np.concatenate(files)):
             raise VerificationError(f"the output is wrong: {PREFIX}{name} differs from the input")
     return {"checked": len(streams.tensors), "max_abs_error": 0.0}
 
 
-def sample_tokens(vocab_size: int) -> Array:
+def sample_tokens(vocab_size: int, count: int = NUM_TOKENS) -> Array:
     """The token ids of the comparison, the same every time."""
-    return np.random.default_rng(0).integers(0, vocab_size, NUM_TOKENS)
+    return np.random.default_rng(0).integers(0, vocab_size, count)
 
 
 def compare_reference_logits(directory: Path, path: Path, expected: Expected) -> dict[str, Any]:
     """Compare with logits computed elsewhere: an npz of ``tokens`` (L,) and ``logits`` (L, V)."""
-    tokens, wanted = read_reference_logits(path, int(expected.base.config["vocab_size"]))
+    tokens, wanted = read_reference_logits(path, expected.base)
     found = output_logits(directory, tokens, live=expected.placement == "live")
     difference = float(np.abs(found - wanted).max())
     quantized = expected.quantized is not None or expected.base.quantized
@@ -148,8 +150,11 @@ def compare_reference_logits(directory: Path, path: Path, expected: Expected) ->
     return figure | {"tolerance": tolerance}
 
 
-def read_reference_logits(path: Path, vocab_size: int) -> tuple[Array, Array]:
-    """``tokens`` and ``logits`` of an npz, checked; nothing pickled is read."""
+def read_reference_logits(path: Path, base: Base) -> tuple[Array, Array]:
+    """``tokens`` and ``logits`` of an npz, checked against the base; nothing pickled is read."""
+    vocab_size = int(base.config["vocab_size"])
+    if path.exists() and not path.is_file():
+        raise InvalidInputError(f"{path}: not a regular file; give the npz file itself")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             missing = [name for name in ("tokens", "logits") if name not in held]
@@ -167,6 +172,8 @@ def read_reference_logits(path: Path, vocab_size: int) -> tuple[Array, Array]:
         raise InvalidInputError(f"{path}: not a readable npz file ({reason})") from error
     if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu" or logits.dtype.kind != "f":
         raise InvalidInputError(f"{path}: expected integer tokens (L,) and float logits (L, V)")
+    if base.num_positions is not None and len(tokens) > base.num_positions:
+        raise InvalidInputError(f"{path}: {len(tokens)} tokens, the model has {base.num_positions} learned positions")
     if logits.shape != (len(tokens), vocab_size):
         raise InvalidInputError(f"{path}: logits have shape {logits.shape}, expected {(len(tokens), vocab_size)}")
     if tokens.min() < 0 or tokens.max() >= vocab_size or not np.isfinite(logits).all():

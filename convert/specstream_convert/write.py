@@ -30,6 +30,7 @@ def write_output(plan: Plan, directory: Path, hashes: dict[str, str], progress: 
         _write_sidecar(plan, directory, hashes)
     card = model_card(
         base_name=plan.base.name,
+        model_type=plan.base.model_type,
         mode=plan.mode,
         placement=plan.placement,
         gamma=plan.config.gamma if plan.config else None,
@@ -120,6 +121,10 @@ def _write_sidecar(plan: Plan, directory: Path, hashes: dict[str, str]) -> None:
     recorded = plan.config.base_model.get("name_or_path")
     if isinstance(recorded, str) and "/" in recorded and not recorded.startswith(("/", ".", "~")):
         base_model["name_or_path"] = recorded
-    base_model["fingerprint"] = fingerprint(plan.base, dtype=None if plan.options.adapter_only else plan.dtype)
+    base_model.pop("fingerprint", None)
+    marked = plan.base.family.fingerprint_tensor(plan.base.config)
+    if marked is not None:
+        dtype = None if plan.options.adapter_only else plan.dtype
+        base_model["fingerprint"] = fingerprint(plan.base, marked, dtype)
     config = replace(plan.config, base_model=base_model, lora=lora_summary(plan), source={"sha256": hashes})
     write_json(directory / CONFIG_NAME, config.to_dict())

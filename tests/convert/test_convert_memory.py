@@ -15,7 +15,7 @@ from convert_cases import ADAPTER, PREFIX, RANK, Case, D, V, make_case, random_t
 
 from benchmarks.convert_memory import Files, make_files, measure
 from specstream_convert import convert, forward, reference, safetensors_io
-from specstream_convert.base import mlx_config
+from specstream_convert.base_config import mlx_config
 from specstream_convert.changes import AddLowRank, AddScaled, Change, Factors, Replace, Rescale, SetRows, changed
 from specstream_convert.reference import Reference, to_numpy
 from specstream_convert.safetensors_io import open_tensors
