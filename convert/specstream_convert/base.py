@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
@@ -235,18 +234,12 @@ def _drop_tied_head(config: dict[str, Any], layout: Layout, tensors: dict[str, S
     head, embedding = f"{layout.head}.weight", f"{layout.embedding}.weight"
     if not config["tie_word_embeddings"] or head not in tensors:
         return {}
-    if embedding in tensors and not _same(tensors[head], tensors[embedding]):
+    if embedding in tensors and not tensors[head].equals(tensors[embedding]):
         raise InvalidInputError(
             f"{tensors[head].place}: differs from {embedding} although config.json says "
             "tie_word_embeddings true; set it to false or remove the tensor"
         )
     return {tensors.pop(head).raw: f"tied: equal to {embedding}"}
-
-
-def _same(first: StoredTensor, second: StoredTensor) -> bool:
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    return bool(mx.array_equal(first.read(), second.read()).item())
 
 
 def _check_tensors(path: Path, kept: dict[str, StoredTensor], parameters: dict[str, tuple[int, ...]]) -> None:

@@ -36,6 +36,7 @@ FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "tie_word_embeddings": (True,),
     },
 }
+MAX_LAYERS = 1000  # building the modules of more takes seconds and hundreds of megabytes
 ROPE_TYPES = {
     "llama": ("default", "linear", "llama3", "yarn"),
     "mistral": ("default", "linear", "llama3", "yarn"),
@@ -103,7 +104,7 @@ def _check_numbers(config: dict[str, Any], where: Path) -> None:
             problems.append(f"{where}: {name} is {escaped(repr(value))}, expected an integer >= 1")
     for name in ("num_hidden_layers", "n_layer"):
         layers = config.get(name)
-        if name in sizes and type(layers) is int and layers > 10_000:
+        if name in sizes and type(layers) is int and layers > MAX_LAYERS:
             problems.append(f"{where}: {name} is {layers}, which no model has")
     for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "word_embed_proj_dim", "n_ctx"):
         value = config.get(name)

@@ -75,6 +75,10 @@ class LoraSet:
         """Whether the modules are DoRA; PEFT has it for all of an adapter's modules or for none."""
         return any(item.magnitude is not None for item in self.items)
 
+    def live_shapes(self, item: Lora) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The shapes of :meth:`live`."""
+        return (item.factors.a.shape[1], self.rank), (self.rank, item.factors.b.shape[0])
+
     def live(self, item: Lora) -> tuple[mx.array, mx.array]:
         """``lora_a`` (in, R) and ``lora_b`` (R, out) of ``item``, float32, for :attr:`scale`."""
         a, b = item.factors.read()

@@ -1,6 +1,5 @@
 """Open and check every input and decide what becomes of every tensor; nothing is written."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from specstream_convert.output import check_tokenizer, tokenizer_directory
 from specstream_convert.outputs import OutputTensor, plan_outputs
 from specstream_convert.pickles import Pickles
 from specstream_convert.placement import choose_placement
+from specstream_convert.quantized import Quantized, plan_quantization
 from specstream_convert.recompute import check_asked_for, with_initials
 from specstream_convert.report import TensorFate
 from specstream_convert.safetensors_io import open_tensors
@@ -38,11 +38,10 @@ from specstream_convert.streams_in import (
     join,
     read_stream_config,
 )
-from specstream_convert.verify import read_reference_logits
+from specstream_convert.verify import Progress, read_reference_logits
 from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig
 from specstream_mlx.errors import InvalidInputError, UsageError
 
-Progress = Callable[[str, int, int], None]
 ADAPTERS = "adapters/adapters.safetensors"
 
 
@@ -60,7 +59,8 @@ class Plan:
     config_path: Path | None
     placement: str  # merged, live, sidecar or none
     dtype: str | None
-    quantization: dict[str, Any] | None
+    quantization: dict[str, Any] | None  # as asked for
+    quantized: Quantized | None  # as decided for every tensor
     tokenizer: Path | None
     fates: tuple[TensorFate, ...]
     notes: tuple[str, ...]
@@ -152,9 +152,14 @@ def make_plan(options: ConvertOptions, progress: Progress, pickles: Pickles) -> 
             check_tokenizer(tokenizer, int(base.config["vocab_size"]))
     dtype = DTYPES[options.dtype] if options.dtype else None
     outputs: tuple[OutputTensor, ...] = ()
+    quantized = None
     if not options.adapter_only:
-        outputs = plan_outputs(base, changes, dtype, quantization is not None, fine_tune.untied)
-        fates += _base_fates(base, outputs, quantization is not None)
+        outputs = plan_outputs(base, changes, dtype, fine_tune.untied)
+        new = {out.name: out.shape for out in outputs if out.shape != out.source.shape or out.name not in base.tensors}
+        base = replace(base, parameters=base.parameters | new)
+        if quantization is not None:
+            quantized, outputs = plan_quantization(base.config, outputs, quantization)
+        fates += _base_fates(base, outputs, quantized)
     if options.reference_logits is not None:
         read_reference_logits(options.reference_logits, base)
     return Plan(
@@ -169,6 +174,7 @@ def make_plan(options: ConvertOptions, progress: Progress, pickles: Pickles) -> 
         placement=placement,
         dtype=dtype,
         quantization=quantization,
+        quantized=quantized,
         tokenizer=tokenizer,
         fates=tuple(fates),
         notes=tuple(notes),
@@ -287,7 +293,7 @@ def _adapter_fates(fine_tune: FineTune, placement: str) -> list[TensorFate]:
     return fates
 
 
-def _base_fates(base: Base, outputs: tuple[OutputTensor, ...], quantized: bool) -> list[TensorFate]:
+def _base_fates(base: Base, outputs: tuple[OutputTensor, ...], quantized: Quantized | None) -> list[TensorFate]:
     """What becomes of the base's tensors; the embedding of a base that is untied has two fates."""
     fates = []
     by_source: dict[tuple[Path, str], list[OutputTensor]] = {}
@@ -300,8 +306,8 @@ def _base_fates(base: Base, outputs: tuple[OutputTensor, ...], quantized: bool) 
                 continue
             for output in by_source[file.path, raw]:
                 what = _what(output)
-                if quantized:
-                    what += ", quantised where the layer allows"
+                if quantized is not None and output.name in quantized.layers:
+                    what += ", quantised"
                 fates.append(TensorFate(file.path.name, raw, what, f"{output.file}:{output.name}"))
     return fates
 
