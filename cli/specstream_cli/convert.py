@@ -128,7 +128,7 @@ def convert(
             upload_repo=upload_repo,
             trust_remote_code=trust_remote_code,
         )
-        with progress_bar(quiet=quiet) as progress:
+        with progress_bar(quiet=quiet, in_bytes=True) as progress:
             report = converter.convert(options, progress).to_dict()
         if as_json:
             out.write_json(report)

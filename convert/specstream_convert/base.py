@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
@@ -26,6 +25,7 @@ from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
 _TOO_LARGE = (MemoryError, OverflowError)
+MAX_LAYERS = 1000  # building the modules of more takes seconds and hundreds of megabytes
 ROPE_TYPES = {
     "llama": ("default", "linear", "llama3", "yarn"),
     "mistral": ("default", "linear", "llama3", "yarn"),
@@ -241,7 +241,7 @@ def _check_numbers(config: dict[str, Any], where: Path) -> None:
         if type(value) is not int or not 1 <= value < 2**31:
             problems.append(f"{where}: {name} is {escaped(repr(value))}, expected an integer >= 1")
     layers = config.get("num_hidden_layers")
-    if type(layers) is int and layers > 10_000:
+    if type(layers) is int and layers > MAX_LAYERS:
         problems.append(f"{where}: num_hidden_layers is {layers}, which no model has")
     for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
         value = config.get(name)
@@ -366,18 +366,12 @@ def _drop_tied_head(config: dict[str, Any], layout: Layout, tensors: dict[str, S
     head, embedding = f"{layout.head}.weight", f"{layout.embedding}.weight"
     if not config["tie_word_embeddings"] or head not in tensors:
         return {}
-    if embedding in tensors and not _same(tensors[head], tensors[embedding]):
+    if embedding in tensors and not tensors[head].equals(tensors[embedding]):
         raise InvalidInputError(
             f"{tensors[head].place}: differs from {embedding} although config.json says "
             "tie_word_embeddings true; set it to false or remove the tensor"
         )
     return {tensors.pop(head).raw: f"tied: equal to {embedding}"}
-
-
-def _same(first: StoredTensor, second: StoredTensor) -> bool:
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    return bool(mx.array_equal(first.read(), second.read()).item())
 
 
 def _check_tensors(path: Path, kept: dict[str, StoredTensor], parameters: dict[str, tuple[int, ...]]) -> None:

@@ -47,6 +47,10 @@ class LoraSet:
         nonzero = [item.factors.scale for item in self.items if item.factors.scale != 0]
         return nonzero[0] if nonzero else 0.0
 
+    def live_shapes(self, item: Lora) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The shapes of :meth:`live`."""
+        return (item.factors.a.shape[1], self.rank), (self.rank, item.factors.b.shape[0])
+
     def live(self, item: Lora) -> tuple[mx.array, mx.array]:
         """``lora_a`` (in, R) and ``lora_b`` (R, out) of ``item``, float32, for :attr:`scale`."""
         a, b = item.factors.read()

@@ -130,5 +130,5 @@ def is_copy(tensor: StoredTensor, original: StoredTensor) -> bool:
     """Whether ``tensor`` holds the values of ``original``, as exactly as its own dtype can."""
     if tensor.shape != original.shape or tensor.dtype not in FLOATS:
         return False
-    value, base = tensor.read(), original.read()
-    return bool(mx.array_equal(value.astype(mx.float32), base.astype(value.dtype).astype(mx.float32)).item())
+    pairs = zip(tensor.blocks(), original.blocks(), strict=True)
+    return all(bool(mx.array_equal(value, base.astype(value.dtype)).item()) for (_, value), (_, base) in pairs)

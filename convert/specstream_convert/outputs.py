@@ -1,13 +1,13 @@
 """The tensors of ``model*.safetensors`` to be written: where each comes from, what changes it, what it is stored as."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from specstream_convert.base import Base
 from specstream_convert.changes import Change, cast, changed
-from specstream_convert.safetensors_io import FLOATS
+from specstream_convert.safetensors_io import FLOATS, Entry, TensorOut
 from specstream_convert.stored import StoredTensor
 
 
@@ -22,24 +22,26 @@ class OutputTensor:
     source: StoredTensor
     changes: tuple[Change, ...] = ()
 
-    def read(self) -> mx.array:
-        """The value to be written, in :attr:`dtype`.
+    def blocks(self) -> Iterator[mx.array]:
+        """The value to be written, in :attr:`dtype`, in blocks of rows.
 
         Raises:
             InvalidInputError: values that are not finite, or that ``dtype`` cannot hold.
         """
         if self.changes:
-            return cast(changed(self.source.read_float32(), self.changes), self.dtype, self.source.place)
-        if self.source.dtype not in FLOATS:
-            return self.source.read()
-        return cast(self.source.read_finite(), self.dtype, self.source.place)
+            values = changed(self.source, self.changes)
+        else:
+            values = (value for _, value in self.source.blocks(finite=self.source.dtype in FLOATS))
+        return (cast(value, self.dtype, self.source.place) for value in values)
+
+    def tensor_out(self) -> TensorOut:
+        """What is written for it."""
+        return TensorOut((Entry(self.name, self.dtype, self.shape),), lambda: ((value,) for value in self.blocks()))
 
 
-def plan_outputs(
-    base: Base, changes: Mapping[str, tuple[Change, ...]], dtype: str | None, one_file: bool
-) -> tuple[OutputTensor, ...]:
-    """Every tensor of the base with what becomes of it; the input's shards are kept unless ``one_file``."""
-    many = len(base.files) > 1 and not one_file
+def plan_outputs(base: Base, changes: Mapping[str, tuple[Change, ...]], dtype: str | None) -> tuple[OutputTensor, ...]:
+    """Every tensor of the base with what becomes of it; the input's shards are kept."""
+    many = len(base.files) > 1
     files = {
         file.path: f"model-{i + 1:05d}-of-{len(base.files):05d}.safetensors" if many else "model.safetensors"
         for i, file in enumerate(base.files)

@@ -1,6 +1,5 @@
 """Open and check every input and decide what becomes of every tensor; nothing is written."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from specstream_convert.options import DTYPES, ConvertOptions
 from specstream_convert.output import check_tokenizer, tokenizer_directory
 from specstream_convert.outputs import OutputTensor, plan_outputs
 from specstream_convert.pickles import Pickles
+from specstream_convert.quantized import Quantized, plan_quantization
 from specstream_convert.recompute import check_asked_for, with_initials
 from specstream_convert.report import TensorFate
 from specstream_convert.safetensors_io import open_tensors
@@ -36,11 +36,10 @@ from specstream_convert.streams_in import (
     join,
     read_stream_config,
 )
-from specstream_convert.verify import read_reference_logits
+from specstream_convert.verify import Progress, read_reference_logits
 from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 
-Progress = Callable[[str, int, int], None]
 ADAPTERS = "adapters/adapters.safetensors"
 
 
@@ -58,7 +57,8 @@ class Plan:
     config_path: Path | None
     placement: str  # merged, live, sidecar or none
     dtype: str | None
-    quantization: dict[str, Any] | None
+    quantization: dict[str, Any] | None  # as asked for
+    quantized: Quantized | None  # as decided for every tensor
     tokenizer: Path | None
     fates: tuple[TensorFate, ...]
     notes: tuple[str, ...]
@@ -127,10 +127,13 @@ def make_plan(options: ConvertOptions, progress: Progress, pickles: Pickles) -> 
     dtype = DTYPES[options.dtype] if options.dtype else None
     quantization = _quantization(options, base)
     outputs: tuple[OutputTensor, ...] = ()
+    quantized = None
     if not options.adapter_only:
         changes = fine_tune.merged() if placement == "merged" else {}
-        outputs = plan_outputs(base, changes, dtype, one_file=quantization is not None)
-        fates += _base_fates(base, outputs, quantization is not None)
+        outputs = plan_outputs(base, changes, dtype)
+        if quantization is not None:
+            quantized, outputs = plan_quantization(base.config, outputs, quantization)
+        fates += _base_fates(base, outputs, quantized)
     if options.reference_logits is not None:
         read_reference_logits(options.reference_logits, int(base.config["vocab_size"]))
     return Plan(
@@ -145,6 +148,7 @@ def make_plan(options: ConvertOptions, progress: Progress, pickles: Pickles) -> 
         placement=placement,
         dtype=dtype,
         quantization=quantization,
+        quantized=quantized,
         tokenizer=tokenizer,
         fates=tuple(fates),
         notes=tuple(notes),
@@ -271,7 +275,7 @@ def _lora_fates(loras: LoraSet, placement: str) -> list[TensorFate]:
     return fates
 
 
-def _base_fates(base: Base, outputs: tuple[OutputTensor, ...], quantized: bool) -> list[TensorFate]:
+def _base_fates(base: Base, outputs: tuple[OutputTensor, ...], quantized: Quantized | None) -> list[TensorFate]:
     fates = []
     by_source = {(output.source.file.path, output.source.raw): output for output in outputs}
     for file in base.files:
@@ -285,8 +289,8 @@ def _base_fates(base: Base, outputs: tuple[OutputTensor, ...], quantized: bool) 
                 what = "dequantised" + (", merged with LoRA" if output.changes else "")
             if output.dtype != output.source.dtype:
                 what += f", cast to {output.dtype}"
-            if quantized:
-                what += ", quantised where the layer allows"
+            if quantized is not None and output.name in quantized.layers:
+                what += ", quantised"
             fates.append(TensorFate(file.path.name, raw, what, f"{output.file}:{output.name}"))
     return fates
 

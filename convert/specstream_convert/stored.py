@@ -1,5 +1,6 @@
 """The tensors of a checkpoint: which file holds each, under which name, and in which orientation."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from specstream_convert.messages import at
-from specstream_convert.safetensors_io import TensorFile
+from specstream_convert.safetensors_io import TensorFile, row_blocks
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,25 @@ class StoredTensor:
     def read_float32(self) -> mx.array:
         """The float tensor in float32, refused unless every value is finite."""
         return self._oriented(self.file.read_float32(self.raw))
+
+    def blocks(self, *, finite: bool = False) -> Iterator[tuple[slice, mx.array]]:
+        """Slices of rows and their values in the stored dtype; ``finite`` as in :meth:`read_finite`.
+
+        A transposed tensor is read whole: its rows are scattered over the file.
+        """
+        if not self.transposed:
+            yield from self.file.blocks(self.raw, finite=finite)
+            return
+        value = self.file.read_finite(self.raw) if finite else self.file.read(self.raw)
+        for rows in row_blocks(self.shape):
+            yield rows, mx.contiguous(value[:, rows].T)
+
+    def equals(self, other: "StoredTensor") -> bool:
+        """Whether dtype, shape and every value are the same."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        pairs = zip(self.blocks(), other.blocks(), strict=True)
+        return all(bool(mx.array_equal(first, second).item()) for (_, first), (_, second) in pairs)
 
     def require_float(self) -> None:
         """Refuse a tensor whose dtype has no exact float32 value here."""
