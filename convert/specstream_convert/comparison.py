@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from specstream_convert.base import Base
+from specstream_convert.dequantize import DequantizedTensor
 from specstream_convert.lora import LoraSet
 from specstream_convert.messages import listing
 from specstream_convert.outputs import OutputTensor
@@ -126,7 +127,7 @@ class Comparison:
 
         def value(rows: slice) -> mx.array:
             plain, wanted, allowed = wanted_of(rows)
-            if found is not None and not output.changes:
+            if found is not None and _is_exact(output):
                 self._same(output.name, found[rows], plain)
             elif found is not None:
                 error = np.abs(to_numpy(found[rows]).astype(np.float64) - wanted)
@@ -154,7 +155,7 @@ class Comparison:
             held = [part[rows] for part in found if part is not None]
             if len(held) < len(names):
                 return value
-            if not output.changes:
+            if _is_exact(output):
                 for part, name, right in zip(held, names, wanted, strict=True):
                     self._same(name, part, right)
             elif held:
@@ -213,10 +214,15 @@ class Comparison:
             self._problems.append(f"{name}: {what}")
 
 
+def _is_exact(output: OutputTensor) -> bool:
+    """Whether nothing but a cast is done to the tensor, so that every bit of the output is known."""
+    return not output.changes and not isinstance(output.source, DequantizedTensor)
+
+
 def _rounded(output: OutputTensor) -> Callable[[slice], tuple[mx.array, Array, Array]]:
     """Rows of a tensor in the dtype it is written in; of a changed one also in float64, and the error allowed."""
     dtype = mlx_dtype(output.dtype)
-    if not output.changes:
+    if _is_exact(output):
         read, nothing = rows_of(output.source), np.zeros(0)
         return lambda rows: (read(rows).astype(dtype), nothing, nothing)
     reference = Reference.of(output.source, output.changes)

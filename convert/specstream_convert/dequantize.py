@@ -6,6 +6,7 @@
 The products are exact in float32; a weight is rounded when it is written, after the LoRA has been merged.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import mlx.core as mx
 
 from specstream_convert.base import Base
 from specstream_convert.messages import escaped, listing
-from specstream_convert.safetensors_io import FLOATS, mlx_dtype
+from specstream_convert.safetensors_io import FLOATS, mlx_dtype, row_blocks
 from specstream_convert.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 
@@ -55,19 +56,25 @@ class DequantizedTensor(StoredTensor):
         return self.read_float32()
 
     def read_float32(self) -> mx.array:
+        return mx.concatenate([value for _, value in self.blocks(finite=True)])
+
+    def blocks(self, *, finite: bool = False) -> Iterator[tuple[slice, mx.array]]:
+        """Slices of rows and their unrounded values in float32; the packed weight is read whole."""
         packed = self.file.read(self.raw)
         scales, biases = self.scales.read(), self.biases.read() if self.biases else None
-        if self.mode == "affine":
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32) if biases is not None else None
+        if biases is not None:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
         how: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        with mx.stream(mx.cpu):
-            value = mx.dequantize(packed, scales, biases, **how, dtype=mx.float32)
-            finite = bool(mx.isfinite(value).all().item())
-        if not finite:
-            raise InvalidInputError(
-                f"{self.scales.place}: gives values that are NaN or infinite; the file is damaged, download it again"
-            )
-        return value
+        for rows in row_blocks(self.shape):
+            with mx.stream(mx.cpu):
+                parts = packed[rows], scales[rows], None if biases is None else biases[rows]
+                value = mx.dequantize(*parts, **how, dtype=mx.float32)
+                if finite and not bool(mx.isfinite(value).all().item()):
+                    raise InvalidInputError(
+                        f"{self.scales.place}: gives values that are NaN or infinite; the file is damaged, download it "
+                        "again"
+                    )
+            yield rows, value
 
     def require_float(self) -> None:
         """It is one by definition."""

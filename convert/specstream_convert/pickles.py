@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from specstream_convert.messages import at, escaped, listing
-from specstream_convert.safetensors_io import TensorFile, TensorOut, open_tensors, write_tensors
+from specstream_convert.safetensors_io import Entry, TensorFile, TensorOut, open_tensors, write_tensors
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 
 MIN_TORCH = (2, 10)  # earlier ones let a crafted file past weights_only (CVE-2025-32434, CVE-2026-24747)
@@ -83,10 +83,7 @@ class Pickles:
             if self._scratch is None:
                 self._scratch = Path(tempfile.mkdtemp(prefix="specstream-"))
             copy = self._scratch / f"{len(self._opened)}.safetensors"
-            outs = [
-                TensorOut(name, _dtype(tensor), tuple(tensor.shape), lambda tensor=tensor: _to_mlx(torch, tensor))  # type: ignore[misc]
-                for name, tensor in tensors.items()
-            ]
+            outs = [_tensor_out(torch, name, tensor) for name, tensor in tensors.items()]
             write_tensors(copy, outs, {"format": "pt"})
         except OSError as error:
             raise UsageError(
@@ -222,6 +219,11 @@ def _check_tensors(torch: Any, path: Path, tensors: Mapping[str, Any]) -> None:
         raise InvalidInputError(listing(problems))
     if total > 2 * size:  # tied weights are stored once and named twice; more is a bomb
         raise InvalidInputError(f"{path}: declares {total} bytes of tensors, the file has {size}; {RESAVE}")
+
+
+def _tensor_out(torch: Any, name: str, tensor: Any) -> TensorOut:
+    entry = Entry(name, _dtype(tensor), tuple(tensor.shape))
+    return TensorOut((entry,), lambda: [(_to_mlx(torch, tensor),)])
 
 
 def _to_mlx(torch: Any, tensor: Any) -> mx.array:

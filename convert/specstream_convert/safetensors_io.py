@@ -126,7 +126,7 @@ class TensorFile:
             )
         dtype = _MLX[info.dtype]
         try:
-            with self.path.open("rb") as file:
+            with self.data_path.open("rb") as file:
                 file.seek(start)
                 raw = file.read(num_bytes)
         except OSError as error:
