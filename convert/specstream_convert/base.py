@@ -199,6 +199,7 @@ def _module_tree(
     except _CANNOT_BUILD as error:
         reason = escaped(" ".join(str(error).split()))
         raise InvalidInputError(f"{where}: mlx-lm cannot build the model ({reason}); restore config.json") from error
+    mx.eval(mx.random.state)  # or the lazy keys of every model described so far would stay in memory
     parameters = {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}
 
     def shapes(kind: type[nn.Module]) -> dict[str, tuple[int, int]]:
