@@ -98,6 +98,9 @@ def mlx_config(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[s
 def _check_numbers(config: dict[str, Any], where: Path) -> None:
     problems = []
     sizes = SIZES.get(config["model_type"], SIZES_LLAMA)
+    absent = [f"{where}: {name} is None, expected an integer >= 1" for name in sizes if config.get(name) is None]
+    if absent:  # the file of something else than a decoder, or of one whose parts have other names
+        raise UnsupportedError(listing(absent))
     for name in sizes:
         value = config.get(name)
         if type(value) is not int or not 1 <= value < 2**31:

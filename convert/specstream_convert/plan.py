@@ -1,5 +1,6 @@
 """Open and check every input and decide what becomes of every tensor; nothing is written."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from specstream_convert.dequantize import REQUANTIZED, DequantizedTensor, dequan
 from specstream_convert.full_dump import split_dump
 from specstream_convert.lora import LoraSet, check_effect
 from specstream_convert.mapping import FineTune, map_adapter
+from specstream_convert.messages import escaped
 from specstream_convert.options import DTYPES, ConvertOptions
 from specstream_convert.output import check_tokenizer, tokenizer_directory
 from specstream_convert.outputs import OutputTensor, plan_outputs
@@ -40,7 +42,7 @@ from specstream_convert.streams_in import (
 )
 from specstream_convert.verify import Progress, read_reference_logits
 from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig
-from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 
 ADAPTERS = "adapters/adapters.safetensors"
 
@@ -251,7 +253,14 @@ def _open_base(
         if revision is None and recorded.get("name_or_path") == named and isinstance(recorded.get("revision"), str):
             revision = recorded["revision"]
         path, name = resolve_base(named, revision, relative_to=adapter.directory, pickled=pickles.allowed)
-    return open_base(path, name, revision, pickles)
+    try:
+        return open_base(path, name, revision, pickles)
+    except UnsupportedError as error:
+        named = adapter.config.base_model if adapter else None
+        plain = re.sub(r"(-unsloth)?-bnb-4bit$", "", named or "")
+        if not plain or plain == named:
+            raise
+        raise UnsupportedError(f"{error}; try {escaped(plain)}, the name without its quantisation") from error
 
 
 def _tokenizer(options: ConvertOptions, adapter: Adapter | None, base: Base) -> Path | None:

@@ -61,6 +61,7 @@ def open_shards(directory: Path, files: FileSet = MODEL, pickles: Pickles = NO_P
         _check_names(index, present, set(wanted.values()))
         opened = _open(present, files, pickles)
         _check_index(index, wanted, opened)
+        _check_total(index, opened)
         return opened
     if len(present) > 1:
         match = re.fullmatch(r"-00001-of-(\d{5})", present[0].name.removeprefix(files.stem).removesuffix(files.suffix))
@@ -86,7 +87,7 @@ def open_model_shards(directory: Path, pickles: Pickles = NO_PICKLES) -> tuple[T
     if PICKLED_MODEL.present(directory):
         return open_shards(directory, PICKLED_MODEL, pickles)
     others = sorted(f.name for f in directory.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".gguf"))
-    hint = f"{escaped(others[0])} cannot be read, save it as safetensors" if others else "download the base again"
+    hint = f"{escaped(others[0])} cannot be read, save it as safetensors" if others else "download it again"
     raise InvalidInputError(f"{directory}: no model*.safetensors; {hint}")
 
 
@@ -98,7 +99,7 @@ def _index_map(index: Path, files: FileSet) -> dict[str, str]:
     raw = read_json(index)
     weight_map = raw.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise InvalidInputError(f"{index}: weight_map is not an object of file names; download the base again")
+        raise InvalidInputError(f"{index}: weight_map is not an object of file names; download it again")
     bad = sorted({v for v in weight_map.values() if not files.is_member(v)})
     if bad:
         raise InvalidInputError(
@@ -109,9 +110,7 @@ def _index_map(index: Path, files: FileSet) -> dict[str, str]:
 
 def _check_names(index: Path, present: list[Path], wanted: set[str]) -> None:
     names = {file.name for file in present}
-    problems = [
-        f"{index}: names {name}, which is not there; download the base again" for name in sorted(wanted - names)
-    ]
+    problems = [f"{index}: names {name}, which is not there; download it again" for name in sorted(wanted - names)]
     problems += [
         f"{index.parent / name}: not named in {index.name}, but would be mixed in; remove it"
         for name in sorted(names - wanted)
@@ -123,10 +122,23 @@ def _check_names(index: Path, present: list[Path], wanted: set[str]) -> None:
 def _check_index(index: Path, wanted: dict[str, str], files: tuple[TensorFile, ...]) -> None:
     held = {(name, file.path.name) for file in files for name in file.tensors}
     listed = set(wanted.items())
-    problems = [f"{index}: {escaped(name)} is not in {file}" for name, file in sorted(listed - held)]
-    problems += [f"{index}: {escaped(name)} of {file} is not listed" for name, file in sorted(held - listed)]
+    problems = [f"{index}: {escaped(name)} is not in {file}; download it again" for name, file in sorted(listed - held)]
+    problems += [
+        f"{index}: {escaped(name)} of {file} is not listed; download it again" for name, file in sorted(held - listed)
+    ]
     if problems:
-        raise InvalidInputError(listing(problems))
+        raise InvalidInputError(listing(f"{problem}; download it again" for problem in problems))
+
+
+def _check_total(index: Path, files: tuple[TensorFile, ...]) -> None:
+    metadata = read_json(index).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    held = sum(info.num_bytes for file in files for info in file.tensors.values())
+    if total is not None and total != held:
+        raise InvalidInputError(
+            f"{index}: total_size is {escaped(repr(total))}, the tensors have {held} bytes; the shards are of another "
+            "download, download it again, or correct total_size"
+        )
 
 
 def _duplicates(files: Iterable[TensorFile]) -> list[str]:

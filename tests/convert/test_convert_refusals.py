@@ -429,7 +429,7 @@ ROWS = [
     Row("no family", U, ("model_type is None",), without(BC, "model_type")),
     Row("family is a path", U, ("model_type",), config(BC, model_type="../../evil")),
     Row("model file", U, ("model_file", "never run"), config(BC, model_file="evil.py")),
-    Row("no hidden size", I, ("hidden_size is None",), without(BC, "hidden_size")),
+    Row("no hidden size", U, ("hidden_size is None",), without(BC, "hidden_size")),
     Row("epsilon", I, ("rms_norm_eps is 'x'",), config(BC, rms_norm_eps="x")),
     Row("sizes beyond any array", I, ("config.json", "mlx-lm cannot build"), config(BC, head_dim=2**30)),
     Row("bnb", U, ("quantised", "bitsandbytes"), config(BC, quantization_config={"quant_method": "bitsandbytes"})),
