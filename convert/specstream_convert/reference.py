@@ -135,6 +135,13 @@ def _numpy_rows(tensor: StoredTensor) -> Callable[[slice], Array]:
     return lambda rows: to_numpy(read(rows))
 
 
+def blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of rows that cover a tensor, each of :data:`BLOCK` elements or one row."""
+    block = max(1, BLOCK // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, shape[0], block):
+        yield slice(start, min(start + block, shape[0]))
+
+
 class Reference:
     """One tensor after its changes, any rows of it, each with the error that float32 arithmetic may make.
 
@@ -180,9 +187,7 @@ class Reference:
 
     def blocks(self) -> Iterator[slice]:
         """Slices that cover all rows."""
-        block = max(1, BLOCK // max(1, int(np.prod(self.shape[1:]))))
-        for start in range(0, self.shape[0], block):
-            yield slice(start, min(start + block, self.shape[0]))
+        return blocks(self.shape)
 
     def rows(self, rows: slice) -> tuple[Array, Array]:
         """Rows in float64, and the error allowed to float32 arithmetic."""

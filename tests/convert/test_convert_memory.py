@@ -60,12 +60,13 @@ def test_memory_does_not_grow_with_layers_and_shards(tmp_path: Path, small: tupl
     assert more < grown / 4, f"{more / MB:.0f} MB more for {grown / MB:.0f} MB more"
 
 
-def test_memory_of_a_large_tensor(tmp_path: Path, small: tuple[Files, int]) -> None:
-    """Red when: a merged LM head or an embedding exists in float32."""
+@pytest.mark.parametrize("mode", ["merge", "keep-adapters"])
+def test_memory_of_a_large_tensor(tmp_path: Path, small: tuple[Files, int], mode: str) -> None:
+    """Red when: a merged LM head, its LoRA's product or an embedding exists in float32."""
     large = make(tmp_path / "large", vocab_size=48_000)
     grown = max(large.shards) - max(small[0].shards)
     assert grown > 40 * MB
-    more = peak(large, "merge") - small[1]
+    more = peak(large, mode) - small[1]
     assert more < 1.5 * grown, f"{more / MB:.0f} MB more for a tensor {grown / MB:.0f} MB larger"
 
 
