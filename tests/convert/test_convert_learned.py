@@ -246,7 +246,7 @@ def test_names_of_files_on_the_hub(
     ("family", "changes", "error", "message"),
     [
         ("opt", {"activation_function": "gelu"}, UnsupportedError, "activation_function is 'gelu'"),
-        ("opt", {"ffn_dim": None}, InvalidInputError, "ffn_dim is None, expected an integer"),
+        ("opt", {"ffn_dim": None}, UnsupportedError, "ffn_dim is None, expected an integer"),
         ("opt", {"max_position_embeddings": 0}, InvalidInputError, "max_position_embeddings is 0"),
         ("opt", {"word_embed_proj_dim": "8"}, InvalidInputError, "word_embed_proj_dim is '8'"),
         ("opt", {"word_embed_proj_dim": 8}, InvalidInputError, r"embed_tokens.weight: shape .* asks for \(97, 8\)"),
