@@ -132,7 +132,8 @@ def _inspect(path: Path) -> Inspection:
     if has_model:
         return found.result("specstream model" if has_streams else "model")
     if has_streams or (path / WEIGHTS_NAME).exists():
-        return found.result("stream adapter" if (path / REPORT_NAME).exists() else "stream file")
+        ready = (path / REPORT_NAME).exists() or "lora" in found.fields  # form B of PyTorch has neither
+        return found.result("stream adapter" if ready else "stream file")
     found.problems.append(f"{path}: neither a model, an adapter nor a stream file was found here")
     return found.result("unknown")
 
@@ -264,7 +265,7 @@ class _Findings:
     def streams(self, directory: Path, weights: Path, form_a: StreamSource | None = None) -> StreamConfig | None:
         """Stream tensors and their configuration; the tensors of an output of ours may carry a sidecar LoRA."""
         source = form_a or NO_STREAMS
-        if weights.exists() or not source.tensors:
+        if weights.exists():
             file: TensorFile | None = self.attempt(lambda: open_tensors(weights))
             if file is not None:
                 own = {n: t for n, t in file.tensors.items() if not n.startswith(LORA_PREFIX)}
@@ -275,6 +276,8 @@ class _Findings:
             self.fields["num_stream_parameters"] = sum(math.prod(held.shape) for held in source.tensors.values())
         self.notes += source.notes
         config: StreamConfig | None = self.attempt(lambda: read_stream_config(directory / CONFIG_NAME, source))
+        if not weights.exists() and not source.tensors and (config is None or config.tensor_shapes(1)):
+            self.attempt(lambda: open_tensors(weights))
         if config is not None:
             self._config(config, source, directory / CONFIG_NAME)
         return config

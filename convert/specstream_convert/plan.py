@@ -103,7 +103,7 @@ def make_plan(options: ConvertOptions, progress: Progress, pickles: Pickles) -> 
         if config is not None and config.mode == "lossless":
             check_lossless_settings(adapter.config)
         fine_tune = map_adapter(adapter, base)
-        notes += [*adapter.notes, *fine_tune.notes]
+        notes += [*adapter.notes, *fine_tune.notes, *_other_name(adapter, base, config)]
         warnings += adapter.config.notes
         fates += [*adapter.fates, *fine_tune.fates]
         check_coverage(adapter.config, fine_tune.loras, base, config)
@@ -261,6 +261,15 @@ def _open_base(
         if not plain or plain == named:
             raise
         raise UnsupportedError(f"{error}; try {escaped(plain)}, the name without its quantisation") from error
+
+
+def _other_name(adapter: Adapter, base: Base, config: StreamConfig | None) -> list[str]:
+    """A note where only the shapes say that the base is the one that the adapter was trained on."""
+    named = adapter.config.base_model
+    marked = config is not None and "fingerprint" in config.base_model
+    if named is None or marked or Path(named).name.lower() == Path(base.name).name.lower():
+        return []
+    return [f"the adapter was trained on {escaped(named)}, the base given is {escaped(base.name)}; their shapes agree"]
 
 
 def _tokenizer(options: ConvertOptions, adapter: Adapter | None, base: Base) -> Path | None:

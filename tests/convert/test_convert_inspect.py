@@ -304,3 +304,19 @@ def test_the_command(case: Case, capsys: pytest.CaptureFixture[str], monkeypatch
     printed = capsys.readouterr()
     assert json.loads(printed.out)["problems"]
     assert f"{ADAPTER}:{PREFIX}specstream.stream_embeddings" in printed.err
+
+
+def test_streams_without_tensors(case: Case) -> None:
+    """Value rotation from the identity has no stream tensor, so none is missed."""
+    case.tensors(f"adapter/{ADAPTER}", lambda tensors: tensors.pop(STREAMS))
+    case.json(f"adapter/{STREAM_CONFIG}", lambda raw: raw.update(stream_id={"type": "value_rotation", "epsilon": 0.1}))
+    assert inspect_checkpoint(case.adapter).problems == ()
+    case.json(f"adapter/{STREAM_CONFIG}", lambda raw: raw.update(stream_id={"type": "embedding"}))
+    assert "not found" in inspect_checkpoint(case.adapter).problems[0]
+
+
+def test_a_stream_adapter_without_a_report(lossless_case: Case) -> None:
+    """A sidecar that was trained, not converted, is known by its LoRA."""
+    convert(lossless_case.options(adapter_only=True))
+    (lossless_case.out / "conversion_report.json").unlink()
+    assert inspect_checkpoint(lossless_case.out).kind == "stream adapter"
