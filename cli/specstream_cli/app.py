@@ -17,6 +17,7 @@ from specstream_cli.convert import convert
 from specstream_cli.generate import generate
 from specstream_cli.inspect import inspect
 from specstream_cli.terminal import ReaderGone, silence_stdout, to_stderr
+from specstream_cli.train import train
 
 PROGRAM = "specstream-mlx"
 INTERRUPTED = 130
@@ -48,7 +49,7 @@ def _program(
     """Speculative Streaming on MLX: one model drafts and verifies, the text stays exactly the same."""
 
 
-for _command in (generate, convert, inspect):
+for _command in (generate, convert, inspect, train):
     app.command()(_command)
 
 
