@@ -1,5 +1,7 @@
 """Data in mlx-lm's formats (text, completions, chat) -> examples, through mlx-lm's own datasets."""
 
+import contextlib
+import io
 import json
 import random
 from collections.abc import Sequence
@@ -167,8 +169,14 @@ def _within(examples: list[Example], max_seq_length: int, notes: list[str]) -> l
 def _read_hub(data: str, tokenizer: Any, mask_prompt: bool | None) -> list[list[Example]]:
     """A Hugging Face data set through mlx-lm, which tells its format the same way."""
     try:
-        parts = load_dataset(SimpleNamespace(data=data, train=True, test=False, mask_prompt=False), tokenizer)[:2]
-    except Exception as error:  # offline, unknown, no 'datasets' package, no split, other columns: each its own kind
+        with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm says what it loads
+            parts = load_dataset(SimpleNamespace(data=data, train=True, test=False, mask_prompt=False), tokenizer)[:2]
+    except ImportError as error:
+        raise InvalidInputError(
+            f"--data: {data}: neither a file or directory nor a data set that can be loaded; data sets of the hub need "
+            "pip install datasets"
+        ) from error
+    except Exception as error:  # offline, unknown, no split, other columns: each its own kind
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InvalidInputError(f"--data: {data}: neither a file or directory nor a data set ({reason})") from error
     rows = [[dict(part[i]) for i in range(len(part))] for part in parts if len(part)]

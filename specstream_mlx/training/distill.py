@@ -212,7 +212,11 @@ def _recorded(file: Path, identity: str, settings: DistillSettings) -> dict[tupl
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
     if not file.exists():
         return
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{file}: cannot be read ({reason}); give another --answers") from error
     for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)

@@ -18,7 +18,13 @@ from specstream_mlx.training.evaluation import Validation
 from specstream_mlx.training.log import PLOT
 from specstream_mlx.training.restart import RestartPoints
 from specstream_mlx.training.settings import TrainSettings
-from specstream_mlx.training.trainable import attach, set_trained_tensors, train_pruner_only, trained_tensors
+from specstream_mlx.training.trainable import (
+    attach,
+    check_fits,
+    set_trained_tensors,
+    train_pruner_only,
+    trained_tensors,
+)
 
 
 @dataclass
@@ -68,10 +74,17 @@ class TrainRun:
             check_peft: make sure that the result can be written in PEFT's form.
 
         Raises:
-            UsageError, InvalidInputError, UnsupportedError: something is wrong, nothing was written.
+            UsageError, InvalidInputError, UnsupportedError: something is wrong; nothing was written.
         """
         defaults = _settings_of(adapter) if adapter is not None else {}
         chosen = TrainSettings(**(defaults | dict(settings)))
+        changed = [
+            f"--{name.replace('_', '-')} {getattr(chosen, name)} differs from its {value}"
+            for name, value in defaults.items()
+            if getattr(chosen, name) != value and (name, value) != ("prune_rank", None)
+        ]
+        if changed:
+            raise UsageError(f"--resume-adapter-file: {adapter}: {', '.join(changed)}; drop the options")
         if chosen.pruner_only and adapter is None:
             raise UsageError("--pruner-only: needs streams that are trained; give --resume-adapter-file")
         trainer.make_optimizer(chosen)
@@ -79,7 +92,9 @@ class TrainRun:
         base, tokenizer = load(path, trust_remote_code=trust_remote_code)
         if check_peft:
             output.check_peft(base.model_type)
-        return cls(model or str(path), path, base, tokenizer, chosen, target, adapter)
+        run = cls(model or str(path), path, base, tokenizer, chosen, target, adapter)
+        check_fits(base, run._config(), chosen.num_layers)
+        return run
 
     def read(self, data: str, mask_prompt: bool | None = None) -> Dataset:
         """Examples of a data set; see ``read_dataset``."""

@@ -37,18 +37,9 @@ def attach(
         UnsupportedError: the model carries a live LoRA, which an adapter beside it would drop.
         UsageError: a number does not fit the model.
     """
+    check_fits(model, config, num_layers)
     _remove_stream_lora(model)
-    if any(name.endswith(_LORA) for name, _ in tree_flatten(model.base.parameters())):
-        raise UnsupportedError("--model: has a live LoRA in adapters/; fuse it first (mlx_lm fuse), then train on that")
     total = len(model.layers)
-    if config.num_stream_layers > total:
-        raise UsageError(f"--num-stream-layers: got {config.num_stream_layers}, the model has {total} layers")
-    if not -1 <= num_layers <= total or num_layers == 0:
-        raise UsageError(f"--num-layers: got {num_layers}, expected 1..{total}, or -1 for all")
-    if config.prune is not None and not 1 <= config.prune.layer < total:
-        raise UsageError(
-            "--prune-rank: a pruner reads below the stream layers, and --num-stream-layers covers them all"
-        )
     keys = iter(mx.random.split(mx.random.key(seed), 4096))
     hidden_size = model.args.hidden_size
     streams = Streams(config, hidden_size)
@@ -80,6 +71,27 @@ def attach(
             wrapped.append((path, lora))
         layer.update_modules(tree_unflatten(wrapped))
     train_streams_and_lora(model)
+
+
+def check_fits(model: SpecStreamModel, config: StreamConfig, num_layers: int = -1) -> None:
+    """Make sure that ``attach`` can do what it is asked for.
+
+    Raises:
+        UnsupportedError, UsageError: as ``attach`` raises them.
+    """
+    names = [name for name, _ in tree_flatten(model.base.parameters())]
+    stream_lora = [path for path, m in model.base.named_modules() if isinstance(m, StreamLoRALinear)]
+    if any(name.endswith(_LORA) and name.rpartition(".")[0] not in stream_lora for name in names):
+        raise UnsupportedError("--model: has a live LoRA in adapters/; fuse it first (mlx_lm fuse), then train on that")
+    total = len(model.layers)
+    if config.num_stream_layers > total:
+        raise UsageError(f"--num-stream-layers: got {config.num_stream_layers}, the model has {total} layers")
+    if not -1 <= num_layers <= total or num_layers == 0:
+        raise UsageError(f"--num-layers: got {num_layers}, expected 1..{total}, or -1 for all")
+    if config.prune is not None and not 1 <= config.prune.layer < total:
+        raise UsageError(
+            "--prune-rank: a pruner reads below the stream layers, and --num-stream-layers covers them all"
+        )
 
 
 def train_pruner_only(model: SpecStreamModel) -> None:

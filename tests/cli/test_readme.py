@@ -23,6 +23,13 @@ COMMANDS = {
     "--ignore-keys --recompute-init --lora-only --allow-pickle --trust-remote-code --dry-run --verify --no-verify "
     "--reference-logits --upload-repo --json --quiet --debug",
     "inspect": "--model --json --debug",
+    "train": "--model --data --self-distill --adapter-path --overwrite --config --mode --gamma --num-stream-layers "
+    "--stream-init-rank --value-rotation --stream-position --prune-rank --pruner-only --rank --scale --num-layers "
+    "--iters --batch-size --grad-accumulation-steps --optimizer --learning-rate --stream-lr-scale --warmup "
+    "--max-grad-norm --stream-weight --prune-weight --latent-weight --mask-prompt --no-mask-prompt --max-seq-length "
+    "--max-anchors --rows-per-chunk --grad-checkpoint --val-batches --steps-per-report --steps-per-eval --save-every "
+    "--seed --resume --resume-adapter-file --prompts --answers --samples --temp --max-tokens --export-peft "
+    "--upload-repo --trust-remote-code --json --quiet --debug",
 }
 
 

@@ -16,7 +16,7 @@ from specstream_mlx.training import trainer
 from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.log import LOG, plot, read_log
 from specstream_mlx.training.output import read_adapter, replaced_directory
-from training_cases import prepared, rows, same, save_base
+from tests.training.training_cases import prepared, rows, same, save_base
 
 DATA = Dataset(rows(11), rows(5))
 
@@ -124,7 +124,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(base: Path, tmp_path: Path, mo
             resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # the log still fits, tensors do not
 
     try:
-        with pytest.raises(UsageError, match="step-0000006: cannot be written .*what was saved before is as it was"):
+        with pytest.raises(UsageError, match=r"step-0000006: cannot be written .*what was saved before is as it was"):
             prepared(base, target).train(DATA, report=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -148,9 +148,7 @@ def test_streams_learn_a_rule_that_the_answers_follow(base: Path, tmp_path: Path
     from specstream_mlx.training.batches import Example
 
     counting = [Example((10 + i,), tuple(10 + (i + k) % 20 for k in range(1, 12))) for i in range(20)]
-    run = prepared(
-        base, tmp_path / "out", iters=150, batch_size=10, rank=8, stream_lr_scale=10.0, learning_rate=2e-2
-    )
+    run = prepared(base, tmp_path / "out", iters=150, batch_size=10, rank=8, stream_lr_scale=10.0, learning_rate=2e-2)
     found = run.train(Dataset(counting, counting))
     assert found is not None
     checks = [event for event in read_log(tmp_path / "out" / LOG) if event["event"] == "validation"]
@@ -211,5 +209,3 @@ def test_the_log_is_json_and_the_plot_needs_matplotlib(base: Path, tmp_path: Pat
     assert [event["iteration"] for event in events if event["event"] == "validation"] == [0, 4, 7]
     drawn = plot(events, tmp_path / "plot.png")
     assert drawn == (tmp_path / "plot.png").exists() == (tmp_path / "out" / "training.png").exists()
-
-

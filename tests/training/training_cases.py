@@ -49,10 +49,14 @@ def save_plain(model: Any, path: Path) -> Path:
 
 def rows(count: int = 11) -> list[Example]:
     """Prompts and answers of several lengths."""
-    return [
-        Example(tuple(random_prompt(2 + i % 4, seed=i)), (*random_prompt(1 + (5 * i) % 9, seed=100 + i), END_OF_TEXT))
-        for i in range(count)
-    ]
+    return [Example(_ids(2 + i % 4, seed=i), (*_ids(1 + (5 * i) % 9, seed=100 + i), END_OF_TEXT)) for i in range(count)]
+
+
+def _ids(length: int, seed: int) -> tuple[int, ...]:
+    """Random ids whose words do not begin like that of end-of-text, which the tokenizer would find in them."""
+    return tuple(
+        token + 10 if str(token).startswith(str(END_OF_TEXT)) else token for token in random_prompt(length, seed)
+    )
 
 
 def write_rows(path: Path, count: int = 24) -> Path:
