@@ -6,7 +6,7 @@ Answers are appended to a file as they are made, so an interrupted run goes on a
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,6 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
-from specstream_mlx.checkpoint import tensor_sha256
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training.batches import Example, mixed_seed
@@ -162,12 +161,17 @@ def own_answers(
     )
 
 
-def base_identity(path: Path, model: SpecStreamModel) -> str:
-    """Tells models whose answers differ apart: configuration, weight files' sizes, final norm."""
+def base_identity(path: Path, base_model: Mapping[str, Any]) -> str:
+    """Tells models whose answers differ apart: configuration, weight files' sizes, fingerprint.
+
+    Args:
+        path: the model's directory.
+        base_model: its description (``output.describe_base``), of which only the fingerprint counts.
+    """
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted(path.glob("model*.safetensors")):
         digest.update(f"{file.name} {file.stat().st_size}".encode())
-    digest.update(tensor_sha256(model.base.model.norm.weight).encode())
+    digest.update(json.dumps(base_model.get("fingerprint")).encode())
     return digest.hexdigest()
 
 

@@ -29,6 +29,7 @@ from specstream_mlx.config import (
     read_json,
 )
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.model import SpecStreamModel
 
 ADAPTERS = "adapters/adapters.safetensors"
 CARD = "README.md"
@@ -45,16 +46,17 @@ _BASE_KEYS = (
 )
 
 
-def describe_base(config: Mapping[str, Any], name: str, norm_weight: mx.array) -> dict[str, Any]:
-    """The ``base_model`` block of ``specstream_config.json``.
+def describe_base(config: Mapping[str, Any], name: str, model: SpecStreamModel) -> dict[str, Any]:
+    """The ``base_model`` block of ``specstream_config.json``, with the final norm's fingerprint.
 
     Args:
         config: the base's ``config.json``.
         name: repository id, or the directory's name.
-        norm_weight: of the final norm, hashed into the fingerprint.
+        model: the loaded base.
     """
     base = {"name_or_path": name} | {key: config[key] for key in _BASE_KEYS if key in config}
-    return base | {"fingerprint": {"tensor": FINGERPRINT_TENSOR, "sha256": tensor_sha256(norm_weight)}}
+    digest = tensor_sha256(model.base.model.norm.weight)
+    return base | {"fingerprint": {"tensor": FINGERPRINT_TENSOR, "sha256": digest}}
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from specstream_mlx.bundled import default_model_path
 from specstream_mlx.checkpoint import load, resolve
-from specstream_mlx.config import PREFIX, read_json
+from specstream_mlx.config import PREFIX, StreamConfig, read_json
 from specstream_mlx.errors import UsageError
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training import distill, output, trainer
@@ -124,7 +124,7 @@ class TrainRun:
             asked,
             distill.DistillSettings(**({"seed": self.settings.seed} | dict(settings))),
             file,
-            identity=distill.base_identity(self.path, self.model),
+            identity=distill.base_identity(self.path, self._config().base_model),
             max_seq_length=self.settings.max_seq_length,
             split_seed=self.settings.seed,
             progress=progress,
@@ -203,12 +203,12 @@ class TrainRun:
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
         }
 
-    def _config(self) -> Any:
+    def _config(self) -> StreamConfig:
         local = Path(self.name).expanduser()
         base = output.describe_base(
             read_json(self.path / "config.json"),
             local.resolve().name if local.is_dir() else self.name,
-            self.model.base.model.norm.weight,
+            self.model,
         )
         return self.settings.stream_config(len(self.model.layers), base)
 

@@ -28,8 +28,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
 def answered(
     loaded: tuple[Path, Any, Any], file: Path, settings: DistillSettings = SETTINGS, **changes: Any
 ) -> Dataset:
-    base, model, tokenizer = loaded
-    options = {"identity": base_identity(base, model), "max_seq_length": 64, "split_seed": 0} | changes
+    _, model, tokenizer = loaded
+    options = {"identity": "tiny", "max_seq_length": 64, "split_seed": 0} | changes
     return own_answers(model, tokenizer, PROMPTS, settings, file, **options)
 
 
@@ -91,6 +91,20 @@ def test_answers_of_other_models_and_settings_are_not_used(
     monkeypatch.setattr(distill, "_answer", lambda *a: [(7, 7)] * len(a[2]))
     mixed = answered(loaded, file, hotter)
     assert [example.answer == (7, 7) for example in mixed.train] == [False] * 12 + [True] * 12
+
+
+def test_models_whose_answers_differ_have_other_identities(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """Red when: a 4-bit copy, or another base of the same shape, is given the answers of the first."""
+    base = loaded[0]
+    described = {"name_or_path": "a", "fingerprint": {"sha256": "0"}}
+    one = base_identity(base, described)
+    assert one == base_identity(base, described | {"name_or_path": "b"})
+    assert one != base_identity(base, described | {"fingerprint": {"sha256": "1"}})
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((base / name).read_bytes())
+    assert one == base_identity(tmp_path, described)
+    (tmp_path / "model.safetensors").write_bytes(b"smaller")
+    assert one != base_identity(tmp_path, described)
 
 
 def test_bad_files_are_one_line(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:
