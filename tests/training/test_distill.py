@@ -33,17 +33,24 @@ def answered(
     return own_answers(model, tokenizer, PROMPTS, settings, file, **options)
 
 
-def test_greedy_answers_are_mlx_lms_and_end_with_end_of_text(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:
+def test_greedy_answers_are_mlx_lms_and_end_with_end_of_text(
+    loaded: tuple[Path, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Red when: batching changes an answer, end-of-text is lost, or answers go to other prompts."""
+    early = plain_tokens(loaded[1].base, PROMPTS[0], 5)[3]
+    monkeypatch.setattr(loaded[2], "_eos_token_ids", {END_OF_TEXT, early})
     found = answered(loaded, tmp_path / "answers.jsonl", max_seq_length=14)
-    greedy = {prompt: tuple(plain_tokens(loaded[1].base, prompt, min(12, 14 - len(prompt)))) for prompt in PROMPTS}
+    greedy = {
+        prompt: tuple(plain_tokens(loaded[1].base, prompt, min(12, 14 - len(prompt)), end_of_text=(END_OF_TEXT, early)))
+        for prompt in PROMPTS
+    }
     assert len(found.valid) == 1
     assert found.valid[0] == Example(found.valid[0].prompt, greedy[found.valid[0].prompt])
     assert len(found.train) == 2 * 12
     assert {example.prompt: example.answer for example in found.train[:12]} == {
         prompt: greedy[prompt] for prompt in PROMPTS if prompt != found.valid[0].prompt
     }
-    assert any(answer[-1] != END_OF_TEXT for answer in greedy.values())
+    assert {answer[-1] in (END_OF_TEXT, early) for answer in greedy.values()} == {True, False}
     sampled = {example.prompt: example.answer for example in found.train[12:]}
     assert any(sampled[prompt] != greedy[prompt] for prompt in sampled)
 

@@ -140,6 +140,18 @@ def test_a_full_disk_loses_nothing_that_was_saved(base: Path, tmp_path: Path, mo
     with pytest.raises(UsageError, match="No space left on device"), replaced_directory(target) as temporary:
         (temporary / "half").write_text("written")
     assert same(read_adapter(target)[1], before)
+    monkeypatch.undo()
+    rename = Path.rename
+
+    def refuse_new(path: Path, goal: Path) -> Path:
+        if ".partial-" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, goal)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(UsageError, match="No space left on device"), replaced_directory(target) as temporary:
+        (temporary / "whole").write_text("written")
+    assert same(read_adapter(target)[1], before)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -163,7 +175,8 @@ def test_the_pruner_can_be_trained_afterwards_alone(base: Path, tmp_path: Path) 
     for mode in ("lossless", "shared"):
         first = whole(base, tmp_path / f"streams-{mode}", mode=mode)
         start = tmp_path / f"streams-{mode}"
-        run = prepared(base, tmp_path / f"pruned-{mode}", start, mode=mode, prune_rank=2, pruner_only=True)
+        changes = {"mode": mode, "prune_rank": 2, "pruner_only": True, "optimizer_config": {"weight_decay": 0.1}}
+        run = prepared(base, tmp_path / f"pruned-{mode}", start, **changes)
         run.train(DATA)
         config, tensors = read_adapter(tmp_path / f"pruned-{mode}")
         assert config.prune is not None
