@@ -5,15 +5,13 @@ base. mlx-lm loads the base; here the stream tensors are checked against the con
 shape, and against the base they were trained for.
 """
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model, load_tokenizer
 from safetensors import SafetensorError, safe_open
@@ -21,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from specstream_mlx.bundled import default_model_path
 from specstream_mlx.config import (
     CONFIG_NAME,
-    FINGERPRINT_TENSOR,
     LORA_PREFIX,
     PREFIX,
     WEIGHTS_NAME,
@@ -29,7 +26,9 @@ from specstream_mlx.config import (
     read_json,
 )
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
-from specstream_mlx.families import check_supported
+from specstream_mlx.families import check_supported, family_of, model_classes
+from specstream_mlx.families.decoder import DecoderFamily
+from specstream_mlx.fingerprint import is_marked
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.streams import StreamLoRALinear, Streams
 
@@ -79,7 +78,7 @@ def load(
     for file in weight_files:
         check_safetensors(file)
     try:
-        base, config = load_model(path, lazy=lazy, trust_remote_code=trust_remote_code)
+        base, config = load_model(path, lazy=lazy, get_model_classes=model_classes, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, FileNotFoundError, RuntimeError) as error:
         raise _load_error(path, error) from error
     source = resolve(adapter) if adapter is not None else path
@@ -159,11 +158,6 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def tensor_sha256(value: mx.array) -> str:
-    """The digest of a tensor as F32 little-endian, which tells bases of equal shape apart."""
-    return hashlib.sha256(np.array(value.astype(mx.float32)).astype("<f4").tobytes()).hexdigest()
-
-
 def _with_streams(base: nn.Module, config: dict[str, Any], source: Path, required: bool) -> SpecStreamModel:
     model_type = str(config.get("model_type"))
     config_file, weights_file = source / CONFIG_NAME, source / WEIGHTS_NAME
@@ -172,11 +166,12 @@ def _with_streams(base: nn.Module, config: dict[str, Any], source: Path, require
             raise InvalidInputError(f"{source}: no {CONFIG_NAME} and {WEIGHTS_NAME}; give a converted stream adapter")
         return SpecStreamModel(base, model_type)
     stream_config = StreamConfig.from_dict(read_json(config_file), str(config_file))
-    _check_base(stream_config, base, config, config_file)
-    hidden_size = config["hidden_size"]
+    family = family_of(base, model_type)
+    _check_base(stream_config, family, base, config, config_file)
+    hidden_size = family.size(config, "hidden_size")
     streams = Streams(stream_config, hidden_size)
     tensors = _read_streams(weights_file, stream_config, hidden_size)
-    dtype = base.model.norm.weight.dtype
+    dtype = family.dtype
     lora = {name: tensors.pop(name).astype(dtype) for name in list(tensors) if name.startswith(LORA_PREFIX)}
     streams.update(
         tree_unflatten([(name.removeprefix(PREFIX), value.astype(dtype)) for name, value in tensors.items()])
@@ -211,7 +206,9 @@ def _read_streams(path: Path, config: StreamConfig, hidden_size: int) -> dict[st
     return tensors
 
 
-def _check_base(stream_config: StreamConfig, base: Any, config: dict[str, Any], where: Path) -> None:
+def _check_base(
+    stream_config: StreamConfig, family: DecoderFamily, base: nn.Module, config: dict[str, Any], where: Path
+) -> None:
     """The streams' base block against the base at hand: sizes, and the fingerprint when both sides have one."""
     problems = []
     trained_for = stream_config.base_model
@@ -224,24 +221,25 @@ def _check_base(stream_config: StreamConfig, base: Any, config: dict[str, Any], 
         "vocab_size",
     )
     for key in keys:
-        if key in trained_for and key in config and trained_for[key] != config[key]:
-            problems.append(
-                f"{where}: streams were trained for {key} {trained_for[key]!r}, this base has {config[key]!r}"
-            )
-    layers = len(base.model.layers)
+        found = family.size(config, key)
+        if key in trained_for and found is not None and trained_for[key] != found:
+            problems.append(f"{where}: streams were trained for {key} {trained_for[key]!r}, this base has {found!r}")
+    layers = len(family.layers)
     if stream_config.num_stream_layers > layers:
         problems.append(
             f"{where}: num_stream_layers is {stream_config.num_stream_layers}, the base has {layers} layers"
         )
     if stream_config.prune is not None and stream_config.prune.layer > layers:
         problems.append(f"{where}: prune.layer is {stream_config.prune.layer}, the base has {layers} layers")
-    fingerprint: Any = trained_for.get("fingerprint")
-    marked = isinstance(fingerprint, dict) and fingerprint.get("tensor") == FINGERPRINT_TENSOR
-    if marked and tensor_sha256(base.model.norm.weight) != fingerprint.get("sha256"):
-        problems.append(
-            f"{where}: fingerprint of {FINGERPRINT_TENSOR} differs; the shapes fit, but this is another base than "
-            f"{trained_for.get('name_or_path', 'the one the streams were trained for')!r}"
-        )
+    mark: Any = trained_for.get("fingerprint")
+    marked = family.fingerprint_tensor(config)
+    if isinstance(mark, dict) and marked is not None and mark.get("tensor") == marked:
+        weight: mx.array = dict(tree_flatten(base.parameters()))[marked]
+        if not is_marked(mark, weight):
+            problems.append(
+                f"{where}: fingerprint of {marked} differs; the shapes fit, but this is another base than "
+                f"{trained_for.get('name_or_path', 'the one the streams were trained for')!r}"
+            )
     if problems:
         raise InvalidInputError("\n".join(problems))
 
@@ -259,7 +257,7 @@ def _attach_stream_lora(
     for path in paths:
         a, b = lora.pop(f"{LORA_PREFIX}{path}.lora_a", None), lora.pop(f"{LORA_PREFIX}{path}.lora_b", None)
         linear = modules.get(path)
-        match = re.match(r"model\.layers\.(\d+)\.", path)
+        match = re.match(rf"{re.escape(model.family.LAYERS)}\.(\d+)\.", path)
         if a is None or b is None:
             problems.append(f"{where}:{LORA_PREFIX}{path}: needs both lora_a and lora_b")
         elif match is None or int(match[1]) < model.num_trunk_layers:

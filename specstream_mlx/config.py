@@ -18,7 +18,6 @@ CONFIG_NAME = "specstream_config.json"
 WEIGHTS_NAME = "specstream.safetensors"
 PREFIX = "specstream."  # of every stream tensor
 LORA_PREFIX = "lora."  # of a lossless checkpoint's LoRA, beside the stream tensors
-FINGERPRINT_TENSOR = "model.norm.weight"
 FORMAT = "specstream"
 FORMAT_VERSION = 1
 MAX_GAMMA = 32

@@ -290,6 +290,7 @@ def stream_generate(
     caches = model.make_cache() if prompt_cache is None else prompt_cache
     check_caches(caches)
     _check_context(model, caches[0].offset, len(ids))
+    max_tokens = model.tokens_within_context(max_tokens, caches[0].offset + len(ids))
     loop = _Loop(
         model,
         caches,
@@ -435,7 +436,7 @@ def _prompt_ids(tokenizer: TokenizerWrapper, prompt: str | Sequence[int] | mx.ar
 
 def _check_context(model: SpecStreamModel, cached: int, new: int) -> None:
     """Raise InvalidInputError when the prompt leaves no room for a token in the model's context."""
-    context = getattr(model.args, "max_position_embeddings", None)
+    context = model.context_length
     if context is not None and cached + new >= context:
         before = f" after {cached} cached ones" if cached else ""
         raise InvalidInputError(

@@ -85,10 +85,10 @@ class SpecStreamModel(nn.Module):
         self.model_type = model_type
         self.stream_config = stream_config
         self.streams = streams
-        self._family = family_of(base, model_type)
+        self.family = family_of(base, model_type)
         self.context = PassContext()  # what the modules wrapped by the seam read; stream-only LoRA layers share it
         check_caches(self.make_cache())
-        install(self._family.layers, self.context)
+        install(self.family, self.context)
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         """The base model: (B, L) ids -> (B, L, V) logits."""
@@ -102,7 +102,23 @@ class SpecStreamModel(nn.Module):
     @property
     def layers(self) -> Sequence[Any]:
         """The base model's blocks, N of them."""
-        return self._family.layers
+        return self.family.layers
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens the model was made for; None when its configuration does not say."""
+        return self.family.size(vars(self.args), "max_position_embeddings")
+
+    def tokens_within_context(self, max_tokens: int, num_tokens: int) -> int:
+        """How many of ``max_tokens`` (-1: any number) can follow ``num_tokens`` tokens.
+
+        Rotary positions go on for ever. Learned ones end, and then so does the text, as with ``max_tokens``: plain
+        decoding would read past the table.
+        """
+        if self.family.ROTARY or self.context_length is None:
+            return max_tokens
+        left = self.context_length - num_tokens
+        return left if max_tokens == -1 else min(max_tokens, left)
 
     @property
     def gamma(self) -> int:
@@ -165,7 +181,7 @@ class SpecStreamModel(nn.Module):
             prune_layer = self.prune_layer
         trunk_layer = self.num_trunk_layers
         kept: Sequence[int] = range(tree.size)
-        hidden = self._family.embed(node_tokens[None])
+        hidden = self.family.embed(node_tokens[None], start + self._row_depths(tree, with_stream_rows=False))
         trunk, inserted = hidden, False
         layer = 0
         for boundary in sorted({prune_layer, trunk_layer, len(self.layers)}):
@@ -186,7 +202,7 @@ class SpecStreamModel(nn.Module):
                     assert self.streams is not None
                     hidden = mx.concatenate([hidden, self.streams(trunk)], axis=1)
                     inserted = True
-        logits = self._family.head(self._family.norm(hidden[:, : tree.size]))[0]
+        logits = self.family.head(self.family.norm(hidden[:, : tree.size]))[0]
         stream_hidden = hidden[:, tree.size :] if insert_streams else None
         return VerificationPass(tree, node_tokens, logits, trunk, stream_hidden, start, kept)
 
@@ -207,7 +223,7 @@ class SpecStreamModel(nn.Module):
         """
         if verified.stream_hidden is not None:
             hidden = verified.stream_hidden[:, node * self.gamma : (node + 1) * self.gamma]
-            return self._family.head(self._family.norm(hidden))[0]
+            return self.family.head(self.family.norm(hidden))[0]
         assert self.streams is not None
         hidden = self.streams(verified.trunk[:, node : node + 1])
         upper = range(self.num_trunk_layers, len(self.layers))
@@ -217,7 +233,7 @@ class SpecStreamModel(nn.Module):
         hidden = self._run(hidden, upper, caches, start, depths, np.tri(self.gamma, dtype=np.bool_), 0)
         for index in upper:
             drop_rows(caches[index], start)
-        return self._family.head(self._family.norm(hidden))[0]
+        return self.family.head(self.family.norm(hidden))[0]
 
     def early_exit_logits(self, hidden: mx.array) -> mx.array:
         """``z = LMHead(final_norm(o(M)))`` (section 6): (1, T, D) after the pruner's layer -> (T, V)."""
@@ -226,8 +242,8 @@ class SpecStreamModel(nn.Module):
         assert self.stream_config.prune is not None
         mapped = self.streams.prune(hidden)
         if self.stream_config.prune.final_norm:
-            mapped = self._family.norm(mapped)
-        return self._family.head(mapped)[0]
+            mapped = self.family.norm(mapped)
+        return self.family.head(mapped)[0]
 
     def _run(
         self,

@@ -3,7 +3,8 @@
 A stock block is called as ``layer(h, mask, cache)``. Three things make it verify a tree:
 
 * positions: the block asks its rotary embedding for consecutive positions from ``cache.offset``. ``TreeRope`` wraps
-  that embedding and, inside ``rows_at``, gives every row its own position by treating rows as batch entries;
+  that embedding and, inside ``rows_at``, gives every row its own position by treating rows as batch entries (a family
+  with learned positions has none: its rows get theirs with the token embedding, and attention knows no position);
 * mask: a boolean (T, S + T) array, prefix then ancestors; a chain needs no more than the causal mask;
 * cache: a pass appends all its rows; ``commit_rows`` keeps the accepted ones, ``drop_rows`` none.
 
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from mlx_lm.models.cache import KVCache
 
 from specstream_mlx.errors import UnsupportedError
+from specstream_mlx.families.decoder import DecoderFamily
 
 BoolMatrix = npt.NDArray[np.bool_]
 
@@ -86,22 +88,23 @@ class ValueRotation:
         return self._cache.update_and_fetch(keys, turned)
 
 
-def install(layers: Sequence[Any], context: PassContext) -> None:
-    """Wrap the rotary embedding of every layer's attention in place.
+def install(family: DecoderFamily, context: PassContext) -> None:
+    """Wrap the rotary embedding of every layer's attention in place, where the family has one.
 
     Raises:
         UnsupportedError: a block is not built the way the seam assumes.
     """
-    for index, layer in enumerate(layers):
-        attention = getattr(layer, "self_attn", None)
+    for index, layer in enumerate(family.layers):
+        attention = getattr(layer, family.ATTENTION, None)
         rope = getattr(attention, "rope", None)
-        if rope is None:
+        if attention is None or (rope is None) is family.ROTARY:
+            expected = f"{'a' if family.ROTARY else 'no'} rotary embedding at {family.ATTENTION}.rope"
             raise UnsupportedError(
-                f"model.layers.{index}: expected a rotary embedding at self_attn.rope; this block of mlx-lm is not "
-                "supported, use a tested mlx-lm (see pyproject.toml) or another model family"
+                f"{family.LAYERS}.{index}: expected {expected}; this block of mlx-lm is not supported, "
+                "use a tested mlx-lm (see pyproject.toml) or another model family"
             )
-        if not isinstance(rope, TreeRope):
-            layer.self_attn.rope = TreeRope(rope, context)
+        if family.ROTARY and not isinstance(rope, TreeRope):
+            attention.rope = TreeRope(rope, context)
 
 
 def check_caches(caches: Sequence[Any]) -> None:

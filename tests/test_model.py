@@ -129,7 +129,7 @@ def test_models_whose_caches_cannot_take_rows_back_are_refused():
 
 
 def test_unknown_families_are_refused():
-    with pytest.raises(UnsupportedError, match="'mamba' is not supported; supported: llama"):
+    with pytest.raises(UnsupportedError, match="'mamba' is not supported; supported: gpt2, llama"):
         SpecStreamModel(make_base("llama"), "mamba")
 
 

@@ -3,6 +3,7 @@
 import inspect
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 from specstream_mlx.errors import UnsupportedError
+from specstream_mlx.families import FAMILIES as FAMILY_CLASSES
+from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.tree import DraftTree
 from specstream_mlx.tree_attention import (
     PassContext,
@@ -21,10 +24,10 @@ from specstream_mlx.tree_attention import (
     drop_rows,
     with_streams,
 )
-from tests.tiny import FAMILIES, make_base, make_model, random_prompt
+from tests.tiny import FAMILIES, ROTARY_FAMILIES, make_base, make_model, random_prompt
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ROTARY_FAMILIES)
 def test_what_the_seam_assumes_of_mlx_lm(family):
     base = make_base(family)
     layer = base.model.layers[0]
@@ -44,6 +47,22 @@ def test_what_the_seam_assumes_of_mlx_lm(family):
     assert cache.offset == 3, "the cache no longer counts its rows in offset"
     assert cache.keys.shape[:2] == (1, 2), "keys are no longer (B, H_kv, S, D_h)"
     assert cache.keys.shape[2] >= 3, "keys no longer hold a row per token along axis 2"
+
+
+def test_what_the_seam_assumes_of_gpt2():
+    base = make_base("gpt2")
+    block = base.model.h[0]
+    assert list(inspect.signature(type(block).__call__).parameters)[1:4] == ["x", "mask", "cache"]
+    source = inspect.getsource(type(block.attn).__call__)
+    assert "cache.update_and_fetch(keys, values)" in source, "attention no longer appends by update_and_fetch"
+    assert "offset" not in source, "attention now asks for positions; they were added to the embedding"
+    tokens, caches = mx.array([[1, 2, 3]]), make_prompt_cache(base)
+    assert {type(cache) for cache in caches} == {KVCache}
+    hidden = base.model.wte(tokens) + base.model.wpe(mx.arange(3))
+    for layer in base.model.h:
+        hidden = layer(hidden, "causal", None)
+    logits = base.model.wte.as_linear(base.model.ln_f(hidden))
+    assert mx.allclose(base(tokens), logits, atol=1e-5), "the parts no longer make up the model"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +111,23 @@ def test_a_branch_in_a_tree_equals_the_branch_alone(family):
         branch = [node_tokens[ancestor].item() for ancestor in tree.ancestors(node)]
         alone = model(mx.array([prompt + branch]), cache=model.make_cache())[0, -1]
         assert mx.allclose(logits[node], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("llama", r"model.layers.2: expected a rotary embedding at self_attn.rope"),
+        ("opt", r"model.decoder.layers.2: expected no rotary embedding at self_attn.rope"),
+        ("gpt2", r"model.h.2: expected no rotary embedding at attn.rope"),
+    ],
+)
+def test_blocks_built_otherwise_are_refused(family, message):
+    """Red when a block whose positions nobody sets is accepted, or a rotary one where positions are learned."""
+    base = make_base(family)
+    family_class = FAMILY_CLASSES[base.model_type]
+    family_class(base).layers[2][family_class.ATTENTION].rope = None if family == "llama" else nn.RoPE(8)
+    with pytest.raises(UnsupportedError, match=message):
+        SpecStreamModel(base, base.model_type)
 
 
 def test_the_mask_drawn_in_the_module():

@@ -11,35 +11,51 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import generate_step
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import _get_classes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from specstream_mlx import SpecStreamModel, stream_generate
 from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME, StreamConfig
+from specstream_mlx.families import model_classes
 from specstream_mlx.streams import Streams
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+ROTARY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+# Learned positions: models, and what tells the variants of one model_type apart.
+LEARNED = {
+    "opt": {"model_type": "opt"},
+    "opt-post-norm": {"model_type": "opt", "do_layer_norm_before": False},
+    "opt-projected": {"model_type": "opt", "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "gpt2": {"model_type": "gpt2"},
+}
+FAMILIES = (*ROTARY_FAMILIES, *LEARNED)
 VOCAB_SIZE = 97
 END_OF_TEXT = 5
 
 
 def base_config(family: str, **changes: Any) -> dict[str, Any]:
-    """The ``config.json`` of a 4-layer model with D = 32, V = 97 and grouped-query attention."""
-    return {
+    """The ``config.json`` of a 4-layer model with D = 32, V = 97; grouped-query attention where the family has it."""
+    if family == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_ctx": 512, "n_positions": 512, "layer_norm_epsilon": 1e-5}
+        return {"vocab_size": VOCAB_SIZE} | sizes | LEARNED[family] | changes
+    config = {
         "model_type": family,
         "hidden_size": 32,
         "num_hidden_layers": 4,
-        "intermediate_size": 64,
         "num_attention_heads": 4,
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 512,
+    }
+    if family in LEARNED:
+        return config | {"ffn_dim": 64} | LEARNED[family] | changes
+    rotary = {
+        "intermediate_size": 64,
         "num_key_value_heads": 2,
         "head_dim": 8,
         "rms_norm_eps": 1e-5,
-        "vocab_size": VOCAB_SIZE,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
-        "max_position_embeddings": 512,
-    } | changes
+    }
+    return config | rotary | changes
 
 
 def stream_config(**changes: Any) -> StreamConfig:
@@ -61,14 +77,15 @@ def randomise(module: Any, seed: int, scale: float = 0.3) -> None:
     filled = []
     for index, (name, value) in enumerate(tree_flatten(module.parameters())):
         noise = mx.random.normal(value.shape, key=mx.random.key(1000 * seed + index))
-        filled.append((name, 1 + 0.1 * noise if "norm" in name else scale * noise))
+        is_norm = name.endswith("weight") and value.ndim == 1
+        filled.append((name, 1 + 0.1 * noise if is_norm else scale * noise))
     module.update(tree_unflatten(filled))
 
 
 def make_base(family: str, seed: int = 0, **changes: Any) -> Any:
-    """A random stock mlx-lm model."""
+    """A random model, mlx-lm's own or ours."""
     config = base_config(family, **changes)
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = model_classes(config)
     base = model_class(args_class.from_dict(config))
     randomise(base, seed)
     return base
@@ -78,15 +95,15 @@ def make_model(family: str = "llama", seed: int = 0, base_changes: Any = None, *
     """A random model with random streams; ``changes`` go into the stream configuration."""
     base = make_base(family, seed, **(base_changes or {}))
     config = stream_config(**changes)
-    streams = Streams(config, base.args.hidden_size)
+    streams = Streams(config, 32)
     randomise(streams, seed + 1)
-    return SpecStreamModel(base, family, config, streams)
+    return SpecStreamModel(base, base.model_type, config, streams)
 
 
 def save_directory(model: SpecStreamModel, path: Path) -> Path:
     """Write a model as ``convert`` does: an MLX directory with streams and a tokenizer of one word per id."""
     path.mkdir(parents=True)
-    config = base_config(model.model_type) | {"eos_token_id": END_OF_TEXT}
+    config = vars(model.args) | {"eos_token_id": END_OF_TEXT}
     (path / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.base.parameters())))
     save_streams(model, path)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from specstream_cli.signals import terminated_like_interrupted
 from specstream_cli.tables import table
 from specstream_cli.terminal import answer, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.validation import is_repo_id, regular_expression, repo_id, usage_error, within
@@ -94,7 +95,7 @@ def convert(
     if hf_path is not None:
         is_repo_id(hf_path, "--hf-path")
     quieten_libraries(offline=False, debug=debug)
-    with answer() as out:
+    with answer() as out, terminated_like_interrupted():
         import specstream_convert as converter
 
         options = converter.ConvertOptions(

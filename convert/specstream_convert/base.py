@@ -1,9 +1,4 @@
-"""The base model: a directory of transformers 4 or 5 or of mlx-lm, described without loading its weights.
-
-``config.json`` is brought to the form mlx-lm reads. mlx-lm takes ``rope_theta`` and ``rope_scaling`` from the top
-level and falls back to a class default without a word, so the nested form of transformers 5 is lifted, and a form
-that is not known is refused.
-"""
+"""The base model: a directory of transformers 4 or 5 or of mlx-lm, described without loading its weights."""
 
 import re
 from collections.abc import Iterable
@@ -14,32 +9,22 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes
 
+from specstream_convert.base_config import mlx_config
 from specstream_convert.layouts import LAYOUTS, Layout
 from specstream_convert.messages import at, escaped, listing
 from specstream_convert.safetensors_io import TensorFile, open_tensors
 from specstream_convert.stored import StoredTensor
 from specstream_mlx.config import read_json
-from specstream_mlx.errors import InvalidInputError, UnsupportedError
+from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.families import FAMILIES, model_classes
+from specstream_mlx.families.decoder import DecoderFamily
 
-_TOO_LARGE = (MemoryError, OverflowError)
-INDEX_NAME = "model.safetensors.index.json"
-ROPE_TYPES = {
-    "llama": ("default", "linear", "llama3", "yarn"),
-    "mistral": ("default", "linear", "llama3", "yarn"),
-    "qwen2": ("default", "linear", "yarn"),
-    "qwen3": ("default", "linear", "yarn"),
-    "phi3": ("default", "linear", "longrope", "su"),
-}
-# rope_parameters -> rope_scaling; anything else in rope_parameters is unknown and refused.
-ROPE_FIELDS = frozenset(
-    (
-        "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-        "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor",
-        "long_factor", "short_mscale", "long_mscale",
-    )
+_CANNOT_BUILD = (
+    TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, RuntimeError, AssertionError, MemoryError,
+    OverflowError,
 )  # fmt: skip
+INDEX_NAME = "model.safetensors.index.json"
 _REPO_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
 _DOWNLOADS = ("*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
 
@@ -66,12 +51,22 @@ class Base:
         return str(self.config["model_type"])
 
     @property
+    def family(self) -> type[DecoderFamily]:
+        """What the runtime knows of the model's kind."""
+        return FAMILIES[self.model_type]
+
+    @property
     def hidden_size(self) -> int:
-        return int(self.config["hidden_size"])
+        return int(self.family.size(self.config, "hidden_size"))
 
     @property
     def num_layers(self) -> int:
-        return int(self.config["num_hidden_layers"])
+        return int(self.family.size(self.config, "num_hidden_layers"))
+
+    @property
+    def num_positions(self) -> int | None:
+        """The learned positions there are; None with rotary ones, which have no end."""
+        return None if self.family.ROTARY else int(self.family.size(self.config, "max_position_embeddings"))
 
     @property
     def quantized(self) -> bool:
@@ -90,14 +85,15 @@ class Base:
     def summary(self) -> dict[str, Any]:
         """The fields that ``specstream_config.json`` records of a base."""
         config = self.config
+        heads = self.family.size(config, "num_attention_heads")
         return {
             "name_or_path": self.name,
             **({"revision": self.revision} if self.revision else {}),
             "model_type": self.model_type,
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.num_layers,
-            "num_attention_heads": config["num_attention_heads"],
-            "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": config.get("num_key_value_heads") or heads,
             "vocab_size": config["vocab_size"],
             "tie_word_embeddings": config["tie_word_embeddings"],
         }
@@ -176,147 +172,14 @@ def open_base(path: Path, name: str, revision: str | None = None) -> Base:
     )
 
 
-def mlx_config(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[str], list[str]]:
-    """``config.json`` in the form mlx-lm reads, with notes and warnings on what was changed."""
-    config = dict(raw)
-    notes: list[str] = []
-    warnings: list[str] = []
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise UnsupportedError(f"{where}: model_type is {escaped(repr(model_type))}; this is not a model's config.json")
-    if model_type not in LAYOUTS:
-        raise UnsupportedError(
-            f"{where}: model_type {escaped(repr(model_type))} is not supported; supported: {', '.join(LAYOUTS)}"
-        )
-    if config.get("model_file") is not None:
-        raise UnsupportedError(
-            f"{where}: model_file names code to be run from the checkpoint; it is never run, remove it"
-        )
-    _check_numbers(config, where)
-    _check_quantization(config, where)
-    if config.pop("auto_map", None) is not None:
-        notes.append("config.json: auto_map dropped; mlx-lm's own model is used, no code of the checkpoint is run")
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedError(f"{where}: hidden_act is {escaped(repr(activation))}; mlx-lm computes silu here")
-    _lift_rope(config, model_type, where, notes)
-    window = config.get("sliding_window")
-    ignores_window = model_type == "phi3" or (model_type in ("llama", "mistral") and not config.get("layer_types"))
-    if isinstance(window, int) and ignores_window:
-        warnings.append(
-            f"mlx-lm runs {model_type} without its sliding window of {window} tokens: "
-            "longer prompts differ from PyTorch"
-        )
-    scaling = config.get("rope_scaling") or {}
-    if scaling.get("rope_type", scaling.get("type")) in ("longrope", "su"):
-        warnings.append(
-            "mlx-lm uses the long factors of longrope at every length: prompts within the original context "
-            "differ from PyTorch"
-        )
-    return config, notes, warnings
-
-
-def _check_numbers(config: dict[str, Any], where: Path) -> None:
-    problems = []
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"):
-        value = config.get(name)
-        if type(value) is not int or not 1 <= value < 2**31:
-            problems.append(f"{where}: {name} is {escaped(repr(value))}, expected an integer >= 1")
-    layers = config.get("num_hidden_layers")
-    if type(layers) is int and layers > 10_000:
-        problems.append(f"{where}: num_hidden_layers is {layers}, which no model has")
-    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
-        value = config.get(name)
-        if value is not None and (type(value) is not int or not 1 <= value < 2**31):
-            problems.append(f"{where}: {name} is {escaped(repr(value))}, expected an integer >= 1")
-    epsilon = config.get("rms_norm_eps")
-    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
-        problems.append(f"{where}: rms_norm_eps is {escaped(repr(epsilon))}, expected a small number")
-    tie = config.get("tie_word_embeddings", False)
-    if not isinstance(tie, bool):
-        problems.append(f"{where}: tie_word_embeddings is {escaped(repr(tie))}, expected true or false")
-    if problems:
-        raise InvalidInputError(listing(problems))
-
-
-def _check_quantization(config: dict[str, Any], where: Path) -> None:
-    if "quantization" in config:
-        how = config["quantization"]
-        if not isinstance(how, dict) or not all(type(how.get(name)) is int for name in ("bits", "group_size")):
-            raise InvalidInputError(f"{where}: quantization needs integers bits and group_size; restore the file")
-        return
-    foreign = config.get("quantization_config")
-    if foreign is not None:
-        method = foreign.get("quant_method", "unnamed") if isinstance(foreign, dict) else foreign
-        raise UnsupportedError(
-            f"{where}: the base is quantised ({escaped(str(method))}); give the full-precision base with --hf-path"
-        )
-
-
-def _lift_rope(config: dict[str, Any], model_type: str, where: Path, notes: list[str]) -> None:
-    """Bring ``rope_parameters`` of transformers 5 to ``rope_theta`` and ``rope_scaling`` at the top level."""
-    nested = config.pop("rope_parameters", None)
-    if nested is not None:
-        if not isinstance(nested, dict) or any(isinstance(value, dict) for value in nested.values()):
-            raise UnsupportedError(
-                f"{where}: rope_parameters is {escaped(repr(nested))}: one set for all layers expected"
-            )
-        scaling = dict(nested)
-        for name in ("rope_theta", "partial_rotary_factor"):
-            if name not in scaling:
-                continue
-            value = scaling.pop(name)
-            if name in config and config[name] != value:
-                raise InvalidInputError(
-                    f"{where}: {name} is {config[name]!r}, but {value!r} in rope_parameters; remove the wrong one"
-                )
-            config[name] = value
-        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-        if rope_type != "default":
-            older = config.get("rope_scaling")
-            if older is not None and older != nested and older != scaling:
-                raise InvalidInputError(f"{where}: rope_scaling and rope_parameters differ; remove the wrong one")
-            config["rope_scaling"] = scaling
-        elif config.get("rope_scaling") is None:
-            config["rope_scaling"] = None
-        notes.append("config.json: rope_parameters lifted to rope_theta and rope_scaling, where mlx-lm reads them")
-    theta = config.get("rope_theta")
-    if theta is None:
-        if model_type == "qwen2":
-            raise InvalidInputError(f"{where}: rope_theta is missing, and its defaults differ; add it to config.json")
-        config["rope_theta"] = 10000.0
-        notes.append("config.json: no rope_theta, set to 10000 as transformers does")
-    elif isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1e15:
-        raise InvalidInputError(f"{where}: rope_theta is {escaped(repr(theta))}, expected a positive number")
-    given = config.get("rope_scaling")
-    if given is None:
-        return
-    if not isinstance(given, dict):
-        raise InvalidInputError(f"{where}: rope_scaling is {escaped(repr(given))}, expected an object")
-    scaling = dict(given)
-    rope_type = scaling.get("rope_type", scaling.get("type"))
-    unknown = sorted(set(scaling) - ROPE_FIELDS)
-    if rope_type not in ROPE_TYPES[model_type] or unknown:
-        detail = f"unknown field {escaped(unknown[0])}" if unknown else f"rope type {escaped(repr(rope_type))}"
-        raise UnsupportedError(
-            f"{where}: {detail} in the position encoding is not supported for {model_type}; "
-            f"supported types: {', '.join(ROPE_TYPES[model_type])}"
-        )
-    original = scaling.get("original_max_position_embeddings")
-    if model_type == "phi3" and original is not None:
-        config.setdefault("original_max_position_embeddings", original)
-    scaling["type"] = scaling["rope_type"] = rope_type
-    config["rope_scaling"] = None if rope_type == "default" else scaling
-
-
 def _module_tree(
     config: dict[str, Any], where: Path
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
     """Parameter shapes, linear layers and embeddings of mlx-lm's model; its arrays are lazy and never computed."""
     try:
-        model_class, args_class = _get_classes(config)
+        model_class, args_class = model_classes(config)
         model = model_class(args_class.from_dict(config))
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, RuntimeError, *_TOO_LARGE) as error:
+    except _CANNOT_BUILD as error:
         reason = escaped(" ".join(str(error).split()))
         raise InvalidInputError(f"{where}: mlx-lm cannot build the model ({reason}); restore config.json") from error
     parameters = {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}

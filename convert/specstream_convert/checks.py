@@ -9,10 +9,12 @@ from specstream_convert.lora import Lora
 from specstream_convert.messages import escaped, listing
 from specstream_convert.peft_config import PeftConfig, layer_of
 from specstream_convert.safetensors_io import mlx_dtype
-from specstream_mlx.checkpoint import tensor_sha256
-from specstream_mlx.config import FINGERPRINT_TENSOR, StreamConfig
+from specstream_mlx.config import StreamConfig
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.fingerprint import fingerprint as mark_of
+from specstream_mlx.fingerprint import is_marked
 
+OTHER_BASE = "give the base it was trained on with --hf-path"
 COMPARED = (
     "model_type",
     "hidden_size",
@@ -24,15 +26,15 @@ COMPARED = (
 )
 
 
-def fingerprint(base: Base, tensor: str = FINGERPRINT_TENSOR, dtype: str | None = None) -> dict[str, str]:
-    """The digest of one tensor as F32 little-endian: it tells bases of equal shape apart.
+def fingerprint(base: Base, tensor: str, dtype: str | None = None) -> dict[str, str]:
+    """The mark of one tensor of ``base``, which tells bases of equal shape apart.
 
     ``dtype`` is the one the tensor is written in, when that differs from the base's.
     """
     held = base.tensors[tensor].read_float32()
     if dtype is not None:
         held = held.astype(mlx_dtype(dtype)).astype(mx.float32)
-    return {"tensor": tensor, "sha256": tensor_sha256(held)}
+    return mark_of(tensor, held)
 
 
 def check_base_matches(config: StreamConfig, where: Any, base: Base) -> None:
@@ -43,24 +45,29 @@ def check_base_matches(config: StreamConfig, where: Any, base: Base) -> None:
         if name in recorded and recorded[name] != actual[name]:
             problems.append(
                 f"{where}: base_model.{name} is {escaped(repr(recorded[name]))}, "
-                f"the base {base.path} has {actual[name]!r}"
+                f"the base {base.path} has {actual[name]!r}; {OTHER_BASE}"
             )
     if config.num_stream_layers > base.num_layers:
         problems.append(
             f"{where}: num_stream_layers is {config.num_stream_layers}, "
-            f"the base {base.path} has {base.num_layers} layers"
+            f"the base {base.path} has {base.num_layers} layers; {OTHER_BASE}"
         )
     if config.prune is not None and config.prune.layer > base.num_layers:
-        problems.append(f"{where}: prune.layer is {config.prune.layer}, the base has {base.num_layers} layers")
+        problems.append(
+            f"{where}: prune.layer is {config.prune.layer}, the base has {base.num_layers} layers; correct it"
+        )
     mark = recorded.get("fingerprint")
     if mark is not None and not problems:
         tensor, digest = (mark.get("tensor"), mark.get("sha256")) if isinstance(mark, dict) else (None, None)
-        if not isinstance(tensor, str) or not isinstance(digest, str) or tensor not in base.tensors:
-            problems.append(f"{where}: base_model.fingerprint does not name a tensor of the base and its sha256")
-        elif fingerprint(base, tensor)["sha256"] != digest.lower():
+        named = base.layout.name(tensor) if isinstance(tensor, str) else ""
+        if not isinstance(digest, str) or named not in base.tensors:
             problems.append(
-                f"{base.tensors[tensor].place}: not the tensor the streams were trained on (sha256 differs "
-                f"from base_model.fingerprint): same shapes, another base or revision"
+                f"{where}: base_model.fingerprint names no tensor of the base with its sha256; correct it or remove it"
+            )
+        elif not is_marked(mark, base.tensors[named].read_float32()):
+            problems.append(
+                f"{base.tensors[named].place}: not the tensor the streams were trained on (sha256 differs from "
+                f"base_model.fingerprint): same shapes, another base or revision; give the right one as --hf-path"
             )
     if problems:
         raise InvalidInputError(listing(problems))

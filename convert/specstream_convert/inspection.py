@@ -13,6 +13,8 @@ from specstream_convert.safetensors_io import TensorFile, open_tensors
 from specstream_convert.streams_in import StreamSource, from_stream_file, gather, join, read_stream_config
 from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError, SpecStreamError
+from specstream_mlx.families import FAMILIES
+from specstream_mlx.families.decoder import DecoderFamily
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,9 @@ class _Findings:
             "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size "
             "tie_word_embeddings"
         )
-        self.fields["base"] = {name: config[name] for name in names.split() if name in config}
+        family = FAMILIES.get(str(config.get("model_type")), DecoderFamily)
+        sizes = {name: family.size(config, name) for name in names.split()}
+        self.fields["base"] = {name: value for name, value in sizes.items() if value is not None}
         quantization = config.get("quantization")
         if isinstance(quantization, dict):
             self.fields["quantization"] = {k: v for k, v in quantization.items() if not isinstance(v, dict)}

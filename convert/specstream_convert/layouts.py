@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of one family; every path is mlx-lm's.
+    """Names of one family; every path is mlx-lm's. The runtime's family knows where the blocks are.
 
     Attributes:
-        layers: the list of blocks; block ``i`` is ``{layers}.{i}``.
         renames: prefixes of raw tensor names and of PEFT's module paths, and what mlx-lm has in their place; the
             first that fits is used.
         transposed: matches the mlx-lm names of weights that Hugging Face files, where names differ from mlx-lm's,
@@ -23,8 +22,6 @@ class Layout:
     """
 
     embedding: str = "model.embed_tokens"
-    layers: str = "model.layers"
-    norm: str = "model.norm"
     head: str = "lm_head"
     renames: Mapping[str, str] = field(default_factory=dict)
     transposed: str | None = None
@@ -52,4 +49,18 @@ LAYOUTS: dict[str, Layout] = {
     "qwen2": Layout(),
     "qwen3": Layout(),
     "phi3": Layout(),
+    "opt": Layout(
+        embedding="model.decoder.embed_tokens",
+        renames={"decoder.": "model.decoder."},  # files of OPTModel
+        ignored=r"(model\.)?decoder\.version",  # a mark of fairseq's
+    ),
+    "gpt2": Layout(
+        embedding="model.wte",
+        renames={
+            "transformer.": "model.",
+            **{f"{part}.": f"model.{part}." for part in ("h", "wte", "wpe", "ln_f")},  # files of GPT2Model
+        },
+        transposed=r"model\.h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))\.weight",
+        ignored=r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",  # the causal mask
+    ),
 }

@@ -1,10 +1,12 @@
 """The output directory: written beside its target, renamed into place when complete, removed when not.
 
 A reader of the target sees nothing or a complete directory. Only an earlier output of this converter is replaced.
+What a killed run leaves behind is cleared by the next one with the same target (:mod:`specstream_convert.placing`).
 """
 
+import contextlib
 import json
-import secrets
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,25 +14,36 @@ from types import TracebackType
 from typing import Any
 
 from specstream_convert.messages import escaped
+from specstream_convert.placing import PARTIAL, create_locked, hidden_name, recover, swap, sync, sync_tree
 from specstream_convert.report import REPORT_NAME, TOOL
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.families import OURS
 
 
 class OutputDirectory:
-    """A context whose value is the temporary directory; :meth:`commit` renames it to the target."""
+    """A context whose value is the temporary directory; :meth:`commit` puts it in the target's place."""
 
     def __init__(self, target: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
         self.target = Path(target).expanduser()
+        self.path = self.target
+        self._overwrite = overwrite
         self._replace = False
+        self._lock: int | None = None
         self._made: list[Path] = []
-        self._check(overwrite, [path.resolve() for path in inputs])
-        self.path = self.target.parent / f".{self.target.name[:80]}.partial-{secrets.token_hex(6)}"
+        self._check_place([path.resolve() for path in inputs])
+        self._check_target()
 
-    def _check(self, overwrite: bool, inputs: list[Path]) -> None:
+    def _check_place(self, inputs: list[Path]) -> None:
         target = self.target
         if not target.name or target.name == "..":
             raise UsageError(f"{target}: not a name for an output directory; choose another --mlx-path")
+        for path in (target, *inputs):
+            try:
+                str(path).encode()
+            except UnicodeEncodeError:
+                name = escaped(str(path))
+                raise InvalidInputError(f"{name}: the name is not UTF-8, and MLX cannot open it; rename it") from None
         resolved = target.resolve()
         for path in inputs:
             home = path if path.is_dir() else path.parent
@@ -38,47 +51,57 @@ class OutputDirectory:
                 raise UsageError(f"{target}: lies in the input {home}; choose another --mlx-path")
             if resolved in home.parents:
                 raise UsageError(f"{target}: the input {home} lies in it; choose another --mlx-path")
-        if not (target.exists() or target.is_symlink()):
+
+    def _check_target(self) -> None:
+        target = self.target
+        self._replace = target.exists() or target.is_symlink()
+        if not self._replace:
             return
-        if not overwrite:
+        if not self._overwrite:
             raise UsageError(f"{target}: already exists; choose another --mlx-path or give --overwrite")
         foreign = not_ours(target)
         if foreign:
             raise UsageError(f"{target}: {foreign}; --overwrite replaces only an earlier output of this converter")
-        self._replace = True
 
     def __enter__(self) -> Path:
         try:
-            for parent in reversed([p for p in self.path.parents if not p.exists()]):
+            recover(self.target)
+            self._check_target()
+            for parent in reversed([p for p in self.target.parents if not p.exists()]):
                 parent.mkdir()
                 self._made.append(parent)
-            self.path.mkdir()
+            self._create()
         except OSError as error:
             self._remove()
             raise UsageError(
                 f"{self.target}: cannot be created ({error.strerror}); choose another --mlx-path"
             ) from error
+        except BaseException:
+            self._remove()
+            raise
         return self.path
+
+    def _create(self) -> None:
+        while True:
+            self.path = hidden_name(self.target, PARTIAL)
+            with contextlib.suppress(BlockingIOError):
+                self._lock = create_locked(self.path)
+                return
 
     def commit(self) -> None:
         """Put the complete directory in place; an output to be replaced goes away only after that."""
-        old = self.target.parent / f".{self.target.name[:80]}.replaced-{secrets.token_hex(6)}"
         try:
+            sync_tree(self.path)  # or a power cut could leave a directory of empty files under the final name
+            self._check_target()
             if self._replace:
-                self.target.rename(old)
-            elif self.target.exists():
-                raise UsageError(f"{self.target}: was created by someone else meanwhile; nothing was replaced")
-            try:
+                swap(self.path, self.target)
+            else:
                 self.path.rename(self.target)
-            except OSError:
-                if self._replace:
-                    old.rename(self.target)
-                raise
+            for parent in (self.target.parent, *(made.parent for made in self._made)):
+                sync(parent)
         except OSError as error:
             raise UsageError(f"{self.target}: cannot be written ({error.strerror})") from error
         self._made = []
-        if self._replace:
-            shutil.rmtree(old, ignore_errors=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -86,7 +109,16 @@ class OutputDirectory:
         self._remove()
 
     def _remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Delete what is at the temporary name (after a swap, the old output) and the parents made for nothing."""
+        if self.path != self.target:
+            try:
+                shutil.rmtree(self.path, ignore_errors=True)
+            except KeyboardInterrupt:
+                shutil.rmtree(self.path, ignore_errors=True)
+                raise
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
         for parent in reversed(self._made):
             try:
                 parent.rmdir()
@@ -114,7 +146,8 @@ def not_ours(target: Path) -> str | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON the same way every time."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))  # a name that is no UTF-8 becomes a JSON escape
 
 
 TOKENIZER_FILES = (
@@ -159,8 +192,11 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
         )
 
 
-def model_card(*, base_name: str, mode: str | None, placement: str, gamma: int | None, adapter_only: bool) -> str:
+def model_card(
+    *, base_name: str, model_type: str, mode: str | None, placement: str, gamma: int | None, adapter_only: bool
+) -> str:
     """README.md of the output."""
+    base_name = escaped(base_name)
     front = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
     if gamma is not None:
         front.append("- speculative-decoding")
@@ -185,8 +221,11 @@ def model_card(*, base_name: str, mode: str | None, placement: str, gamma: int |
         lines += [f'specstream-mlx generate --model {base_name} --adapter . --prompt "..."', "```"]
     else:
         lines += ['specstream-mlx generate --model . --prompt "..."', "```"]
-        adapters = ', adapter_path="adapters"' if placement == "live" else ""
-        lines += ["", "Stock mlx-lm opens it without drafting:", "", "```python", "from mlx_lm import load", ""]
-        lines += [f'model, tokenizer = load("."{adapters})', "```"]
+        if model_type in OURS:
+            lines += ["", f"mlx-lm itself has no `{model_type}` and does not open it."]
+        else:
+            adapters = ', adapter_path="adapters"' if placement == "live" else ""
+            lines += ["", "Stock mlx-lm opens it without drafting:", "", "```python", "from mlx_lm import load", ""]
+            lines += [f'model, tokenizer = load("."{adapters})', "```"]
     lines += ["", f"What became of every tensor is in `{REPORT_NAME}`.", ""]
     return "\n".join(front + lines)

@@ -106,7 +106,7 @@ def layer_of(module: str) -> int | None:
     >>> layer_of("model.layers.11.mlp.up_proj"), layer_of("lm_head")
     (11, None)
     """
-    match = re.search(r"(?:^|\.)layers\.(\d{1,6})\.", module)
+    match = re.search(r"(?:^|\.)(?:layers|h)\.(\d{1,6})\.", module)
     return int(match.group(1)) if match else None
 
 

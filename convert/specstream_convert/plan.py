@@ -112,7 +112,7 @@ def make_plan(options: ConvertOptions, progress: Progress) -> Plan:
         outputs = plan_outputs(base, changes, dtype, one_file=quantization is not None)
         fates += _base_fates(base, outputs, quantization is not None)
     if options.reference_logits is not None:
-        read_reference_logits(options.reference_logits, int(base.config["vocab_size"]))
+        read_reference_logits(options.reference_logits, base)
     return Plan(
         options=options,
         base=base,
@@ -249,7 +249,8 @@ def _base_fates(base: Base, outputs: tuple[OutputTensor, ...], quantized: bool) 
                 fates.append(TensorFate(file.path.name, raw, f"dropped: {base.dropped[raw]}"))
                 continue
             output = by_source[file.path, raw]
-            what = "merged with LoRA" if output.changes else "copied"
+            unchanged = "transposed" if output.source.transposed else "copied"
+            what = "merged with LoRA" if output.changes else unchanged
             if output.dtype != output.source.dtype:
                 what += f", cast to {output.dtype}"
             if quantized:

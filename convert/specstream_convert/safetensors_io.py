@@ -86,7 +86,9 @@ class TensorFile:
         except OSError as error:
             raise InvalidInputError(f"{self.path}: cannot be read ({error.strerror})") from error
         if len(raw) != info.num_bytes:
-            raise InvalidInputError(f"{at(self.path, name)}: the file became shorter while it was read")
+            raise InvalidInputError(
+                f"{at(self.path, name)}: the file became shorter while it was read; try again when nothing writes it"
+            )
         flat = mx.array(np.frombuffer(raw, dtype=_RAW[dtype.size]))
         return flat.view(dtype).reshape(info.shape)
 
@@ -105,7 +107,7 @@ class TensorFile:
         if num_bad:
             raise InvalidInputError(
                 f"{at(self.path, name)}: {num_bad} of {value.size} values are NaN or infinite; "
-                "the training diverged or the file is damaged"
+                "the training diverged or the file is damaged, take an earlier checkpoint"
             )
         return value
 
@@ -117,7 +119,7 @@ class TensorFile:
         place = at(self.path, name)
         if dtype.startswith("F"):
             raise UnsupportedError(f"{place}: dtype {dtype} is not supported; save it as BF16 or F32")
-        raise InvalidInputError(f"{place}: dtype is {dtype}, expected a float tensor (F32, BF16 or F16)")
+        raise InvalidInputError(f"{place}: dtype is {dtype}, expected a float tensor; save it as F32, BF16 or F16")
 
     def sha256(self) -> str:
         """The digest of the whole file."""
@@ -137,9 +139,9 @@ def open_tensors(path: Path) -> TensorFile:
         InvalidInputError: missing, empty, truncated, a Git LFS pointer, or a header that contradicts the file.
     """
     if not path.exists():
-        raise InvalidInputError(f"{path}: file not found")
+        raise InvalidInputError(f"{path}: file not found; give a path that exists")
     if not path.is_file():
-        raise InvalidInputError(f"{path}: not a regular file")
+        raise InvalidInputError(f"{path}: not a regular file; give the file itself")
     try:
         num_bytes = path.stat().st_size
         with path.open("rb") as file:
@@ -153,7 +155,7 @@ def open_tensors(path: Path) -> TensorFile:
         with safe_open(path, framework="numpy") as checked:
             if set(checked.keys()) != set(tensors):
                 raise InvalidInputError(
-                    f"{path}: the safetensors library reads other tensor names; the file is damaged"
+                    f"{path}: the safetensors library reads other tensor names; the file is damaged, save it again"
                 )
     except (SafetensorError, OSError, ValueError) as error:
         reason = escaped(" ".join(str(error).split()))
@@ -172,10 +174,13 @@ def _header_bytes(path: Path, start: bytes, num_bytes: int, read: Callable[[int]
         raise InvalidInputError(f"{path}: {num_bytes} bytes are too few for a safetensors file; download it again")
     (length,) = struct.unpack("<Q", start)
     if length > MAX_HEADER:
-        raise InvalidInputError(f"{path}: the header claims {length} bytes, the limit is {MAX_HEADER}; not safetensors")
+        raise InvalidInputError(
+            f"{path}: the header claims {length} bytes, the limit is {MAX_HEADER}; download it again"
+        )
     if length + 8 > num_bytes:
         raise InvalidInputError(
-            f"{path}: the header needs {length + 8} bytes, the file has {num_bytes}; the download is incomplete"
+            f"{path}: the header needs {length + 8} bytes, the file has {num_bytes}; it is incomplete, "
+            "download or save it again"
         )
     return read(length)
 
@@ -186,16 +191,20 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
         if len(seen) != len(pairs):
             names = [key for key, _ in pairs]
             twice = sorted({name for name in names if names.count(name) > 1})[:5] if len(names) < 10_000 else []
-            raise InvalidInputError(f"{path}: names appear twice in the header: {', '.join(map(escaped, twice))}")
+            raise InvalidInputError(
+                f"{path}: names appear twice in the header: {', '.join(map(escaped, twice))}; save it again"
+            )
         return seen
 
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         reason = escaped(" ".join(str(error).split()))
-        raise InvalidInputError(f"{path}: the safetensors header is not valid JSON ({reason})") from error
+        raise InvalidInputError(
+            f"{path}: the safetensors header is not valid JSON ({reason}); download or save it again"
+        ) from error
     if not isinstance(header, dict):
-        raise InvalidInputError(f"{path}: the safetensors header is not an object")
+        raise InvalidInputError(f"{path}: the safetensors header is not an object; download or save it again")
     return header
 
 
@@ -207,21 +216,25 @@ def _check_header(path: Path, header: dict[str, Any], data: int, num_bytes: int)
             continue
         problem = _entry_problem(entry)
         if problem:
-            problems.append(f"{at(path, name)}: {problem}")
+            problems.append(f"{at(path, name)}: {problem}; save it again")
             continue
         begin, end = entry["data_offsets"]
         tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), data + begin, end - begin)
     end = data
     for info in sorted(tensors.values(), key=lambda t: (t.start, t.num_bytes)):
         if info.start != end:
-            problems.append(f"{at(path, info.name)}: its data begins at byte {info.start}, expected {end}")
+            problems.append(
+                f"{at(path, info.name)}: its data begins at byte {info.start}, expected {end}; save it again"
+            )
         end = max(end, info.start + info.num_bytes)
     if problems:
         raise InvalidInputError(listing(problems))
     if end > num_bytes:
-        raise InvalidInputError(f"{path}: expected {end} bytes, the file has {num_bytes}; the download is incomplete")
+        raise InvalidInputError(
+            f"{path}: expected {end} bytes, the file has {num_bytes}; the file is incomplete, download or save it again"
+        )
     if end < num_bytes:
-        raise InvalidInputError(f"{path}: expected {end} bytes, the file has {num_bytes}; it is damaged")
+        raise InvalidInputError(f"{path}: expected {end} bytes, the file has {num_bytes}; it is damaged, save it again")
     return tensors
 
 

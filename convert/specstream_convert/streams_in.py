@@ -15,7 +15,7 @@ import mlx.core as mx
 from specstream_convert.messages import at, escaped, listing
 from specstream_convert.peft_keys import Kind, parse
 from specstream_convert.report import TensorFate
-from specstream_convert.safetensors_io import FLOATS, TensorFile
+from specstream_convert.safetensors_io import TensorFile
 from specstream_mlx.config import CONFIG_NAME, PREFIX, REQUIRED, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError
 
@@ -31,6 +31,7 @@ _ALIASES = (
     (re.compile(r"^(?:prune|f_rho|o_theta)\.(?:down|0)\.weight$"), "prune.down.weight"),
     (re.compile(r"^(?:prune|f_rho|o_theta)\.(?:up|1)\.weight$"), "prune.up.weight"),
 )
+TRANSPOSED = ".T"  # behind a name in the key map
 _ROW = re.compile(r"^stream_embeddings\.(\d{1,3})$")
 
 
@@ -40,11 +41,14 @@ class Source:
 
     file: TensorFile
     names: tuple[str, ...]
+    transposed: bool = False  # stored the other way round, as the user's key map says
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape once read; a singleton dimension of the embeddings' three is squeezed by :func:`read`."""
         first = self.file.tensors[self.names[0]].shape
+        if self.transposed:
+            return tuple(reversed(first))
         if len(self.names) > 1 or len(first) == 1:
             return (len(self.names), first[-1] if first else 1)
         if len(first) == 3 and 1 in first[:2]:
@@ -53,9 +57,13 @@ class Source:
 
     def read(self) -> mx.array:
         """The tensor in float32."""
-        rows = [self.file.read_float32(name) for name in self.names]
+        rows = [self.oriented(self.file.read_float32(name)) for name in self.names]
         joined = rows[0] if len(rows) == 1 else mx.concatenate([row.reshape(1, -1) for row in rows])
         return joined.reshape(self.shape)
+
+    def oriented(self, value: mx.array) -> mx.array:
+        """A stored tensor of this source the right way round."""
+        return mx.contiguous(value.T) if self.transposed else value
 
 
 @dataclass(frozen=True)
@@ -73,18 +81,24 @@ def gather(file: TensorFile, found: Mapping[str, str]) -> StreamSource:
     notes: list[str] = []
     rows: dict[int, str] = {}
     names: dict[str, str] = {}
+    turned: set[str] = set()
     for inner, raw in found.items():
-        row = _ROW.match(inner)
+        if inner.endswith(TRANSPOSED) and not raw.endswith(TRANSPOSED):  # so the key map wrote it
+            inner = inner.removesuffix(TRANSPOSED)
+            turned.add(raw)
+            problems += _turning_problems(file, raw)
+        row = None if raw in turned else _ROW.match(inner)
         if row:
             rows[int(row.group(1))] = raw
             continue
         canonical = next((name for pattern, name in _ALIASES if pattern.match(inner)), inner)
         if canonical in names:
             problems.append(f"{at(file.path, raw)}: means the same tensor as {escaped(names[canonical])}; keep one")
-        if canonical != inner:
-            notes.append(f"{file.path.name}: {escaped(raw)} read as {PREFIX}{canonical}")
+        if canonical != inner or raw in turned:
+            how = ", transposed" if raw in turned else ""
+            notes.append(f"{file.path.name}: {escaped(raw)} read as {PREFIX}{canonical}{how}")
         names[canonical] = raw
-    tensors = {name: Source(file, (raw,)) for name, raw in names.items()}
+    tensors = {name: Source(file, (raw,), raw in turned) for name, raw in names.items()}
     if rows:
         problems += _row_problems(file, rows, names)
         tensors["stream_embeddings"] = Source(file, tuple(rows[i] for i in sorted(rows)))
@@ -105,10 +119,24 @@ def gather(file: TensorFile, found: Mapping[str, str]) -> StreamSource:
     )
 
 
+def _turning_problems(file: TensorFile, raw: str) -> list[str]:
+    shape = file.tensors[raw].shape
+    if len(shape) != 2:
+        return [f"{at(file.path, raw)}: shape {shape}, only a matrix can be transposed; correct the key map"]
+    if shape[0] == shape[1]:
+        return [
+            f"{at(file.path, raw)}: has as many rows as columns, so nothing shows that it is transposed; "
+            "save it the right way round"
+        ]
+    return []
+
+
 def _row_problems(file: TensorFile, rows: dict[int, str], names: dict[str, str]) -> list[str]:
     problems = []
     if sorted(rows) != list(range(len(rows))):
-        problems.append(f"{file.path}: rows of stream_embeddings are {sorted(rows)}, expected 0 to {len(rows) - 1}")
+        problems.append(
+            f"{file.path}: rows of stream_embeddings are {sorted(rows)}, expected 0 to {len(rows) - 1}; save them all"
+        )
     if "stream_embeddings" in names:
         problems.append(f"{at(file.path, names['stream_embeddings'])}: given whole and row by row; keep one")
     sizes = {file.tensors[raw].shape for raw in rows.values()}
@@ -151,7 +179,9 @@ def join(form_a: StreamSource | None, form_b: StreamSource | None) -> StreamSour
         if a is None or b is None:
             held = a or b
             assert held is not None
-            problems.append(f"{held.file.path}: {PREFIX}{escaped(name)} is only there, not in the other form")
+            problems.append(
+                f"{held.file.path}: {PREFIX}{escaped(name)} is only there, not in the other form; remove the wrong one"
+            )
         elif a.shape != b.shape or not bool(mx.array_equal(a.read(), b.read()).item()):
             problems.append(
                 f"{at(a.file.path, a.names[0])}: differs from {at(b.file.path, b.names[0])}; "
@@ -214,9 +244,12 @@ def check_streams(source: StreamSource, config: StreamConfig, hidden_size: int, 
     Raises:
         InvalidInputError: missing, superfluous, of another shape, not float, or not finite (all are listed).
     """
+    for held in source.tensors.values():
+        for tensor in held.names:
+            held.file.require_float(tensor)
     expected = config.tensor_shapes(hidden_size)
     problems = [
-        f"{where}: {PREFIX}{name} {shape} is needed by the configuration and was not saved"
+        f"{where}: {PREFIX}{name} {shape} is needed by {CONFIG_NAME} and was not saved; save it or correct that file"
         for name, shape in expected.items()
         if name not in source.tensors
     ]
@@ -226,11 +259,7 @@ def check_streams(source: StreamSource, config: StreamConfig, hidden_size: int, 
         if wanted is None:
             problems.append(f"{place}: not needed by {CONFIG_NAME}; correct the configuration or --ignore-keys it")
         elif held.shape != wanted:
-            problems.append(f"{place}: shape {held.shape}, expected {wanted}{_hint(name, held.shape, wanted, config)}")
-    for held in source.tensors.values():
-        for tensor in held.names:
-            if held.file.tensors[tensor].dtype not in FLOATS and not problems:
-                held.file.require_float(tensor)
+            problems.append(f"{place}: shape {held.shape}, expected {wanted}{_hint(name, held, wanted, config)}")
     if problems:
         raise InvalidInputError(listing(problems))
     warnings = []
@@ -246,9 +275,11 @@ def check_streams(source: StreamSource, config: StreamConfig, hidden_size: int, 
     return warnings
 
 
-def _hint(name: str, shape: tuple[int, ...], wanted: tuple[int, ...], config: StreamConfig) -> str:
-    if shape == tuple(reversed(wanted)):
-        return "; it is transposed"
+def _hint(name: str, held: Source, wanted: tuple[int, ...], config: StreamConfig) -> str:
+    shape = held.shape
+    if shape == tuple(reversed(wanted)) and len(held.names) == 1:
+        turn = json.dumps({held.names[0]: f"{PREFIX}{name}{TRANSPOSED}"})
+        return f"; it is transposed; turn it with --key-map and a file that holds {escaped(turn)}"
     if name == "stream_embeddings" and len(shape) == 2 and shape[1] == wanted[1]:
         return f"; gamma is {config.gamma} in {CONFIG_NAME}, the tensor has {shape[0]} rows"
     return "; the base or the configuration is another one"

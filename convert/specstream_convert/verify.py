@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.utils import _get_classes, load_adapters, load_model
+from mlx_lm.utils import load_adapters, load_model
 
 from specstream_convert.base import Base
 from specstream_convert.lora import LoraSet
@@ -25,6 +25,7 @@ from specstream_convert.safetensors_io import dtype_name, mlx_dtype
 from specstream_convert.streams_in import StreamSource
 from specstream_mlx.config import LORA_PREFIX, PREFIX
 from specstream_mlx.errors import InvalidInputError, VerificationError
+from specstream_mlx.families import family_of, model_classes
 
 NUM_TOKENS = 16
 WHOLE_MODEL_BYTES = 2 << 30  # above this the reloaded model is run layer by layer too
@@ -148,20 +149,21 @@ def _verify_streams(directory: Path, streams: StreamSource) -> dict[str, Any] | 
         return None
     held = load(directory / "specstream.safetensors")
     for name, source in streams.tensors.items():
-        files = [to_numpy(load(source.file.path)[tensor]).reshape(-1) for tensor in source.names]
+        files = [to_numpy(source.oriented(load(source.file.path)[tensor])).reshape(-1) for tensor in source.names]
         found = held.get(PREFIX + name)
         if found is None or not np.array_equal(to_numpy(found).reshape(-1), np.concatenate(files)):
             raise VerificationError(f"the output is wrong: {PREFIX}{name} differs from the input")
     return {"checked": len(streams.tensors), "max_abs_error": 0.0}
 
 
-def sample_tokens(vocab_size: int) -> Array:
+def sample_tokens(vocab_size: int, count: int = NUM_TOKENS) -> Array:
     """The token ids of the comparison, the same every time."""
-    return np.random.default_rng(0).integers(0, vocab_size, NUM_TOKENS)
+    return np.random.default_rng(0).integers(0, vocab_size, count)
 
 
 def _verify_logits(directory: Path, expected: Expected) -> dict[str, Any]:
-    tokens = sample_tokens(int(expected.base.config["vocab_size"]))
+    base = expected.base
+    tokens = sample_tokens(int(base.config["vocab_size"]), min(NUM_TOKENS, base.num_positions or NUM_TOKENS))
     found = output_logits(directory, tokens, live=expected.placement == "live")
     wanted = reference_logits(expected, tokens)
     difference = float(np.abs(found - wanted).max())
@@ -182,9 +184,9 @@ def _tolerance(expected: Expected, table: dict[str, float], quantized: float) ->
 
 
 def output_logits(directory: Path, tokens: Array, *, live: bool) -> Array:
-    """Logits (L, V) of the directory as stock mlx-lm opens it, computed in float32."""
+    """Logits (L, V) of the directory as mlx-lm opens it, computed in float32."""
     try:
-        model, _ = load_model(directory, lazy=True)
+        model, _ = load_model(directory, lazy=True, get_model_classes=model_classes)
         if live:
             model = load_adapters(model, str(directory / "adapters"))
     except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
@@ -201,17 +203,19 @@ def output_logits(directory: Path, tokens: Array, *, live: bool) -> Array:
 def reference_logits(expected: Expected, tokens: Array) -> Array:
     """Logits (L, V) of the independently merged reference: float32 arithmetic, one layer in memory at a time."""
     base = expected.base
-    model_class, args_class = _get_classes(base.config)
+    model_class, args_class = model_classes(base.config)
     model = model_class(args_class.from_dict(base.config))
     model.eval()
     outputs = {output.name: output for output in expected.outputs}
     items = expected.loras.items if expected.loras is not None and expected.placement == "live" else ()
     live = {item.weight: item.merged() for item in items}
+    quantizable = {f"{name}.weight" for name, module in model.named_modules() if hasattr(module, "to_quantized")}
 
     def fill(module: nn.Module, prefix: str) -> None:
         values = []
         for name, _ in tree_flatten(module.parameters()):
-            value = _reference_tensor(outputs[f"{prefix}{name}"], outputs, expected)
+            quantized = expected.quantization is not None and f"{prefix}{name}" in quantizable
+            value = _reference_tensor(outputs[f"{prefix}{name}"], outputs, expected, quantized)
             if f"{prefix}{name}" in live:
                 value = Reference(value, live[f"{prefix}{name}"]).float32()
             values.append((name, value))
@@ -220,7 +224,9 @@ def reference_logits(expected: Expected, tokens: Array) -> Array:
     return np.array(_by_layers(model, mx.array(tokens)[None], fill)[0])
 
 
-def _reference_tensor(output: OutputTensor, outputs: dict[str, OutputTensor], expected: Expected) -> mx.array:
+def _reference_tensor(
+    output: OutputTensor, outputs: dict[str, OutputTensor], expected: Expected, quantized: bool
+) -> mx.array:
     """The float32 value that one tensor of the output stands for."""
     value, module = read(output.source), output.name.removesuffix(".weight")
     if output.name.endswith(".weight") and f"{module}.scales" in outputs:
@@ -228,7 +234,8 @@ def _reference_tensor(output: OutputTensor, outputs: dict[str, OutputTensor], ex
     if output.changes:
         value = Reference(value, output.changes).float32()
     value = value.astype(mlx_dtype(output.dtype))
-    if expected.quantization is not None and value.ndim == 2:
+    if quantized:
+        assert expected.quantization is not None
         how = {key: expected.quantization[key] for key in ("group_size", "bits", "mode")}
         if value.shape[-1] % how["group_size"] == 0:
             value = mx.dequantize(*mx.quantize(value, **how), **how)
@@ -245,29 +252,37 @@ def _dequantized(module: str, outputs: dict[str, OutputTensor], quantization: di
 
 def _by_layers(model: nn.Module, ids: mx.array, fill: Callable[[nn.Module, str], None]) -> mx.array:
     """Logits (1, L, V): run the model one part at a time, letting ``fill`` load each part and dropping it after."""
-    inner = model.model
-    fill(inner.embed_tokens, "model.embed_tokens.")
-    hidden = inner.embed_tokens(ids).astype(mx.float32)
+    family = family_of(model, model.model_type)
+
+    def inside(name: str, paths: tuple[str, ...]) -> bool:
+        return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+    # No module of a block may be among them, or its weights would stay.
+    leaves = [(name, module) for name, module in model.named_modules() if not module.children()]
+    parts = [(name, module) for name, module in leaves if not inside(name, (family.LAYERS,))]
+    del leaves
+    for name, module in parts:
+        if inside(name, family.INPUT):
+            fill(module, f"{name}.")
+    hidden = family.embed(ids, np.arange(ids.shape[1], dtype=np.int32)).astype(mx.float32)
     mask = create_attention_mask(hidden, None)
-    for i in range(len(inner.layers)):
-        layer = inner.layers[i]
-        inner.layers[i] = None
-        fill(layer, f"model.layers.{i}.")
+    for i in range(len(family.layers)):
+        layer = family.layers[i]
+        family.layers[i] = None
+        fill(layer, f"{family.LAYERS}.{i}.")
         hidden = layer(hidden, mask, None)
         mx.eval(hidden)
         del layer
         mx.clear_cache()
-    fill(inner.norm, "model.norm.")
-    hidden = inner.norm(hidden)
-    if "lm_head" not in model:
-        return inner.embed_tokens.as_linear(hidden)
-    fill(model.lm_head, "lm_head.")
-    return model.lm_head(hidden)
+    for name, module in parts:
+        if not inside(name, family.INPUT):
+            fill(module, f"{name}.")
+    return family.head(family.norm(hidden))
 
 
 def compare_reference_logits(directory: Path, path: Path, expected: Expected) -> dict[str, Any]:
     """Compare with logits computed elsewhere: an npz of ``tokens`` (L,) and ``logits`` (L, V)."""
-    tokens, wanted = read_reference_logits(path, int(expected.base.config["vocab_size"]))
+    tokens, wanted = read_reference_logits(path, expected.base)
     found = output_logits(directory, tokens, live=expected.placement == "live")
     difference = float(np.abs(found - wanted).max())
     quantized = expected.quantization is not None or expected.base.quantized
@@ -287,8 +302,11 @@ def compare_reference_logits(directory: Path, path: Path, expected: Expected) ->
     return figure | {"tolerance": tolerance}
 
 
-def read_reference_logits(path: Path, vocab_size: int) -> tuple[Array, Array]:
-    """``tokens`` and ``logits`` of an npz, checked; nothing pickled is read."""
+def read_reference_logits(path: Path, base: Base) -> tuple[Array, Array]:
+    """``tokens`` and ``logits`` of an npz, checked against the base; nothing pickled is read."""
+    vocab_size = int(base.config["vocab_size"])
+    if path.exists() and not path.is_file():
+        raise InvalidInputError(f"{path}: not a regular file; give the npz file itself")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             missing = [name for name in ("tokens", "logits") if name not in held]
@@ -306,6 +324,8 @@ def read_reference_logits(path: Path, vocab_size: int) -> tuple[Array, Array]:
         raise InvalidInputError(f"{path}: not a readable npz file ({reason})") from error
     if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu" or logits.dtype.kind != "f":
         raise InvalidInputError(f"{path}: expected integer tokens (L,) and float logits (L, V)")
+    if base.num_positions is not None and len(tokens) > base.num_positions:
+        raise InvalidInputError(f"{path}: {len(tokens)} tokens, the model has {base.num_positions} learned positions")
     if logits.shape != (len(tokens), vocab_size):
         raise InvalidInputError(f"{path}: logits have shape {logits.shape}, expected {(len(tokens), vocab_size)}")
     if tokens.min() < 0 or tokens.max() >= vocab_size or not np.isfinite(logits).all():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes, quantize_model
+from mlx_lm.utils import quantize_model
 
 from specstream_convert.checks import fingerprint
 from specstream_convert.options import DTYPES
@@ -17,6 +17,7 @@ from specstream_convert.plan import ADAPTERS, Plan, Progress, lora_summary
 from specstream_convert.safetensors_io import TensorOut, sha256_file, write_tensors
 from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME
 from specstream_mlx.errors import UsageError
+from specstream_mlx.families import model_classes
 
 METADATA = {"format": "mlx"}
 
@@ -34,6 +35,7 @@ def write_output(plan: Plan, directory: Path, hashes: dict[str, str], progress: 
         _write_sidecar(plan, directory, hashes)
     card = model_card(
         base_name=plan.base.name,
+        model_type=plan.base.model_type,
         mode=plan.mode,
         placement=plan.placement,
         gamma=plan.config.gamma if plan.config else None,
@@ -78,7 +80,7 @@ def _write_quantized(
     plan: Plan, directory: Path, outs: list[TensorOut], config: dict[str, Any], count: Callable[[int], None]
 ) -> dict[str, Any]:
     assert plan.quantization is not None
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = model_classes(config)
     model = model_class(args_class.from_dict(config))
     model.load_weights([(out.name, out.value()) for out in outs])
     try:
@@ -144,6 +146,10 @@ def _write_sidecar(plan: Plan, directory: Path, hashes: dict[str, str]) -> None:
     recorded = plan.config.base_model.get("name_or_path")
     if isinstance(recorded, str) and "/" in recorded and not recorded.startswith(("/", ".", "~")):
         base_model["name_or_path"] = recorded
-    base_model["fingerprint"] = fingerprint(plan.base, dtype=None if plan.options.adapter_only else plan.dtype)
+    base_model.pop("fingerprint", None)
+    marked = plan.base.family.fingerprint_tensor(plan.base.config)
+    if marked is not None:
+        dtype = None if plan.options.adapter_only else plan.dtype
+        base_model["fingerprint"] = fingerprint(plan.base, marked, dtype)
     config = replace(plan.config, base_model=base_model, lora=lora_summary(plan), source={"sha256": hashes})
     write_json(directory / CONFIG_NAME, config.to_dict())

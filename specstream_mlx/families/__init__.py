@@ -4,43 +4,27 @@ The runtime drives the layers itself and needs four parts of a model: embedding,
 where each family's parts are found. A family whose embedding is scaled or whose logits are capped gets its own class.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import mlx.core as mx
+from mlx_lm.utils import _get_classes
 
 from specstream_mlx.errors import UnsupportedError
-
-
-class DecoderFamily:
-    """Llama-shaped models: ``model.embed_tokens``, ``model.layers``, ``model.norm``, and a tied or own ``lm_head``."""
-
-    def __init__(self, base: Any) -> None:
-        self._base = base
-        self.layers: Sequence[Any] = base.model.layers
-
-    def embed(self, tokens: mx.array) -> mx.array:
-        """(B, L) ids -> (B, L, D)."""
-        return self._base.model.embed_tokens(tokens)
-
-    def norm(self, hidden: mx.array) -> mx.array:
-        """The final norm, (B, L, D) -> (B, L, D)."""
-        return self._base.model.norm(hidden)
-
-    def head(self, normed: mx.array) -> mx.array:
-        """The LM head on normed hidden states, (B, L, D) -> (B, L, V) logits."""
-        if self._base.args.tie_word_embeddings:
-            return self._base.model.embed_tokens.as_linear(normed)
-        return self._base.lm_head(normed)
-
+from specstream_mlx.families import opt
+from specstream_mlx.families.decoder import DecoderFamily
+from specstream_mlx.families.learned_positions import GPT2Family, OPTFamily
 
 FAMILIES: dict[str, type[DecoderFamily]] = {
+    "gpt2": GPT2Family,
     "llama": DecoderFamily,
     "mistral": DecoderFamily,
+    "opt": OPTFamily,
     "phi3": DecoderFamily,
     "qwen2": DecoderFamily,
     "qwen3": DecoderFamily,
 }
+# The models that are written here because mlx-lm has none.
+OURS: dict[str, tuple[type[Any], type[Any]]] = {"opt": (opt.Model, opt.ModelArgs)}
 
 
 def check_supported(model_type: object, where: str = "model_type") -> None:
@@ -61,3 +45,15 @@ def family_of(base: Any, model_type: str) -> DecoderFamily:
     """
     check_supported(model_type)
     return FAMILIES[model_type](base)
+
+
+def model_classes(config: Mapping[str, Any]) -> tuple[type[Any], type[Any]]:
+    """The model class and its arguments' class: ours where mlx-lm has none, mlx-lm's for every other family.
+
+    It is what ``mlx_lm.utils.load_model`` takes as ``get_model_classes``.
+
+    Raises:
+        ValueError: mlx-lm has no such model.
+    """
+    classes: tuple[type[Any], type[Any]] = OURS.get(config["model_type"]) or _get_classes(dict(config))
+    return classes

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from specstream_convert.base import mlx_config, resolve_base
+from specstream_convert.base import resolve_base
+from specstream_convert.base_config import mlx_config
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
 WHERE = Path("config.json")
@@ -72,7 +73,7 @@ def test_code_of_the_checkpoint_is_dropped() -> None:
     assert any("auto_map" in note for note in notes)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "mixtral", "Llama", ""])
+@pytest.mark.parametrize("family", ["gpt_neox", "bloom", "mixtral", "Llama", ""])
 def test_other_families(family: str) -> None:
     with pytest.raises(UnsupportedError, match="supported: llama, mistral, qwen2, qwen3, phi3"):
         read(model_type=family)

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "opt-post-norm", "opt-projected", "gpt2")
 TOKENS = [5, 17, 3, 88, 40, 41, 2, 9, 60, 33]
 ATOL = 1e-4
 SMALL = {"hidden_size": 32, "num_layers": 2}

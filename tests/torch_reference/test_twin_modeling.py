@@ -26,7 +26,7 @@ VARIANTS = [
     ("mistral", {"stream_init": "low_rank_residual", "num_stream_layers": 4}),
     ("qwen3", {"tie_word_embeddings": True, "use_rslora": True}),
     *[(family, {"mode": "lossless"}) for family in FAMILIES],
-    *[(family, {"stream_id": "value_rotation"}) for family in ("llama", "qwen2", "phi3")],
+    *[(family, {"stream_id": "value_rotation"}) for family in ("llama", "qwen2", "phi3", "opt", "gpt2")],
     ("qwen3", {"stream_id": "value_rotation", "mode": "lossless", "stream_position": "anchor"}),
 ]
 
@@ -105,11 +105,11 @@ def test_a_stream_does_not_depend_on_later_tokens() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_lossless_main_is_bit_identical_to_the_base(family: str) -> None:
-    """Catches: an adapter that touches main rows, at any place; a main pass that sees the streams."""
+    """Catches: an adapter that touches main rows, at any place; a main pass that sees the streams; base dropout."""
     paths = tiny(family, mode="lossless")
     tokens = torch.tensor([PROMPT])
     expected = load_base(paths.base)(tokens).logits
-    model = load(family, mode="lossless")
+    model = load(family, mode="lossless").train()
     result = forward_streams(model, tokens, torch.tensor([[3, 7]]))
     assert torch.equal(result.main, expected)
     for module in causal_lm(model).modules():
@@ -158,3 +158,11 @@ def test_what_would_give_other_numbers_is_refused(tmp_path) -> None:
         StreamConfig(gamma=0, num_stream_layers=0)
     with pytest.raises(ValueError, match="the model has 4 layers"):
         make_tiny_checkpoint("llama", tmp_path, num_stream_layers=5)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_sequences_beyond_the_learned_positions_are_refused(family: str) -> None:
+    """Catches: an index error of PyTorch in place of a word about the positions."""
+    model = load(family)
+    with pytest.raises(ValueError, match="1025 tokens, the model has 1024 learned positions"):
+        forward_streams(model, torch.zeros(1, 1025, dtype=torch.long), torch.tensor([[3]]))

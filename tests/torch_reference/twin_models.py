@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from specstream_convert.torch_reference.families import decoder_of
 from specstream_convert.torch_reference.generate import load_reference
 from specstream_convert.torch_reference.modeling import causal_lm, stream_module
-from specstream_convert.torch_reference.testing import TinyCheckpoint, make_tiny_checkpoint
+from specstream_convert.torch_reference.testing import FAMILIES, TinyCheckpoint, make_tiny_checkpoint
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+__all__ = ["ATOL", "FAMILIES", "PROMPT", "load", "naive_streams", "tiny"]
 PROMPT = [1, 40, 7, 63, 22, 9, 88, 31, 5, 17, 70, 3]
 ATOL = 1e-5
 """Float32 with logits around 4: two orders of summation differ by some 1e-6."""
@@ -37,13 +38,14 @@ def naive_streams(model: Any, tokens: list[int], anchor: int) -> torch.Tensor:
     """
     model.set_attn_implementation("eager")
     base, spec = causal_lm(model), stream_module(model)
+    decoder = decoder_of(base)
     config, state = spec.config, dict(spec.state_dict())
     num_main, gamma = anchor + 1, config.gamma
     first = base.config.num_hidden_layers - config.num_stream_layers
-    hidden = base.model.embed_tokens(torch.tensor([tokens[:num_main]]))
+    hidden = decoder.embed(torch.tensor([tokens[:num_main]]), torch.arange(num_main)[None])
     main_mask = [[key <= row for key in range(num_main)] for row in range(num_main)]
     positions = list(range(num_main))
-    for layer in base.model.layers[:first]:
+    for layer in decoder.layers[:first]:
         hidden = _run(base, layer, hidden, main_mask, positions)
 
     start = hidden[0, anchor]
@@ -59,38 +61,46 @@ def naive_streams(model: Any, tokens: list[int], anchor: int) -> torch.Tensor:
     mask += [[True] * num_main + [i <= j for i in range(1, gamma + 1)] for j in range(1, gamma + 1)]
     positions += [anchor + j if config.stream_position == "anchor_plus_j" else anchor for j in range(1, gamma + 1)]
     hooks = _row_hooks(base, first, num_main)
-    for layer in base.model.layers[first:]:
+    for layer in decoder.layers[first:]:
         hidden = _run(base, layer, hidden, mask, positions)
     for hook in hooks:
         hook.remove()
     model.set_attn_implementation("sdpa")
-    return base.lm_head(base.model.norm(hidden))[0, num_main:]
+    return decoder.head(decoder.norm(hidden))[0, num_main:]
 
 
 def _run(base: Any, layer: Any, hidden: torch.Tensor, mask: list[list[bool]], positions: list[int]) -> torch.Tensor:
     ids = torch.tensor([positions])
     additive = torch.tensor([[0.0 if seen else float("-inf") for seen in row] for row in mask])[None, None]
-    rotary = base.model.rotary_emb(hidden, position_ids=ids)
-    return layer(hidden, attention_mask=additive, position_ids=ids, position_embeddings=rotary)
+    rotary = decoder_of(base).rotary
+    if rotary is None:  # the main rows have their positions from the embedding, the streams their anchor's
+        return layer(hidden, attention_mask=additive)
+    return layer(
+        hidden, attention_mask=additive, position_ids=ids, position_embeddings=rotary(hidden, position_ids=ids)
+    )
 
 
 def _row_hooks(base: Any, first: int, num_main: int) -> list[Any]:
     """Gate LoRA to the stream rows (lossless), then rotate the stream rows' values (value_rotation)."""
     config = stream_module(base).config
+    decoder = decoder_of(base)
     hooks = []
-    for layer in base.model.layers[first:]:
+    for layer in decoder.layers[first:]:
         if config.mode == "lossless":
             for module in layer.modules():
                 if hasattr(module, "lora_A"):
                     hooks.append(
                         module.register_forward_hook(
-                            lambda m, x, y: torch.cat((m.base_layer(x[0])[:, :num_main], y[:, num_main:]), dim=1)
+                            lambda m, x, y: torch.cat(
+                                (m.base_layer(x[0])[..., :num_main, :], y[..., num_main:, :]), dim=-2
+                            )
                         )
                     )
         if config.stream_id == "value_rotation":
-            attention = layer.self_attn
-            projection = getattr(attention, "v_proj", None) or attention.qkv_proj
-            width = base.config.num_key_value_heads * attention.head_dim
+            attention = layer.attn if base.config.model_type == "gpt2" else layer.self_attn
+            projection = decoder.value_projection(layer)
+            heads = getattr(base.config, "num_key_value_heads", None) or base.config.num_attention_heads
+            width = heads * attention.head_dim
 
             def rotate(_m: Any, _x: Any, y: torch.Tensor, width: int = width, size: int = attention.head_dim) -> Any:
                 y = y.clone()

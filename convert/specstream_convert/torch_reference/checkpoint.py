@@ -22,8 +22,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from .families import decoder_of
 from .modeling import attach_streams, causal_lm, stream_module
 from .streams import SpecStream, StreamConfig
 
@@ -32,17 +34,29 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 STREAMS_FILE = "specstream.safetensors"
 FORMS = ("A", "B")
+DROPOUTS = ("dropout", "attention_dropout", "layerdrop", "resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 def load_base(directory: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
-    """Load a Hugging Face causal LM in the dtype and attention that the stream forward expects."""
-    return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, attn_implementation=attention)
+    """Load a Hugging Face causal LM in the dtype and attention that the stream forward expects.
+
+    Dropout of the base (OPT and GPT-2 have it) is left off, so that the main stream is the base's own in training
+    too; LoRA brings its own.
+    """
+    config = AutoConfig.from_pretrained(str(directory))
+    for name in DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return AutoModelForCausalLM.from_pretrained(
+        str(directory), config=config, dtype=dtype, attn_implementation=attention
+    )
 
 
 def linear_modules(model: nn.Module) -> list[str]:
-    """Return the leaf names of the linear layers of a decoder block (``qkv_proj`` and the like for phi3)."""
-    block = causal_lm(model).model.layers[0]
-    return sorted({name.rpartition(".")[2] for name, module in block.named_modules() if isinstance(module, nn.Linear)})
+    """Return the leaf names of the linear layers of a decoder block (``qkv_proj`` for phi3, ``c_attn`` for gpt2)."""
+    block = decoder_of(causal_lm(model)).layers[0]
+    linear = (name for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def add_lora(
@@ -72,10 +86,11 @@ def add_lora(
         lora_dropout=dropout,
         target_modules=targets,
         layers_to_transform=layers,
-        layers_pattern="layers" if layers is not None else None,
+        layers_pattern=decoder_of(causal_lm(model)).layers_name if layers is not None else None,
         modules_to_save=["specstream"],
         task_type="CAUSAL_LM",
         use_rslora=use_rslora,
+        fan_in_fan_out=causal_lm(model).config.model_type == "gpt2",
     )
     with _upstream_deprecation_ignored():
         return get_peft_model(model, lora)
@@ -112,7 +127,8 @@ def write_checkpoint(
     model.save_pretrained(str(directory), save_embedding_layers=False)
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's model card template
     base = causal_lm(model)
-    config = stream_module(model).config.to_json(base.config, norm_weight=base.model.norm.weight, training=training)
+    mark = decoder_of(base).fingerprint
+    config = stream_module(model).config.to_json(base.config, fingerprint=mark, training=training)
     adapter_config = _read_json(directory / ADAPTER_CONFIG_FILE)
     if base_name is not None:
         config["base_model"]["name_or_path"] = base_name

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .families import FAMILIES, Decoder, decoder_of
 from .streams import SpecStream, StreamConfig, rotate_values
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 NO_ANCHOR = -1
 """Fills an anchor table (B, A) up to A; the rows it yields are to be ignored."""
 
@@ -85,12 +85,12 @@ def stream_module(model: nn.Module) -> SpecStream:
 
 def final_norm(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Apply the base model's final norm; the same one serves main, streams and pruner."""
-    return causal_lm(model).model.norm(hidden)
+    return decoder_of(causal_lm(model)).norm(hidden)
 
 
 def lm_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Map normed hidden states (..., D) to logits (..., V)."""
-    return causal_lm(model).lm_head(hidden)
+    return decoder_of(causal_lm(model)).head(hidden)
 
 
 def prune_hidden(model: nn.Module, trunk: torch.Tensor) -> torch.Tensor:
@@ -145,11 +145,11 @@ def forward_hidden(model: nn.Module, input_ids: torch.Tensor, anchors: torch.Ten
     main call records no gradient, since nothing in it is trained.
     """
     base = causal_lm(model)
-    decoder = base.model
+    decoder = decoder_of(base)
     spec = stream_module(model)
     config = spec.config
     batch, length = input_ids.shape
-    _check_runnable(base, length)
+    _check_runnable(base, decoder, length)
     first_stream_layer = len(decoder.layers) - config.num_stream_layers
     device = input_ids.device
     keys_values = _MainKeysValues()
@@ -158,9 +158,9 @@ def forward_hidden(model: nn.Module, input_ids: torch.Tensor, anchors: torch.Ten
         if config.mode == "lossless":
             stack.enter_context(torch.no_grad())
             stack.enter_context(_adapters_off(base))
-        hidden = decoder.embed_tokens(input_ids)
         positions = torch.arange(length, device=device)[None, :]
-        rotary = decoder.rotary_emb(hidden, position_ids=positions)
+        hidden = decoder.embed(input_ids, positions)
+        rotary = _rotary(decoder, hidden, positions)
         causal = None  # sdpa is causal without a mask, and faster
         if base.config._attn_implementation == "eager":
             causal = _layer_mask(base, torch.ones(1, length, length, dtype=torch.bool, device=device).tril(), hidden)
@@ -171,9 +171,8 @@ def forward_hidden(model: nn.Module, input_ids: torch.Tensor, anchors: torch.Ten
             hidden = layer(
                 hidden,
                 attention_mask=causal,
-                position_ids=positions,
                 past_key_values=keys_values if index >= first_stream_layer else None,
-                position_embeddings=rotary,
+                **rotary,
             )
         main = decoder.norm(hidden)
 
@@ -183,19 +182,19 @@ def forward_hidden(model: nn.Module, input_ids: torch.Tensor, anchors: torch.Ten
     j = torch.arange(1, config.gamma + 1, device=device)
     offsets = j if config.stream_position == "anchor_plus_j" else torch.zeros_like(j)
     positions = (anchors.clamp(min=0)[:, :, None] + offsets).flatten(1)
-    rotary = decoder.rotary_emb(streams, position_ids=positions)
+    rotary = _rotary(decoder, streams, positions)
     mask = _layer_mask(base, stream_mask(anchors, length, config.gamma), streams)
     top_layers = decoder.layers[first_stream_layer:]
     with ExitStack() as stack:
         if config.stream_id == "value_rotation":
-            stack.enter_context(_rotated_values(base, top_layers, config.epsilon * j.repeat(anchors.shape[1])))
+            angles = config.epsilon * j.repeat(anchors.shape[1])
+            stack.enter_context(_rotated_values(base.config, decoder, top_layers, angles))
         for layer in top_layers:
             streams = layer(
                 streams,
                 attention_mask=mask,
-                position_ids=positions,
                 past_key_values=keys_values,
-                position_embeddings=rotary,
+                **rotary,
             )
     streams = decoder.norm(streams).view(batch, anchors.shape[1], config.gamma, -1)
     return StreamHidden(main=main, streams=streams, trunk=trunk)
@@ -207,13 +206,22 @@ def forward_streams(model: nn.Module, input_ids: torch.Tensor, anchors: torch.Te
     return StreamLogits(lm_head(model, hidden.main), lm_head(model, hidden.streams), hidden.trunk)
 
 
-def _check_runnable(base: Any, length: int) -> None:
+def _rotary(decoder: Decoder, hidden: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
+    """What the layers are told of positions: nothing where these were added to the embedding."""
+    if decoder.rotary is None:
+        return {}
+    return {"position_ids": positions, "position_embeddings": decoder.rotary(hidden, position_ids=positions)}
+
+
+def _check_runnable(base: Any, decoder: Decoder, length: int) -> None:
     """Refuse what would silently give other numbers."""
     attention = base.config._attn_implementation
     if attention not in ("eager", "sdpa"):
         raise ValueError(f"attention implementation {attention!r} cannot take a stream mask; use 'sdpa' or 'eager'")
-    if base.training and base.model.layers[0].gradient_checkpointing:
+    if base.training and decoder.layers[0].gradient_checkpointing:
         raise ValueError("gradient checkpointing drops the main keys and values; switch it off")
+    if decoder.rotary is None and length > base.config.max_position_embeddings:
+        raise ValueError(f"{length} tokens, the model has {base.config.max_position_embeddings} learned positions")
     window = getattr(base.config, "sliding_window", None)
     if window is not None and getattr(base.config, "use_sliding_window", True) and length > window:
         raise ValueError(f"{length} tokens exceed the sliding window of {window}, which is not implemented")
@@ -245,15 +253,15 @@ def _adapters_off(base: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _rotated_values(base: Any, layers: Sequence[nn.Module], angles: torch.Tensor) -> Iterator[None]:
+def _rotated_values(config: Any, decoder: Decoder, layers: Sequence[nn.Module], angles: torch.Tensor) -> Iterator[None]:
     """Rotate the value vectors of all rows that pass through ``layers``; ``angles`` (rows,).
 
-    The values are the last ``H_kv * D_h`` outputs of ``v_proj``, and of phi3's ``qkv_proj`` as well.
+    The values are the last ``H_kv * D_h`` outputs of the value projection, fused or not.
     """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def hook(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-        heads = base.config.num_key_value_heads
-        head_dim = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
         rest, values = output.split((output.shape[-1] - heads * head_dim, heads * head_dim), dim=-1)
         rotated = rotate_values(values.unflatten(-1, (heads, head_dim)), angles).flatten(-2)
         return torch.cat((rest, rotated), dim=-1)
@@ -261,9 +269,7 @@ def _rotated_values(base: Any, layers: Sequence[nn.Module], angles: torch.Tensor
     handles = []
     try:
         for layer in layers:
-            attention: Any = layer.self_attn
-            projection = attention.v_proj if hasattr(attention, "v_proj") else attention.qkv_proj
-            handles.append(projection.register_forward_hook(hook))
+            handles.append(decoder.value_projection(layer).register_forward_hook(hook))
         yield
     finally:
         for handle in handles:

@@ -69,12 +69,12 @@ class StreamConfig:
         self,
         model_config: Any,
         *,
-        norm_weight: torch.Tensor | None = None,
+        fingerprint: tuple[str, torch.Tensor] | None = None,
         training: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Return ``specstream_config.json`` for a base with this Hugging Face config.
 
-        ``norm_weight`` is the base's own ``model.norm.weight``, hashed into the fingerprint.
+        ``fingerprint`` is the tensor of the base that is hashed, under its name in MLX.
         """
         num_layers = model_config.num_hidden_layers
         prune = None
@@ -100,13 +100,15 @@ class StreamConfig:
             "hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
-            "num_key_value_heads",
             "vocab_size",
             "tie_word_embeddings",
         ):
             base[name] = getattr(model_config, name)
-        if norm_weight is not None:
-            base["fingerprint"] = {"tensor": "model.norm.weight", "sha256": tensor_sha256(norm_weight)}
+        heads = getattr(model_config, "num_key_value_heads", None)
+        base["num_key_value_heads"] = heads or model_config.num_attention_heads
+        if fingerprint is not None:
+            tensor, weight = fingerprint
+            base["fingerprint"] = {"tensor": tensor, "sha256": tensor_sha256(weight)}
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,

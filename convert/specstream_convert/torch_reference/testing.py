@@ -4,7 +4,8 @@
 
 writes ``OUT/base`` (a Hugging Face directory with a character tokenizer) and ``OUT/adapter`` (form A). Nothing is
 left at an initial value that would hide a mistake: LoRA's B, the up projections, the norms and the biases are
-random and non-zero, the rotary base is not a default, and key/value heads are fewer than query heads.
+random and non-zero, the rotary base is not a default, and key/value heads are fewer than query heads where the
+family has them. ``opt-post-norm`` and ``opt-projected`` are OPT built as opt-350m is.
 """
 
 from __future__ import annotations
@@ -18,9 +19,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from .checkpoint import add_lora, load_base, save_checkpoint
-from .modeling import FAMILIES, stream_module
+from .families import FAMILIES as MODEL_TYPES
+from .modeling import stream_module
 from .streams import MODES, STREAM_POSITIONS, StreamConfig
 
+OPT_VARIANTS: dict[str, dict[str, Any]] = {
+    "opt-post-norm": {"do_layer_norm_before": False},
+    "opt-projected": {"do_layer_norm_before": False, "word_embed_proj_dim": 24},
+}
+FAMILIES = (*MODEL_TYPES, *OPT_VARIANTS)
 STREAM_INITS = ("identity", "low_rank", "low_rank_residual")
 
 
@@ -52,6 +59,7 @@ def make_tiny_checkpoint(
     hidden_size: int = 64,
     num_layers: int = 4,
     vocab_size: int = 97,
+    max_position_embeddings: int = 1024,
 ) -> TinyCheckpoint:
     """Write a random base and a random adapter under ``directory`` and return their paths.
 
@@ -80,6 +88,7 @@ def make_tiny_checkpoint(
         hidden_size=hidden_size,
         num_layers=num_layers,
         vocab_size=vocab_size,
+        max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=tie_word_embeddings,
         seed=seed,
     )
@@ -104,42 +113,51 @@ def write_tiny_base(
     hidden_size: int = 64,
     num_layers: int = 4,
     vocab_size: int = 97,
+    max_position_embeddings: int = 1024,
     tie_word_embeddings: bool = False,
     seed: int = 0,
 ) -> None:
     """Write a random model of a family with ``save_pretrained``, and a character tokenizer beside it."""
     if family not in FAMILIES:
         raise ValueError(f"family is {family!r}, expected one of {', '.join(FAMILIES)}")
+    model_type = "opt" if family in OPT_VARIANTS else family
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": num_layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 30_000.0},
-        "tie_word_embeddings": tie_word_embeddings,
+        "max_position_embeddings": max_position_embeddings,
+        "tie_word_embeddings": tie_word_embeddings or family == "gpt2",  # GPT-2's head is always its embedding
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
+    if model_type == "opt":
+        settings |= {"ffn_dim": 2 * hidden_size} | OPT_VARIANTS.get(family, {})
+    elif model_type != "gpt2":
+        settings |= {
+            "intermediate_size": 2 * hidden_size,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 30_000.0},
+        }
     if family == "qwen3":
         settings["head_dim"] = hidden_size // 2  # the family whose heads need not add up to the hidden size
     if family in ("mistral", "phi3"):
         settings["sliding_window"] = None
     if family == "phi3":
-        settings["original_max_position_embeddings"] = 1024
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
+        settings["original_max_position_embeddings"] = max_position_embeddings
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             if name.endswith("embed_tokens.weight") and not tie_word_embeddings:
                 _randomise(parameter, 1.0, generator)
-            elif "norm" in name:
-                parameter.copy_(1.0 + 0.2 * torch.randn(parameter.shape, generator=generator))
+            elif name.endswith(("embed_positions.weight", "wpe.weight")):
+                _randomise(parameter, 0.5, generator)
             elif name.endswith(".bias"):
                 _randomise(parameter, 0.3, generator)
+            elif parameter.ndim == 1:  # norms
+                parameter.copy_(1.0 + 0.2 * torch.randn(parameter.shape, generator=generator))
             else:
                 _randomise(parameter, parameter.shape[-1] ** -0.5, generator)
     model.save_pretrained(str(directory))

@@ -1,0 +1,218 @@
+"""``config.json`` of a base model, checked and brought to the form that mlx-lm reads.
+
+mlx-lm takes ``rope_theta`` and ``rope_scaling`` from the top level and falls back to a class default without a word,
+so the nested form of transformers 5 is lifted, and a form that is not known is refused. So is every setting that the
+MLX model does not read and would silently compute otherwise.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from specstream_convert.layouts import LAYOUTS
+from specstream_convert.messages import escaped, listing
+from specstream_mlx.errors import InvalidInputError, UnsupportedError
+from specstream_mlx.families import FAMILIES
+
+_COMMON = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+SIZES_LLAMA = (*_COMMON, "intermediate_size")
+SIZES = {
+    "opt": (*_COMMON, "ffn_dim", "max_position_embeddings"),
+    "gpt2": ("n_embd", "n_layer", "n_head", "n_positions", "vocab_size"),
+}
+EPSILONS: dict[str, tuple[str, ...]] = {"opt": (), "gpt2": ("layer_norm_epsilon",)}
+SWITCHES = (
+    "tie_word_embeddings", "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias",
+    "layer_norm_elementwise_affine",
+)  # fmt: skip
+# Settings with one value only in the MLX model; the first one is what transformers takes when it is absent.
+FIXED_LLAMA: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
+FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "opt": {"activation_function": ("relu",)},
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+    },
+}
+ROPE_TYPES = {
+    "llama": ("default", "linear", "llama3", "yarn"),
+    "mistral": ("default", "linear", "llama3", "yarn"),
+    "qwen2": ("default", "linear", "yarn"),
+    "qwen3": ("default", "linear", "yarn"),
+    "phi3": ("default", "linear", "longrope", "su"),
+}
+# rope_parameters -> rope_scaling; anything else in rope_parameters is unknown and refused.
+ROPE_FIELDS = frozenset(
+    (
+        "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+        "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor",
+        "long_factor", "short_mscale", "long_mscale",
+    )
+)  # fmt: skip
+
+
+def mlx_config(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[str], list[str]]:
+    """``config.json`` in the form mlx-lm reads, with notes and warnings on what was changed."""
+    config = dict(raw)
+    notes: list[str] = []
+    warnings: list[str] = []
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnsupportedError(f"{where}: model_type is {escaped(repr(model_type))}; this is not a model's config.json")
+    if model_type not in LAYOUTS:
+        raise UnsupportedError(
+            f"{where}: model_type {escaped(repr(model_type))} is not supported; supported: {', '.join(LAYOUTS)}"
+        )
+    if config.get("model_file") is not None:
+        raise UnsupportedError(
+            f"{where}: model_file names code to be run from the checkpoint; it is never run, remove it"
+        )
+    _check_numbers(config, where)
+    _check_quantization(config, where)
+    if config.pop("auto_map", None) is not None:
+        notes.append("config.json: auto_map dropped; mlx-lm's own model is used, no code of the checkpoint is run")
+    _check_fixed(config, FIXED.get(model_type, FIXED_LLAMA), where)
+    if not FAMILIES[model_type].ROTARY:
+        _complete_learned(config, model_type, where, notes)
+        return config, notes, warnings
+    _lift_rope(config, model_type, where, notes)
+    window = config.get("sliding_window")
+    ignores_window = model_type == "phi3" or (model_type in ("llama", "mistral") and not config.get("layer_types"))
+    if isinstance(window, int) and ignores_window:
+        warnings.append(
+            f"mlx-lm runs {model_type} without its sliding window of {window} tokens: "
+            "longer prompts differ from PyTorch"
+        )
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("rope_type", scaling.get("type")) in ("longrope", "su"):
+        warnings.append(
+            "mlx-lm uses the long factors of longrope at every length: prompts within the original context "
+            "differ from PyTorch"
+        )
+    return config, notes, warnings
+
+
+def _check_numbers(config: dict[str, Any], where: Path) -> None:
+    problems = []
+    sizes = SIZES.get(config["model_type"], SIZES_LLAMA)
+    for name in sizes:
+        value = config.get(name)
+        if type(value) is not int or not 1 <= value < 2**31:
+            problems.append(f"{where}: {name} is {escaped(repr(value))}, expected an integer >= 1")
+    for name in ("num_hidden_layers", "n_layer"):
+        layers = config.get(name)
+        if name in sizes and type(layers) is int and layers > 10_000:
+            problems.append(f"{where}: {name} is {layers}, which no model has")
+    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "word_embed_proj_dim", "n_ctx"):
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value < 2**31):
+            problems.append(f"{where}: {name} is {escaped(repr(value))}, expected an integer >= 1")
+    for name in EPSILONS.get(config["model_type"], ("rms_norm_eps",)):
+        epsilon = config.get(name)
+        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
+            problems.append(f"{where}: {name} is {escaped(repr(epsilon))}, expected a small number")
+    for name in SWITCHES:
+        value = config.get(name, False)
+        if not isinstance(value, bool):
+            problems.append(f"{where}: {name} is {escaped(repr(value))}, expected true or false")
+    if problems:
+        raise InvalidInputError(listing(problems))
+
+
+def _check_fixed(config: dict[str, Any], fixed: dict[str, tuple[Any, ...]], where: Path) -> None:
+    """Refuse a setting that the MLX model does not read; the first of the values it has is transformers' default."""
+    problems = []
+    for name, values in fixed.items():
+        value = config.get(name, values[0])
+        if not any(value is known or value == known for known in values):
+            problems.append(f"{where}: {name} is {escaped(repr(value))}; the MLX model computes {values[0]!r} here")
+    if problems:
+        raise UnsupportedError(listing(problems))
+
+
+def _complete_learned(config: dict[str, Any], model_type: str, where: Path, notes: list[str]) -> None:
+    """Write out what transformers takes for granted in families with learned positions."""
+    if "tie_word_embeddings" not in config:
+        config["tie_word_embeddings"] = True
+        notes.append("config.json: no tie_word_embeddings, set to true as transformers does for this family")
+    if model_type == "opt":
+        notes.append("mlx-lm has no OPT: the output opens with specstream_mlx.load, not with mlx_lm.load")
+        return
+    width, inner = config["n_embd"], config.get("n_inner")
+    if inner not in (None, 4 * width):
+        raise UnsupportedError(f"{where}: n_inner is {escaped(repr(inner))}; mlx-lm computes 4 * n_embd = {4 * width}")
+    if config.get("n_ctx") is None:
+        config["n_ctx"] = config["n_positions"]
+        notes.append("config.json: no n_ctx, which mlx-lm asks for; set to n_positions")
+
+
+def _check_quantization(config: dict[str, Any], where: Path) -> None:
+    if "quantization" in config:
+        how = config["quantization"]
+        if not isinstance(how, dict) or not all(type(how.get(name)) is int for name in ("bits", "group_size")):
+            raise InvalidInputError(f"{where}: quantization needs integers bits and group_size; restore the file")
+        return
+    foreign = config.get("quantization_config")
+    if foreign is not None:
+        method = foreign.get("quant_method", "unnamed") if isinstance(foreign, dict) else foreign
+        raise UnsupportedError(
+            f"{where}: the base is quantised ({escaped(str(method))}); give the full-precision base with --hf-path"
+        )
+
+
+def _lift_rope(config: dict[str, Any], model_type: str, where: Path, notes: list[str]) -> None:
+    """Bring ``rope_parameters`` of transformers 5 to ``rope_theta`` and ``rope_scaling`` at the top level."""
+    nested = config.pop("rope_parameters", None)
+    if nested is not None:
+        if not isinstance(nested, dict) or any(isinstance(value, dict) for value in nested.values()):
+            raise UnsupportedError(
+                f"{where}: rope_parameters is {escaped(repr(nested))}: one set for all layers expected"
+            )
+        scaling = dict(nested)
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name not in scaling:
+                continue
+            value = scaling.pop(name)
+            if name in config and config[name] != value:
+                raise InvalidInputError(
+                    f"{where}: {name} is {config[name]!r}, but {value!r} in rope_parameters; remove the wrong one"
+                )
+            config[name] = value
+        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+        if rope_type != "default":
+            older = config.get("rope_scaling")
+            if older is not None and older != nested and older != scaling:
+                raise InvalidInputError(f"{where}: rope_scaling and rope_parameters differ; remove the wrong one")
+            config["rope_scaling"] = scaling
+        elif config.get("rope_scaling") is None:
+            config["rope_scaling"] = None
+        notes.append("config.json: rope_parameters lifted to rope_theta and rope_scaling, where mlx-lm reads them")
+    theta = config.get("rope_theta")
+    if theta is None:
+        if model_type == "qwen2":
+            raise InvalidInputError(f"{where}: rope_theta is missing, and its defaults differ; add it to config.json")
+        config["rope_theta"] = 10000.0
+        notes.append("config.json: no rope_theta, set to 10000 as transformers does")
+    elif isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1e15:
+        raise InvalidInputError(f"{where}: rope_theta is {escaped(repr(theta))}, expected a positive number")
+    given = config.get("rope_scaling")
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        raise InvalidInputError(f"{where}: rope_scaling is {escaped(repr(given))}, expected an object")
+    scaling = dict(given)
+    rope_type = scaling.get("rope_type", scaling.get("type"))
+    unknown = sorted(set(scaling) - ROPE_FIELDS)
+    if rope_type not in ROPE_TYPES[model_type] or unknown:
+        detail = f"unknown field {escaped(unknown[0])}" if unknown else f"rope type {escaped(repr(rope_type))}"
+        raise UnsupportedError(
+            f"{where}: {detail} in the position encoding is not supported for {model_type}; "
+            f"supported types: {', '.join(ROPE_TYPES[model_type])}"
+        )
+    original = scaling.get("original_max_position_embeddings")
+    if model_type == "phi3" and original is not None:
+        config.setdefault("original_max_position_embeddings", original)
+    scaling["type"] = scaling["rope_type"] = rope_type
+    config["rope_scaling"] = None if rope_type == "default" else scaling
