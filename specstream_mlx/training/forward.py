@@ -70,7 +70,7 @@ def forward_main(model: SpecStreamModel, tokens: mx.array, *, checkpoint: bool =
         tokens: (B, L) ids; padding on the right is harmless, since no earlier row sees it.
         checkpoint: keep the input of each block only, and compute the rest again for the gradient.
     """
-    hidden = model._family.embed(tokens)
+    hidden = model.family.embed(tokens, np.arange(tokens.shape[1], dtype=np.int32))
     trunk, keys_values = hidden, []
     for index, layer in enumerate(model.layers):
         if index == model.num_trunk_layers:

@@ -148,7 +148,7 @@ def _loss(
     """The weighted loss, and its unweighted parts detached."""
     total = mx.array(0.0)
     parts: _Parts = {"losses": [], "right": []}
-    aims = model._family.norm(mx.stop_gradient(main.hidden)) if weights.latent else None
+    aims = model.family.norm(mx.stop_gradient(main.hidden)) if weights.latent else None
     flat_keys_values = [array for pair in main.keys_values for array in pair]
     for chunk in chunks:
         run = _chunk_loss(model, chunk, aims, weights)
@@ -165,7 +165,7 @@ def _loss(
     predicts = np.flatnonzero(batch.main_targets.reshape(-1) != IGNORE)
     targets = mx.array(batch.main_targets.reshape(-1)[predicts])
     if weights.main:
-        logits = model._family.head(model._family.norm(_rows(main.hidden, predicts)))
+        logits = model.family.head(model.family.norm(_rows(main.hidden, predicts)))
         main_loss = nn.losses.cross_entropy(logits.astype(mx.float32), targets, reduction="mean")
         total = total + weights.main * main_loss
         parts["main"] = mx.stop_gradient(main_loss)
@@ -189,8 +189,8 @@ def _chunk_loss(
         model.update(parameters)
         keys_values = list(zip(flat_keys_values[::2], flat_keys_values[1::2], strict=True))
         hidden = forward_streams(model, trunk, keys_values, chunk.anchors)
-        normed = model._family.norm(_rows(hidden, chunk.rows))  # only the rows that have a target
-        logits = model._family.head(normed).astype(mx.float32)
+        normed = model.family.norm(_rows(hidden, chunk.rows))  # only the rows that have a target
+        logits = model.family.head(normed).astype(mx.float32)
         losses = nn.losses.cross_entropy(logits, mx.array(chunk.targets), reduction="none")
         total = weights.streams * (losses * mx.array(chunk.weights)).sum()
         latent = mx.array(0.0)

@@ -15,13 +15,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from specstream_mlx.checkpoint import check_safetensors, tensor_sha256
+from specstream_mlx.checkpoint import check_safetensors
 from specstream_mlx.config import (
     CONFIG_NAME,
-    FINGERPRINT_TENSOR,
     LORA_PREFIX,
     PREFIX,
     WEIGHTS_NAME,
@@ -29,6 +29,7 @@ from specstream_mlx.config import (
     read_json,
 )
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.fingerprint import fingerprint
 from specstream_mlx.model import SpecStreamModel
 
 ADAPTERS = "adapters/adapters.safetensors"
@@ -47,16 +48,20 @@ _BASE_KEYS = (
 
 
 def describe_base(config: Mapping[str, Any], name: str, model: SpecStreamModel) -> dict[str, Any]:
-    """The ``base_model`` block of ``specstream_config.json``, with the final norm's fingerprint.
+    """The ``base_model`` block of ``specstream_config.json``, with a fingerprint where the family has a tensor for it.
 
     Args:
         config: the base's ``config.json``.
         name: repository id, or the directory's name.
         model: the loaded base.
     """
-    base = {"name_or_path": name} | {key: config[key] for key in _BASE_KEYS if key in config}
-    digest = tensor_sha256(model.base.model.norm.weight)
-    return base | {"fingerprint": {"tensor": FINGERPRINT_TENSOR, "sha256": digest}}
+    sizes = {key: model.family.size(config, key) for key in _BASE_KEYS}
+    base = {"name_or_path": name} | {key: value for key, value in sizes.items() if value is not None}
+    tensor = model.family.fingerprint_tensor(config)
+    if tensor is None:
+        return base
+    weight: mx.array = dict(tree_flatten(model.base.parameters()))[tensor]
+    return base | {"fingerprint": fingerprint(tensor, weight)}
 
 
 @contextlib.contextmanager

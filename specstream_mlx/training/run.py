@@ -96,13 +96,18 @@ class TrainRun:
         check_fits(base, run._config(), chosen.num_layers)
         return run
 
+    @property
+    def max_seq_length(self) -> int:
+        """The longest row: as asked for, within the positions of a model that has learned ones."""
+        return self.model.tokens_within_context(self.settings.max_seq_length, 0)
+
     def read(self, data: str, mask_prompt: bool | None = None) -> Dataset:
         """Examples of a data set; see ``read_dataset``."""
         return read_dataset(
             data,
             self.tokenizer,
             mask_prompt=mask_prompt,
-            max_seq_length=self.settings.max_seq_length,
+            max_seq_length=self.max_seq_length,
             seed=self.settings.seed,
         )
 
@@ -125,7 +130,7 @@ class TrainRun:
             distill.DistillSettings(**({"seed": self.settings.seed} | dict(settings))),
             file,
             identity=distill.base_identity(self.path, self._config().base_model),
-            max_seq_length=self.settings.max_seq_length,
+            max_seq_length=self.max_seq_length,
             split_seed=self.settings.seed,
             progress=progress,
         )

@@ -41,7 +41,7 @@ def attach(
     _remove_stream_lora(model)
     total = len(model.layers)
     keys = iter(mx.random.split(mx.random.key(seed), 4096))
-    hidden_size = model.args.hidden_size
+    hidden_size = model.family.size(vars(model.args), "hidden_size")
     streams = Streams(config, hidden_size)
     fresh = []
     for name, shape in config.tensor_shapes(hidden_size).items():

@@ -57,8 +57,8 @@ def test_stream_logits_are_those_of_inference(family: str, case: str) -> None:
     for checkpoint in (False, True):
         main = forward_main(model, tokens, checkpoint=checkpoint)
         hidden = forward_streams(model, main.trunk, main.keys_values, anchors)
-        logits = np.array(model._family.head(model._family.norm(hidden))).reshape(2, 3, model.gamma, -1)
-        main_logits = np.array(model._family.head(model._family.norm(main.hidden)))
+        logits = np.array(model.family.head(model.family.norm(hidden))).reshape(2, 3, model.gamma, -1)
+        main_logits = np.array(model.family.head(model.family.norm(main.hidden)))
         for row in range(2):
             for place, anchor in enumerate(anchors[row].tolist()):
                 expected_main, expected = inference_logits(model, rows[row], anchor)

@@ -16,7 +16,7 @@ from specstream_mlx.training.loss import LossWeights, loss_only
 from specstream_mlx.training.output import check_peft, read_adapter
 from specstream_mlx.training.run import TrainRun
 from tests.tiny import random_prompt
-from tests.training.training_cases import QUICK, prepared, rows, same, save_base
+from tests.training.training_cases import QUICK, prepared, rows, same, save_base, write_rows
 
 DATA = Dataset(rows(11), rows(5))
 CASES: dict[str, dict[str, Any]] = {
@@ -113,6 +113,26 @@ def test_peft_loads_the_exported_form_and_agrees(mode: str, tmp_path: Path) -> N
     model.commit(verified, [0], caches)
     assert np.abs(np.array(verified.logits[0]) - reference.main[-1]).max() <= 1e-4
     assert np.abs(np.array(model.stream_logits(verified, 0, caches)) - reference.streams).max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_families_with_learned_positions_train_within_their_context(family: str, tmp_path: Path) -> None:
+    """Red when: a family's own names are missed, or rows reach past the table of positions."""
+    length = {"n_positions": 12} if family == "gpt2" else {"max_position_embeddings": 12}
+    base = save_base(tmp_path / "base", family, **length)
+    run = prepared(base, tmp_path / "out")
+    assert run.max_seq_length == 12
+    long = write_rows(tmp_path / "rows.jsonl", 24)
+    data = run.read(str(long))
+    assert max(len(example) for example in [*data.train, *data.valid]) == 12
+    run.train(data)
+    plain, _ = generated(base, None, "off")
+    drafted, stream_passes = generated(base, tmp_path / "out", "chain")
+    assert drafted == plain
+    assert stream_passes > 0
+    config, _ = read_adapter(tmp_path / "out")
+    assert (config.base_model["hidden_size"], config.base_model["num_hidden_layers"]) == (32, 4)
+    assert "fingerprint" in config.base_model
 
 
 def test_families_with_other_names_in_transformers_are_not_exported() -> None:

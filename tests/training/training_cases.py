@@ -27,23 +27,13 @@ QUICK: dict[str, Any] = {
 }
 
 
-def save_base(path: Path, **changes: Any) -> Path:
+def save_base(path: Path, family: str = "llama", **changes: Any) -> Path:
     """A tiny plain model with a tokenizer whose words are ``w<id>``."""
-    model = make_model("llama", seed=2, base_changes=changes)
-    model.stream_config = None
-    directory = save_plain(model, path)
-    if changes:
-        config = json.loads((directory / "config.json").read_text()) | changes
-        (directory / "config.json").write_text(json.dumps(config))
-    return directory
-
-
-def save_plain(model: Any, path: Path) -> Path:
-    """``save_directory`` without the stream files."""
-    model.stream_config = make_model("llama").stream_config
-    save_directory(model, path)
+    save_directory(make_model(family, seed=2, base_changes=changes), path)
     for name in ("specstream_config.json", "specstream.safetensors"):
         (path / name).unlink()
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(config))
     return path
 
 
