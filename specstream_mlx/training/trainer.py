@@ -127,11 +127,11 @@ def train(
                 rows_per_chunk=settings.rows_per_chunk,
                 checkpoint=settings.grad_checkpoint,
             )
+            _check_finite(result.loss, "loss", iteration, points)
             accumulated = gradients if accumulated is None else tree_map(mx.add, accumulated, gradients)
             if iteration % settings.grad_accumulation_steps == 0:
-                _update(model, optimizer, accumulated, settings, result, iteration, points.newest())
+                _update(model, optimizer, accumulated, settings, iteration, points)
                 accumulated = None
-            _check_finite(result.loss, "loss", iteration, points.newest())
             interval.add(result, int(batch.answer_lengths.sum()))
             if mx.get_cache_memory() > _CACHE_LIMIT:
                 mx.clear_cache()
@@ -204,21 +204,20 @@ def _update(
     optimizer: optim.Optimizer,
     gradients: Any,
     settings: TrainSettings,
-    result: LossReport,
     iteration: int,
-    newest: Path | None,
+    points: RestartPoints,
 ) -> None:
     steps = settings.grad_accumulation_steps
     mean = tree_map(lambda g: g / steps, gradients) if steps > 1 else gradients
     clipped, norm = optim.clip_grad_norm(mean, settings.max_grad_norm)
-    _check_finite(result.loss, "loss", iteration, newest)
-    _check_finite(norm.item(), "gradient", iteration, newest)
+    _check_finite(norm.item(), "gradient", iteration, points)
     optimizer.update(model, clipped)
     mx.eval(model.trainable_parameters(), optimizer.state)
 
 
-def _check_finite(value: float, what: str, iteration: int, newest: Path | None) -> None:
+def _check_finite(value: float, what: str, iteration: int, points: RestartPoints) -> None:
     if not math.isfinite(value):
+        newest = points.newest()
         kept = f"the last good state is {newest}" if newest is not None else "nothing was saved before"
         raise InvalidInputError(
             f"iteration {iteration}: the {what} is {value}, the training has diverged; {kept}. Lower "
