@@ -58,14 +58,18 @@ def convert(
         typer.Option(metavar="REGEX", callback=regular_expression, help="Drop tensors whose whole name matches."),
     ] = None,
     recompute_init: Annotated[
-        bool, typer.Option("--recompute-init", help="Recompute an initialisation the adapter does not store.")
+        bool, typer.Option("--recompute-init", help="Recompute what PiSSA or OLoRA took out of the base.")
+    ] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Turn a quantised base into a float one, to merge into it.")
     ] = False,
     lora_only: Annotated[bool, typer.Option("--lora-only", help="Convert a plain LoRA fine-tune, no streams.")] = False,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Also read .bin files; they can run code. Needs PyTorch.")
+        bool,
+        typer.Option("--allow-pickle", help="Also read tensors from .bin and .pt files; needs PyTorch >= 2.10."),
     ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the tokenizer run code from its repository.")
+        bool, typer.Option("--trust-remote-code", help="Refused here: a conversion never runs code of a checkpoint.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would become of every tensor; write nothing.")
@@ -121,10 +125,11 @@ def convert(
             reference_logits=reference_logits,
             allow_pickle=allow_pickle,
             recompute_init=recompute_init,
+            dequantize=dequantize,
             upload_repo=upload_repo,
             trust_remote_code=trust_remote_code,
         )
-        with progress_bar(quiet=quiet) as progress:
+        with progress_bar(quiet=quiet, in_bytes=True) as progress:
             report = converter.convert(options, progress).to_dict()
         if as_json:
             out.write_json(report)

@@ -1,7 +1,8 @@
 """``specstream-mlx inspect``: what a checkpoint or MLX directory holds, without loading the base."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +36,38 @@ def inspect(
         if as_json:
             out.write_json(found)
         else:
-            out.write(document({key: value for key, value in found.items() if value not in (None, [], {})}))
+            out.write(document(for_people(found)))
     if found["problems"]:
         raise invalid_input("\n".join(found["problems"]))
+
+
+def for_people(found: Mapping[str, Any]) -> dict[str, Any]:
+    """``found`` without what is empty: large numbers grouped, files with their sizes, streams measured by Medusa."""
+    shown: dict[str, Any] = {}
+    streams, medusa = found.get("num_stream_parameters"), found.get("num_medusa_parameters")
+    for key, value in found.items():
+        if value in (None, [], {}):
+            continue
+        if key == "num_medusa_parameters" and streams:
+            shown[key] = f"{value:,} ({medusa / streams:,.0f} times the streams')"
+        elif key.endswith("_parameters"):
+            shown[key] = f"{value:,}"
+        elif key == "files":
+            shown[key] = {name: f"{size:,} bytes" for name, size in value.items()}
+        elif key == "streams":
+            shown[key] = {name: _described(item) for name, item in value.items()}
+        else:
+            shown[key] = value
+    return shown
+
+
+def _described(item: Any) -> Any:
+    """``{"type": "low_rank", "rank": 8}`` -> ``low_rank, rank 8``."""
+    if not isinstance(item, Mapping):
+        return item
+    facts = [f"{name} {_yes_or_no(value)}" for name, value in item.items() if name != "type"]
+    return ", ".join([str(item.get("type")), *facts])
+
+
+def _yes_or_no(value: Any) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)

@@ -94,16 +94,20 @@ def is_terminal() -> bool:
 
 
 @contextlib.contextmanager
-def progress_bar(*, quiet: bool = False) -> Iterator[Progress | None]:
-    """A ``progress(stage, done, total)`` that draws a bar on standard error, or None where nobody watches."""
+def progress_bar(*, quiet: bool = False, in_bytes: bool = False) -> Iterator[Progress | None]:
+    """A ``progress(stage, done, total)`` that draws a bar on standard error, or None where nobody watches.
+
+    ``in_bytes`` says that ``done`` and ``total`` are bytes.
+    """
     if quiet or not is_terminal():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    amount = (DownloadColumn(), TimeRemainingColumn()) if in_bytes else (MofNCompleteColumn(),)
+    columns = (TextColumn("{task.description}"), BarColumn(), *amount)
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         stages: dict[str, TaskID] = {}
 

@@ -1,16 +1,19 @@
-"""A PEFT directory opened: one adapter chosen, every tensor of its file sorted by what it is."""
+"""A PEFT directory opened: one adapter chosen, every one of its tensors sorted by what it is."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from specstream_convert.messages import at, escaped, listing
-from specstream_convert.peft_config import ADAPTER_CONFIG, MERGE_IN_PEFT, PeftConfig, read_peft_config
+import mlx.core as mx
+
+from specstream_convert.messages import escaped, listing
+from specstream_convert.peft_config import ADAPTER_CONFIG, PeftConfig, read_peft_config
 from specstream_convert.peft_keys import Key, Kind, parse
+from specstream_convert.pickles import NO_PICKLES, Pickles
 from specstream_convert.report import TensorFate
-from specstream_convert.safetensors_io import TensorFile, open_tensors
-from specstream_convert.stored import StoredTensor
+from specstream_convert.shards import ADAPTER, MODEL, PICKLED_ADAPTERS, PICKLED_MODEL, open_shards
+from specstream_convert.stored import StoredTensor, Weights
 from specstream_mlx.config import WEIGHTS_NAME, read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 
@@ -20,22 +23,27 @@ NEVER_SAVED = (
     "its initial weights were never saved and cannot be recovered; retrain with modules_to_save=['specstream'] and "
     "without target_modules that reach into it"
 )
-_REFUSED = {
-    Kind.LORA_BIAS: f"a bias of LoRA B is not supported; {MERGE_IN_PEFT}",
-    Kind.EMBEDDING_LORA: f"LoRA on an embedding is not supported; {MERGE_IN_PEFT}",
-    Kind.DORA: f"DoRA is not supported; {MERGE_IN_PEFT}",
-    Kind.TOKENS: f"trained token rows are not supported; {MERGE_IN_PEFT}",
-    Kind.EXPERT_LORA: "LoRA on fused experts is packed in two incompatible ways and not supported",
-}
+NO_TWO_PACKINGS = "LoRA on fused experts is packed in two incompatible ways and not supported"
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """The two factors of one module by PEFT's path: ``A`` (r, in) and ``B`` (out, r)."""
+    """What PEFT trained beside one module, by PEFT's path.
+
+    Attributes:
+        a: (r, in); of an embedding (r, rows).
+        b: (out, r); of an embedding (width, r).
+        embedding: the module is an embedding.
+        magnitude: DoRA's, (out,); of an embedding (width,).
+        bias: of ``B``, (out,).
+    """
 
     module: str
     a: StoredTensor
     b: StoredTensor
+    embedding: bool = False
+    magnitude: StoredTensor | None = None
+    bias: StoredTensor | None = None
 
     @property
     def rank(self) -> int:
@@ -43,20 +51,23 @@ class LoraPair:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight they change."""
-        return self.b.shape[0], self.a.shape[1]
+        """The shape of the weight they change."""
+        shape = (self.b.shape[0], self.a.shape[1])
+        return shape[::-1] if self.embedding else shape
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What one PEFT adapter file holds."""
+    """What one PEFT adapter holds."""
 
     directory: Path
     config: PeftConfig
-    file: TensorFile
+    weights: Weights
     pairs: tuple[LoraPair, ...]
-    streams: dict[str, str]  # name below specstream. -> tensor of the file
-    saved: dict[str, str]  # full tensors that may only be copies of the base's -> tensor of the file
+    streams: dict[str, StoredTensor]  # by their name below specstream.
+    saved: dict[str, StoredTensor]  # whole tensors, trained ones and copies of the base's, by PEFT's name
+    frozen: frozenset[str]  # those of ``saved`` that PEFT kept under a LoRA (``base_layer``)
+    tokens: dict[str, StoredTensor]  # trained rows of an embedding or of the LM head, by PEFT's module path
     fates: tuple[TensorFate, ...]  # of tensors already disposed of
     notes: tuple[str, ...]
 
@@ -109,6 +120,7 @@ def open_adapter(
     adapter_name: str | None = None,
     renames: dict[str, str] | None = None,
     ignored: re.Pattern[str] | None = None,
+    pickles: Pickles = NO_PICKLES,
 ) -> Adapter:
     """Open ``directory`` and sort its tensors.
 
@@ -118,72 +130,86 @@ def open_adapter(
         UsageError: several adapters in one file and no ``adapter_name``.
     """
     config = read_peft_config(directory / ADAPTER_CONFIG)
-    file = _open_weights(directory)
+    weights = _open_weights(directory, pickles)
     fates: list[TensorFate] = []
     keys: list[Key] = []
-    for raw in file.tensors:
+    for raw, tensor in weights.tensors.items():
         if ignored is not None and ignored.fullmatch(raw):
-            fates.append(TensorFate(file.path.name, raw, "ignored by --ignore-keys"))
+            fates.append(TensorFate(tensor.file.path.name, raw, "ignored by --ignore-keys"))
         else:
             parsed = parse((renames or {}).get(raw, raw))
             keys.append(Key(raw, parsed.kind, parsed.module, parsed.adapter, parsed.prefixed))
-    keys, dropped = _choose_adapter(file, keys, directory, adapter_name)
-    fates += [TensorFate(file.path.name, key.raw, f"belongs to adapter {key.adapter}, not chosen") for key in dropped]
-    _refuse(file, keys)
+    keys, dropped = _choose_adapter(weights, keys, directory, adapter_name)
+    fates += [_fate(weights, key, f"belongs to adapter {key.adapter}, not chosen") for key in dropped]
+    _refuse(weights, keys)
+    fates += [_fate(weights, key, "not used at inference, dropped") for key in keys if key.kind is Kind.VELORA]
     notes = []
     if any(key.prefixed for key in keys):
         notes.append(
-            f"{file.path.name}: a trainer's wrapper prefix (module., _orig_mod. or FSDP) was removed from names"
+            f"{weights.path.name}: a trainer's wrapper prefix (module., _orig_mod. or FSDP) was removed from names"
         )
-    if (directory / "adapter_model.bin").exists():
+    if not weights.files[0].data and (directory / "adapter_model.bin").exists():
         notes.append("adapter_model.bin was not opened; adapter_model.safetensors is used")
-    streams = _unique(file, [key for key in keys if key.kind is Kind.STREAM])
+    streams = _unique(weights, [key for key in keys if key.kind is Kind.STREAM])
     untrained = [key for key in keys if key.kind is Kind.UNTRAINED]
     for key in untrained:
-        fates.append(TensorFate(file.path.name, key.raw, "untrained copy, dropped"))
+        fates.append(_fate(weights, key, "untrained copy, dropped"))
     if not streams and any(key.module.startswith(("specstream.", "model.specstream.")) for key in untrained):
         raise InvalidInputError(
-            f"{at(file.path, untrained[0].raw)}: only the untrained original_module copies of the streams were saved; "
-            "save with PEFT's save_pretrained"
+            f"{weights.tensors[untrained[0].raw].place}: only the untrained original_module copies of the streams "
+            "were saved; save with PEFT's save_pretrained"
         )
+    whole, twice = _without_twins(weights, [key for key in keys if key.kind in (Kind.SAVED, Kind.BASE_COPY)])
+    fates += twice
     return Adapter(
         directory=directory,
         config=config,
-        file=file,
-        pairs=_pairs(file, keys),
+        weights=weights,
+        pairs=_pairs(weights, keys, config),
         streams=streams,
-        saved=_unique(file, [key for key in keys if key.kind in (Kind.SAVED, Kind.BASE_COPY)]),
+        saved={key.module: weights.tensors[key.raw] for key in whole},
+        frozen=frozenset(key.module for key in whole if key.kind is Kind.BASE_COPY),
+        tokens=_unique(weights, [key for key in keys if key.kind is Kind.TOKENS]),
         fates=tuple(fates),
         notes=tuple(notes),
     )
 
 
-def _open_weights(directory: Path) -> TensorFile:
-    path = directory / ADAPTER_WEIGHTS
-    if not path.exists():
-        pickles = sorted(f.name for f in directory.iterdir() if f.name in ("adapter_model.bin", "adapter_model.pt"))
-        if pickles:
-            raise UnsupportedError(
-                f"{directory / pickles[0]}: a pickle can run code and is not opened; load the adapter in PEFT and call "
-                "save_pretrained(..., safe_serialization=True)"
-            )
+def _open_weights(directory: Path, pickles: Pickles) -> Weights:
+    """The adapter's file or shards; without one, a dump of the whole model with the adapter inside."""
+    sets = [ADAPTER, *PICKLED_ADAPTERS, MODEL, PICKLED_MODEL]
+    files = next((files for files in sets if any(map(Path.exists, files.present(directory)))), None)
+    if files is None:
+        path = directory / ADAPTER_WEIGHTS
         raise InvalidInputError(f"{path}: file not found; --adapter-path is the directory that PEFT saved")
-    file = open_tensors(path)
-    if not file.tensors:
+    opened = open_shards(directory, files, pickles)
+    path = opened[0].path if len(opened) == 1 else directory / files.index_name
+    weights = Weights(path, opened)
+    if not weights.tensors:
         raise InvalidInputError(f"{path}: the adapter has no tensors; {ZERO_3}")
-    return file
+    return weights
+
+
+def _fate(weights: Weights, key: Key, fate: str) -> TensorFate:
+    return TensorFate(weights.tensors[key.raw].file.path.name, key.raw, fate)
 
 
 def _choose_adapter(
-    file: TensorFile, keys: list[Key], directory: Path, wanted: str | None
+    weights: Weights, keys: list[Key], directory: Path, wanted: str | None
 ) -> tuple[list[Key], list[Key]]:
     names = sorted({key.adapter for key in keys if key.adapter is not None})
     if wanted is not None and names and wanted not in names:
-        raise UsageError(f"{file.path}: no adapter {escaped(wanted)!r}; choose from {', '.join(map(escaped, names))}")
+        raise UsageError(
+            f"{weights.path}: no adapter {escaped(wanted)!r}; choose from {', '.join(map(escaped, names))}"
+        )
     if wanted is not None and not names and wanted not in ("default", directory.name):
-        raise UsageError(f"{file.path}: holds one unnamed adapter, not {escaped(wanted)!r}; leave out --adapter-name")
+        raise UsageError(
+            f"{weights.path}: holds one unnamed adapter, not {escaped(wanted)!r}; leave out --adapter-name"
+        )
     if len(names) > 1 and wanted is None:
-        raise UsageError(f"{file.path}: holds several adapters; choose --adapter-name {'|'.join(map(escaped, names))}")
+        raise UsageError(
+            f"{weights.path}: holds several adapters; choose --adapter-name {'|'.join(map(escaped, names))}"
+        )
     if len(names) < 2:
         return keys, []
     return (
@@ -192,62 +218,118 @@ def _choose_adapter(
     )
 
 
-def _refuse(file: TensorFile, keys: list[Key]) -> None:
+def _refuse(weights: Weights, keys: list[Key]) -> None:
     wrapped = [key for key in keys if key.kind is Kind.STREAM_WRAPPED]
     if wrapped:
         raise InvalidInputError(
             listing(
-                f"{at(file.path, key.raw)}: PEFT put a LoRA around a stream module: {NEVER_SAVED}" for key in wrapped
+                f"{weights.tensors[key.raw].place}: PEFT put a LoRA around a stream module: {NEVER_SAVED}"
+                for key in wrapped
             )
         )
-    unsupported = [key for key in keys if key.kind in _REFUSED]
-    if unsupported:
-        raise UnsupportedError(listing(f"{at(file.path, key.raw)}: {_REFUSED[key.kind]}" for key in unsupported))
+    experts = [key for key in keys if key.kind is Kind.EXPERT_LORA]
+    if experts:
+        raise UnsupportedError(listing(f"{weights.tensors[key.raw].place}: {NO_TWO_PACKINGS}" for key in experts))
     unknown = [key for key in keys if key.kind is Kind.OTHER]
     if unknown:
         raise InvalidInputError(
             listing(
-                f"{at(file.path, key.raw)}: not a tensor this converter knows; map it with --key-map or drop it with "
-                "--ignore-keys"
+                f"{weights.tensors[key.raw].place}: not a tensor this converter knows; map it with --key-map or "
+                "drop it with --ignore-keys"
                 for key in unknown
             )
         )
 
 
-def _unique(file: TensorFile, keys: Iterable[Key]) -> dict[str, str]:
-    found: dict[str, str] = {}
+def _unique(weights: Weights, keys: Iterable[Key]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
     for key in keys:
         if key.module in found:
             raise InvalidInputError(
-                f"{at(file.path, key.raw)}: means the same tensor as {escaped(found[key.module])}; keep one"
+                f"{weights.tensors[key.raw].place}: means the same tensor as {escaped(found[key.module].raw)}; keep one"
             )
-        found[key.module] = key.raw
+        found[key.module] = weights.tensors[key.raw]
     return found
 
 
-def _pairs(file: TensorFile, keys: list[Key]) -> tuple[LoraPair, ...]:
-    sides = {kind: _unique(file, [key for key in keys if key.kind is kind]) for kind in (Kind.LORA_A, Kind.LORA_B)}
-    a, b = sides[Kind.LORA_A], sides[Kind.LORA_B]
-    problems = [f"{at(file.path, a[module])}: has no matching lora_B" for module in sorted(set(a) - set(b))]
-    problems += [f"{at(file.path, b[module])}: has no matching lora_A" for module in sorted(set(b) - set(a))]
-    for side in (a, b):
-        for module in sorted(side):
-            shape = file.tensors[side[module]].shape
-            if len(shape) != 2 or 0 in shape:
-                problems.append(f"{at(file.path, side[module])}: shape {shape}, expected two dimensions; {ZERO_3}")
+def _without_twins(weights: Weights, keys: list[Key]) -> tuple[list[Key], list[TensorFate]]:
+    """Keep one of several names of the same tensor, provided that they hold the same bits.
+
+    After a resized vocabulary PEFT writes a module of modules_to_save under two names.
+    """
+    kept: dict[str, Key] = {}
+    fates = []
+    for key in keys:
+        first = kept.setdefault(key.module, key)
+        if first is key:
+            continue
+        one, other = weights.tensors[first.raw], weights.tensors[key.raw]
+        if (one.dtype, one.shape) != (other.dtype, other.shape) or not bool(
+            mx.array_equal(one.read(), other.read()).item()
+        ):
+            raise InvalidInputError(f"{other.place}: means the same tensor as {escaped(one.raw)}; keep one")
+        fates.append(_fate(weights, key, f"equal to {escaped(first.raw)}, dropped"))
+    return list(kept.values()), fates
+
+
+def _pairs(weights: Weights, keys: list[Key], config: PeftConfig) -> tuple[LoraPair, ...]:
+    """LoRA modules in the order of their layers, complete and of shapes that fit each other."""
+    magnitudes, biases = (
+        _unique(weights, [key for key in keys if key.kind is kind]) for kind in (Kind.DORA, Kind.LORA_BIAS)
+    )
+    pairs: dict[str, LoraPair] = {}
+    problems: list[str] = []
+    for kinds in ((Kind.LORA_A, Kind.LORA_B), (Kind.EMBEDDING_A, Kind.EMBEDDING_B)):
+        embedding = Kind.EMBEDDING_A in kinds
+        a, b = (_unique(weights, [key for key in keys if key.kind is kind]) for kind in kinds)
+        problems += _side_problems(a, b)
+        for module in set(a) & set(b):
+            pair = LoraPair(module, a[module], b[module], embedding, magnitudes.get(module), biases.get(module))
+            if pairs.setdefault(module, pair) is not pair:
+                problems.append(f"{a[module].place}: the module also has {escaped(pairs[module].a.raw)}; keep one")
+    if not problems:
+        for pair in pairs.values():
+            problems += _pair_problems(pair, config)
+        for extra in (magnitudes, biases):
+            problems += [
+                f"{extra[name].place}: the module has no lora_A and lora_B" for name in set(extra) - set(pairs)
+            ]
     if problems:
-        raise InvalidInputError(listing(problems))
-    pairs = []
-    for module in sorted(a, key=_natural):
-        rank_a, rank_b = file.tensors[a[module]].shape[0], file.tensors[b[module]].shape[1]
-        if rank_a != rank_b:
-            problems.append(f"{at(file.path, a[module])}: rank {rank_a}, but lora_B has rank {rank_b}")
-        pairs.append(LoraPair(module, StoredTensor(file, a[module]), StoredTensor(file, b[module])))
-    if problems:
-        raise InvalidInputError(listing(problems))
-    for name in [*a.values(), *b.values()]:
-        file.require_float(name)
-    return tuple(pairs)
+        raise InvalidInputError(listing(sorted(problems)))
+    for pair in pairs.values():
+        for tensor in (pair.a, pair.b, pair.magnitude, pair.bias):
+            if tensor is not None:
+                tensor.require_float()
+    return tuple(pairs[module] for module in sorted(pairs, key=_natural))
+
+
+def _side_problems(a: dict[str, StoredTensor], b: dict[str, StoredTensor]) -> list[str]:
+    problems = [f"{a[module].place}: has no matching lora_B; save the adapter again" for module in set(a) - set(b)]
+    problems += [f"{b[module].place}: has no matching lora_A; save the adapter again" for module in set(b) - set(a)]
+    for tensor in (*a.values(), *b.values()):
+        if len(tensor.shape) != 2 or 0 in tensor.shape:
+            problems.append(f"{tensor.place}: shape {tensor.shape}, expected two dimensions; {ZERO_3}")
+    return problems
+
+
+def _pair_problems(pair: LoraPair, config: PeftConfig) -> list[str]:
+    problems = []
+    if pair.rank != pair.b.shape[1]:
+        problems.append(
+            f"{pair.a.place}: rank {pair.rank}, but lora_B has rank {pair.b.shape[1]}; save the adapter again"
+        )
+    wanted = (pair.b.shape[0],)
+    for tensor, name, field, needed in (
+        (pair.magnitude, "lora_magnitude_vector", "use_dora", config.use_dora),
+        (pair.bias, "lora_B.bias", "lora_bias", config.lora_bias and not pair.embedding),
+    ):
+        if tensor is None and needed:
+            problems.append(f"{pair.a.place}: has no matching {name}, although {field} of {ADAPTER_CONFIG} is true")
+        elif tensor is not None and not needed:
+            problems.append(f"{tensor.place}: {field} of {ADAPTER_CONFIG} is not true, so PEFT would not use it")
+        elif tensor is not None and tensor.shape != wanted:
+            problems.append(f"{tensor.place}: shape {tensor.shape}, expected {wanted}")
+    return problems
 
 
 def _natural(module: str) -> tuple[tuple[int, int, str], ...]:

@@ -1,8 +1,8 @@
 """The base model: a directory of transformers 4 or 5 or of mlx-lm, described without loading its weights."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from mlx.utils import tree_flatten
 from specstream_convert.base_config import mlx_config
 from specstream_convert.layouts import LAYOUTS, Layout
 from specstream_convert.messages import at, escaped, listing
-from specstream_convert.safetensors_io import TensorFile, open_tensors
-from specstream_convert.stored import StoredTensor
+from specstream_convert.pickles import NO_PICKLES, Pickles
+from specstream_convert.safetensors_io import TensorFile
+from specstream_convert.shards import open_model_shards
+from specstream_convert.stored import StoredTensor, Weights
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.families import FAMILIES, model_classes
@@ -24,9 +26,9 @@ _CANNOT_BUILD = (
     TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, RuntimeError, AssertionError, MemoryError,
     OverflowError,
 )  # fmt: skip
-INDEX_NAME = "model.safetensors.index.json"
 _REPO_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
 _DOWNLOADS = ("*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
+_PICKLED_DOWNLOADS = ("pytorch_model*.bin",)  # only where there is no model*.safetensors
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,13 @@ class Base:
         }
 
 
-def resolve_base(name_or_path: str, revision: str | None, relative_to: Path | None = None) -> tuple[Path, str]:
+def resolve_base(
+    name_or_path: str, revision: str | None, relative_to: Path | None = None, *, pickled: bool = False
+) -> tuple[Path, str]:
     """The directory of a base model and the name to record; a repo id is downloaded, a missing path is an error.
 
     A path that an adapter records may be relative to the adapter's own directory (``relative_to``).
+    Pickled weights are downloaded only if ``pickled``, and only where there are no others.
     """
     if "\0" in name_or_path or not name_or_path.strip():
         raise InvalidInputError(f"the base model name {escaped(repr(name_or_path))} is not usable; give --hf-path")
@@ -118,14 +123,17 @@ def resolve_base(name_or_path: str, revision: str | None, relative_to: Path | No
     local = name_or_path.startswith((".", "/", "~")) or "\\" in name_or_path or not _REPO_ID.match(name_or_path)
     if local or ".." in name_or_path:
         raise InvalidInputError(f"{escaped(name_or_path)}: no such directory; give the base model with --hf-path")
-    return _download(name_or_path, revision), name_or_path
+    return _download(name_or_path, revision, pickled), name_or_path
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, pickled: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOADS)))
+        path = Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOADS)))
+        if pickled and not any(path.glob("model*.safetensors")):
+            snapshot_download(repo, revision=revision, allow_patterns=list(_PICKLED_DOWNLOADS))
+        return path
     except Exception as error:  # the hub raises many kinds: offline, missing, gated, bad revision
         reason = escaped(" ".join(str(error).split()))
         raise InvalidInputError(
@@ -134,8 +142,16 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from error
 
 
-def open_base(path: Path, name: str, revision: str | None = None) -> Base:
+def open_base(
+    path: Path,
+    name: str,
+    revision: str | None = None,
+    pickles: Pickles = NO_PICKLES,
+    held: Mapping[str, StoredTensor] | None = None,
+) -> Base:
     """Describe the base in ``path``: its configuration for mlx-lm, its tensors, its linear layers.
+
+    ``held`` are its tensors by their Hugging Face names, where they are not the directory's model files.
 
     Raises:
         InvalidInputError: files missing, damaged, or not those of the model that ``config.json`` describes.
@@ -144,8 +160,10 @@ def open_base(path: Path, name: str, revision: str | None = None) -> Base:
     where = path / "config.json"
     config, notes, warnings = mlx_config(read_json(where), where)
     layout = LAYOUTS[config["model_type"]]
-    files = _open_shards(path)
-    tensors, dropped = _named(files, layout)
+    if held is None:
+        held = Weights(path, open_model_shards(path, pickles)).tensors
+    files = tuple({tensor.file.path: tensor.file for tensor in held.values()}.values())
+    tensors, dropped = _named(held, layout)
     if "tie_word_embeddings" not in config:
         config["tie_word_embeddings"] = f"{layout.head}.weight" not in tensors
         notes.append(f"config.json has no tie_word_embeddings; set to {config['tie_word_embeddings']} by the tensors")
@@ -182,6 +200,7 @@ def _module_tree(
     except _CANNOT_BUILD as error:
         reason = escaped(" ".join(str(error).split()))
         raise InvalidInputError(f"{where}: mlx-lm cannot build the model ({reason}); restore config.json") from error
+    mx.eval(mx.random.state)  # or the lazy keys of every model described so far would stay in memory
     parameters = {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}
 
     def shapes(kind: type[nn.Module]) -> dict[str, tuple[int, int]]:
@@ -191,19 +210,24 @@ def _module_tree(
     return parameters, shapes(nn.Linear), shapes(nn.Embedding)
 
 
-def _named(files: Iterable[TensorFile], layout: Layout) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def can_untie(base: Base) -> bool:
+    """Whether the family's model may have an LM head of its own."""
+    untied, _, _ = _module_tree(base.config | {"tie_word_embeddings": False}, base.path / "config.json")
+    return f"{base.layout.head}.weight" in untied
+
+
+def _named(held: Mapping[str, StoredTensor], layout: Layout) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors by mlx-lm's names, and the raw names of those that are no parameters."""
     tensors: dict[str, StoredTensor] = {}
     dropped: dict[str, str] = {}
-    for file in files:
-        for raw in file.tensors:
-            if layout.is_ignored(raw):
-                dropped[raw] = "recomputed by the model"
-                continue
-            name = layout.name(raw)
-            if name in tensors:
-                raise InvalidInputError(f"{at(file.path, raw)}: means the same tensor as {tensors[name].place}")
-            tensors[name] = StoredTensor(file, raw, transposed=name != raw and layout.is_transposed(name))
+    for given, tensor in held.items():
+        if layout.is_ignored(given):
+            dropped[tensor.raw] = "recomputed by the model"
+            continue
+        name = layout.name(given)
+        if name in tensors:
+            raise InvalidInputError(f"{tensor.place}: means the same tensor as {tensors[name].place}")
+        tensors[name] = replace(tensor, transposed=name != given and layout.is_transposed(name))
     return tensors, dropped
 
 
@@ -212,18 +236,12 @@ def _drop_tied_head(config: dict[str, Any], layout: Layout, tensors: dict[str, S
     head, embedding = f"{layout.head}.weight", f"{layout.embedding}.weight"
     if not config["tie_word_embeddings"] or head not in tensors:
         return {}
-    if embedding in tensors and not _same(tensors[head], tensors[embedding]):
+    if embedding in tensors and not tensors[head].equals(tensors[embedding]):
         raise InvalidInputError(
             f"{tensors[head].place}: differs from {embedding} although config.json says "
             "tie_word_embeddings true; set it to false or remove the tensor"
         )
     return {tensors.pop(head).raw: f"tied: equal to {embedding}"}
-
-
-def _same(first: StoredTensor, second: StoredTensor) -> bool:
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    return bool(mx.array_equal(first.read(), second.read()).item())
 
 
 def _check_tensors(path: Path, kept: dict[str, StoredTensor], parameters: dict[str, tuple[int, ...]]) -> None:
@@ -266,78 +284,3 @@ def _check_quantized(
         if f"{module}.biases" in kept:
             expected[f"{module}.biases"] = expected[scales]
     return expected
-
-
-def _open_shards(path: Path) -> tuple[TensorFile, ...]:
-    """The base's weight files, each tensor in exactly one of them."""
-    present = sorted(file for file in path.iterdir() if re.fullmatch(r"model.*\.safetensors", file.name))
-    index = path / INDEX_NAME
-    if not present:
-        others = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".gguf"))
-        hint = f"{escaped(others[0])} cannot be read, save it as safetensors" if others else "download the base again"
-        raise InvalidInputError(f"{path}: no model*.safetensors; {hint}")
-    if index.exists():
-        wanted = _index_map(index)
-        files = _exactly(index, present, set(wanted.values()))
-        _check_index(index, wanted, files)
-        return files
-    if len(present) > 1:
-        match = re.fullmatch(r"model-00001-of-(\d{5})\.safetensors", present[0].name)
-        total = int(match.group(1)) if match else 0
-        if [f.name for f in present] != [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]:
-            raise InvalidInputError(
-                f"{path}: {', '.join(escaped(f.name) for f in present)} without {INDEX_NAME}; mlx-lm would mix them, "
-                "keep one complete set"
-            )
-    elif re.fullmatch(r"model-\d{5}-of-(?!00001)\d{5}\.safetensors", present[0].name):
-        raise InvalidInputError(f"{present[0]}: only one shard of several is here; download the base again")
-    files = tuple(open_tensors(file) for file in present)
-    twice = _duplicates(files)
-    if twice:
-        raise InvalidInputError(listing(f"{at(path, name)}: in two weight files; keep one" for name in twice))
-    return files
-
-
-def _index_map(index: Path) -> dict[str, str]:
-    raw = read_json(index)
-    weight_map = raw.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise InvalidInputError(f"{index}: weight_map is not an object of file names; download the base again")
-    bad = sorted({v for v in weight_map.values() if not re.fullmatch(r"model[\w.\-]*\.safetensors", v) or ".." in v})
-    if bad:
-        raise InvalidInputError(
-            listing(f"{index}: {escaped(repr(name))} is not the name of a shard beside it" for name in bad)
-        )
-    return weight_map
-
-
-def _exactly(index: Path, present: list[Path], wanted: set[str]) -> tuple[TensorFile, ...]:
-    names = {file.name for file in present}
-    problems = [
-        f"{index}: names {name}, which is not there; download the base again" for name in sorted(wanted - names)
-    ]
-    problems += [
-        f"{index.parent / name}: not named in {INDEX_NAME}; mlx-lm would mix it in, remove it"
-        for name in sorted(names - wanted)
-    ]
-    if problems:
-        raise InvalidInputError(listing(problems))
-    return tuple(open_tensors(file) for file in present)
-
-
-def _check_index(index: Path, wanted: dict[str, str], files: tuple[TensorFile, ...]) -> None:
-    held = {(name, file.path.name) for file in files for name in file.tensors}
-    listed = set(wanted.items())
-    problems = [f"{index}: {escaped(name)} is not in {file}" for name, file in sorted(listed - held)]
-    problems += [f"{index}: {escaped(name)} of {file} is not listed" for name, file in sorted(held - listed)]
-    if problems:
-        raise InvalidInputError(listing(problems))
-
-
-def _duplicates(files: Iterable[TensorFile]) -> list[str]:
-    seen: set[str] = set()
-    twice = []
-    for file in files:
-        twice += [name for name in file.tensors if name in seen]
-        seen |= set(file.tensors)
-    return twice

@@ -36,6 +36,7 @@ FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "tie_word_embeddings": (True,),
     },
 }
+MAX_LAYERS = 1000  # building the modules of more takes seconds and hundreds of megabytes
 ROPE_TYPES = {
     "llama": ("default", "linear", "llama3", "yarn"),
     "mistral": ("default", "linear", "llama3", "yarn"),
@@ -97,13 +98,16 @@ def mlx_config(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[s
 def _check_numbers(config: dict[str, Any], where: Path) -> None:
     problems = []
     sizes = SIZES.get(config["model_type"], SIZES_LLAMA)
+    absent = [f"{where}: {name} is None, expected an integer >= 1" for name in sizes if config.get(name) is None]
+    if absent:  # the file of something else than a decoder, or of one whose parts have other names
+        raise UnsupportedError(listing(absent))
     for name in sizes:
         value = config.get(name)
         if type(value) is not int or not 1 <= value < 2**31:
             problems.append(f"{where}: {name} is {escaped(repr(value))}, expected an integer >= 1")
     for name in ("num_hidden_layers", "n_layer"):
         layers = config.get(name)
-        if name in sizes and type(layers) is int and layers > 10_000:
+        if name in sizes and type(layers) is int and layers > MAX_LAYERS:
             problems.append(f"{where}: {name} is {layers}, which no model has")
     for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "word_embed_proj_dim", "n_ctx"):
         value = config.get(name)

@@ -6,14 +6,17 @@
     Rescale      W' = m * W / ||W||                    DoRA; the norm is per row, for an embedding per column
     AddScaled    b' = b + s * T                        the bias of LoRA B
 
-Changes of one tensor apply in this order. Nothing is rounded until the last one is done.
+Changes of one tensor apply in this order, block of rows by block of rows; nothing is rounded until the last is done.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from specstream_convert.initial import Initial
 from specstream_convert.safetensors_io import mlx_dtype
 from specstream_convert.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError
@@ -28,16 +31,20 @@ class Factors:
         b: (out, r); of an embedding (width, r).
         scale: the factor of ``B @ A``.
         embedding: the weight is an embedding (rows, width), and the change is ``s * (B @ A).T``.
+        initial: factors the training started from and took out of the base; the change is ``s * (B @ A - B0 @ A0)``,
+            which is a LoRA of the sum of both ranks.
     """
 
     a: StoredTensor
     b: StoredTensor
     scale: float
     embedding: bool = False
+    initial: Initial | None = None
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        """The rank of the change."""
+        return self.a.shape[0] + (self.initial.rank if self.initial else 0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -46,7 +53,15 @@ class Factors:
         return shape[::-1] if self.embedding else shape
 
     def read(self) -> tuple[mx.array, mx.array]:
-        """``A`` and ``B`` in float32."""
+        """The ``A`` and ``B`` of the change, in float32."""
+        a, b = self.read_trained()
+        if self.initial is None:
+            return a, b
+        a0, b0 = self.initial.read()
+        return mx.concatenate([a, a0]), mx.concatenate([b, -b0], axis=1)
+
+    def read_trained(self) -> tuple[mx.array, mx.array]:
+        """``A`` and ``B`` as the adapter holds them, in float32."""
         return self.a.read_float32(), self.b.read_float32()
 
 
@@ -56,6 +71,11 @@ class Replace:
 
     tensor: StoredTensor
 
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """What the change reads; every kind of change has it."""
+        return (self.tensor,)
+
 
 @dataclass(frozen=True)
 class SetRows:
@@ -64,12 +84,20 @@ class SetRows:
     tensor: StoredTensor
     rows: tuple[int, ...]
 
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return (self.tensor,)
+
 
 @dataclass(frozen=True)
 class AddLowRank:
     """LoRA is added."""
 
     factors: Factors
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return (self.factors.a, self.factors.b)
 
 
 @dataclass(frozen=True)
@@ -79,6 +107,10 @@ class Rescale:
     magnitude: StoredTensor
     axis: int
 
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return (self.magnitude,)
+
 
 @dataclass(frozen=True)
 class AddScaled:
@@ -87,36 +119,77 @@ class AddScaled:
     tensor: StoredTensor
     scale: float
 
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return (self.tensor,)
+
 
 Change = Replace | SetRows | AddLowRank | Rescale | AddScaled
 
 
-def changed(value: mx.array, changes: Sequence[Change]) -> mx.array:
-    """``value`` after ``changes``, in float32, computed on the CPU whose products are never rounded to fewer bits."""
-    with mx.stream(mx.cpu):
-        result = value.astype(mx.float32)
-        for change in changes:
-            result = _apply(result, change)
+Step = Callable[[mx.array, slice], mx.array]  # float32 rows of the weight, and which rows they are
+
+
+def changed(source: StoredTensor, changes: Sequence[Change]) -> Iterator[mx.array]:
+    """``source`` after ``changes``, in float32, in blocks of rows.
+
+    It is computed on the CPU, whose products are never rounded to fewer bits.
+    """
+    steps: tuple[Step, ...] = ()
+    for change in changes:
+        if isinstance(change, Replace):
+            source, steps = change.tensor, ()
+        else:
+            steps = (*steps, _step(change, source, steps))
+    return _run(source, steps)
+
+
+def _run(source: StoredTensor, steps: Sequence[Step]) -> Iterator[mx.array]:
+    for rows, value in source.blocks(finite=True):
+        with mx.stream(mx.cpu):
+            result = value.astype(mx.float32)
+            for step in steps:
+                result = step(result, rows)
             mx.eval(result)
-    return result
+        yield result
 
 
-def _apply(value: mx.array, change: Change) -> mx.array:
+def _step(change: SetRows | AddLowRank | Rescale | AddScaled, source: StoredTensor, before: Sequence[Step]) -> Step:
+    """What ``change`` does to a block of rows of ``source`` after the steps ``before``."""
     match change:
-        case Replace(tensor):
-            return tensor.read_float32()
-        case SetRows(tensor, rows):
-            value[mx.array(rows)] = tensor.read_float32()
-            return value
+        case SetRows(tensor, indices):
+            where, wanted = np.array(indices), tensor.read_float32()
+            return lambda value, rows: _set_rows(value, rows, where, wanted)
         case AddLowRank(factors):
             a, b = factors.read()
-            delta = (b @ a).T if factors.embedding else b @ a
-            return value + factors.scale * delta
+            left, right = (a.T, b.T) if factors.embedding else (b, a)
+            return lambda value, rows: value + factors.scale * (left[rows] @ right)
         case Rescale(magnitude, axis):
-            norm = mx.sqrt(mx.sum(value * value, axis=axis, keepdims=True))
-            return value * (mx.expand_dims(magnitude.read_float32(), axis) / norm)
+            gains = magnitude.read_float32()
+            if axis == 0:  # the norm of a column is known when all its rows have been seen
+                with mx.stream(mx.cpu):
+                    gains = gains / mx.sqrt(_sum_of_squares(source, before))
+                return lambda value, rows: value * gains
+            return lambda value, rows: value * (gains[rows, None] / mx.sqrt(mx.sum(value * value, 1, keepdims=True)))
         case AddScaled(tensor, scale):
-            return value + scale * tensor.read_float32()
+            added = tensor.read_float32()
+            return lambda value, rows: value + scale * added[rows]
+
+
+def _set_rows(value: mx.array, rows: slice, indices: np.ndarray[Any, Any], wanted: mx.array) -> mx.array:
+    inside = np.flatnonzero((indices >= rows.start) & (indices < rows.stop))
+    if inside.size:
+        value[mx.array(indices[inside] - rows.start)] = wanted[mx.array(inside)]
+    return value
+
+
+def _sum_of_squares(source: StoredTensor, steps: Sequence[Step]) -> mx.array:
+    """(columns,) sums over all rows."""
+    total = mx.zeros(source.shape[1])
+    for value in _run(source, steps):
+        total = total + mx.sum(value * value, axis=0)
+        mx.eval(total)
+    return total
 
 
 def cast(value: mx.array, dtype: str, place: str) -> mx.array:

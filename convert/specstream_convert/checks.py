@@ -6,9 +6,11 @@ import mlx.core as mx
 
 from specstream_convert.base import Base
 from specstream_convert.lora import Lora
+from specstream_convert.mapping import FineTune
 from specstream_convert.messages import escaped, listing
 from specstream_convert.peft_config import PeftConfig, layer_of
 from specstream_convert.safetensors_io import mlx_dtype
+from specstream_convert.stored import StoredTensor
 from specstream_mlx.config import StreamConfig
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.fingerprint import fingerprint as mark_of
@@ -26,20 +28,26 @@ COMPARED = (
 )
 
 
-def fingerprint(base: Base, tensor: str, dtype: str | None = None) -> dict[str, str]:
+def fingerprint(
+    base: Base, tensor: str, dtype: str | None = None, replaced: StoredTensor | None = None
+) -> dict[str, str]:
     """The mark of one tensor of ``base``, which tells bases of equal shape apart.
 
-    ``dtype`` is the one the tensor is written in, when that differs from the base's.
+    ``dtype`` is the one the tensor is written in, when that differs from the base's; ``replaced`` is written instead.
     """
-    held = base.tensors[tensor].read_float32()
-    if dtype is not None:
-        held = held.astype(mlx_dtype(dtype)).astype(mx.float32)
+    own = base.tensors[tensor]
+    held = (replaced or own).read_float32().astype(mlx_dtype(dtype or own.dtype)).astype(mx.float32)
     return mark_of(tensor, held)
 
 
-def check_base_matches(config: StreamConfig, where: Any, base: Base) -> None:
-    """Refuse a base other than the one that ``specstream_config.json`` was trained on."""
+def check_base_matches(config: StreamConfig, where: Any, base: Base, vocab_size: int | None = None) -> None:
+    """Refuse a base other than the one that ``specstream_config.json`` was trained on.
+
+    ``vocab_size`` is the one that the adapter resized the vocabulary to; the trainer may have recorded either.
+    """
     recorded, actual = config.base_model, base.summary()
+    if vocab_size is not None and recorded.get("vocab_size") == vocab_size:
+        actual["vocab_size"] = vocab_size
     problems = []
     for name in COMPARED:
         if name in recorded and recorded[name] != actual[name]:
@@ -75,7 +83,7 @@ def check_base_matches(config: StreamConfig, where: Any, base: Base) -> None:
 
 def check_coverage(peft: PeftConfig, items: tuple[Lora, ...], base: Base, config: StreamConfig | None) -> None:
     """Refuse an adapter that lacks modules its own configuration asks for; a partial save looks fluent and is wrong."""
-    expected = peft.expected_modules(base.linear)
+    expected = peft.expected_modules([*base.linear, *base.embeddings, *([base.layout.head] if base.tied else [])])
     if expected is None or not items:
         return
     missing = expected - {item.module for item in items}
@@ -93,14 +101,45 @@ def check_coverage(peft: PeftConfig, items: tuple[Lora, ...], base: Base, config
         )
 
 
-def check_lossless(items: tuple[Lora, ...], config: StreamConfig, base: Base) -> None:
-    """In lossless mode a LoRA may only be where stream rows are: in the top ``num_stream_layers`` layers."""
-    first = base.num_layers - config.num_stream_layers
+def check_lossless_settings(peft: PeftConfig) -> None:
+    """Refuse an adapter whose own configuration says that it trained the main stream."""
+    trained = {"modules_to_save": ", ".join(peft.modules_to_save), "bias": "" if peft.bias == "none" else peft.bias}
     problems = [
-        f"{item.factors.a.place}: mode lossless allows LoRA only in layers {first} to "
-        f"{base.num_layers - 1}; this one would change the main stream, retrain without it or use mode shared"
-        for item in items
-        if (layer := layer_of(item.module)) is None or layer < first
+        f"{peft.path}: {name} is {escaped(value)}: mode lossless leaves the base as it is, and this would change the "
+        "main stream; retrain without it or use mode shared"
+        for name, value in trained.items()
+        if value
     ]
     if problems:
         raise InvalidInputError(listing(problems))
+
+
+def check_lossless(fine_tune: FineTune, config: StreamConfig, base: Base) -> None:
+    """In lossless mode there may only be LoRA, where stream rows are: in the top ``num_stream_layers`` layers."""
+    problems = lossless_problems(fine_tune.loras, config, base.num_layers)
+    problems += [
+        f"{changes[0].tensors[0].place}: mode lossless leaves {name} as the base has it; this would change the "
+        "main stream, retrain without it or use mode shared"
+        for name, changes in fine_tune.others.items()
+    ]
+    if problems:
+        raise InvalidInputError(listing(problems))
+
+
+def lossless_problems(items: tuple[Lora, ...], config: StreamConfig, num_layers: int) -> list[str]:
+    """LoRA that :func:`check_lossless` refuses, for a base of ``num_layers`` layers."""
+    first = num_layers - config.num_stream_layers
+    problems = []
+    for item in items:
+        layer = layer_of(item.module)
+        if layer is None or layer < first:
+            problems.append(
+                f"{item.factors.a.place}: mode lossless allows LoRA only in layers {first} to "
+                f"{num_layers - 1}; this one would change the main stream, retrain without it or use mode shared"
+            )
+        elif item.magnitude is not None:
+            problems.append(
+                f"{item.magnitude.place}: mode lossless allows plain LoRA only; retrain without use_dora or use mode "
+                "shared"
+            )
+    return problems

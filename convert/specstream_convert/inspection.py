@@ -1,20 +1,51 @@
-"""What a checkpoint holds, told from its configurations and headers; no weight of the base is read."""
+"""What a checkpoint holds and what is wrong with it, told without its base.
 
+LoRA factors, stream tensors and the norm that a fingerprint names are read, as the converter would read them; of a
+model only the headers are.
+"""
+
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from specstream_convert.adapter import ADAPTER_WEIGHTS, open_adapter
+from specstream_convert.adapter import ADAPTER_WEIGHTS, Adapter, open_adapter
+from specstream_convert.base import open_base
+from specstream_convert.changes import Factors
+from specstream_convert.checks import check_base_matches, lossless_problems
+from specstream_convert.live_adapter import LIVE_WEIGHTS, LiveAdapter, is_mlx_lm, lora_shapes, read_live_adapter
+from specstream_convert.lora import Lora, check_effect
 from specstream_convert.messages import escaped
 from specstream_convert.peft_config import ADAPTER_CONFIG
+from specstream_convert.peft_keys import parse
 from specstream_convert.report import REPORT_NAME
 from specstream_convert.safetensors_io import TensorFile, open_tensors
-from specstream_convert.streams_in import StreamSource, from_stream_file, gather, join, read_stream_config
-from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME, StreamConfig, read_json
+from specstream_convert.streams_in import (
+    StreamSource,
+    check_streams,
+    from_stream_file,
+    gather,
+    join,
+    read_stream_config,
+)
+from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError, SpecStreamError
 from specstream_mlx.families import FAMILIES
 from specstream_mlx.families.decoder import DecoderFamily
+
+MEDUSA_HEADS = 4  # of the paper's comparison; used where no number of streams is known
+BASE_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+TRAINER_FILES = ("trainer_state.json", "training_args.bin", "optimizer.pt")
+NO_STREAMS = StreamSource({}, (), ())
 
 
 @dataclass(frozen=True)
@@ -22,42 +53,40 @@ class Inspection:
     """The answer of ``inspect``. ``problems`` is empty when the checkpoint can be used as it is."""
 
     path: str
-    kind: str  # peft adapter, stream file, specstream model, stream adapter, model, mlx-lm adapter, unknown
+    kind: str  # peft adapter(s), stream file, specstream model, stream adapter, model, mlx-lm adapter, unknown
     base: dict[str, Any] | None = None
     mode: str | None = None
     gamma: int | None = None
     num_stream_layers: int | None = None
+    streams: dict[str, Any] | None = None  # identity, initialisation, position and pruner, as configured
     lora: dict[str, Any] | None = None  # ranks, scales, number of modules
     num_stream_parameters: int | None = None
-    num_medusa_parameters: int | None = None  # 4 * (D^2 + D*V): four heads for the same shape
+    num_medusa_parameters: int | None = None
+    medusa_formula: str | None = None
     num_lora_parameters: int | None = None
     quantization: dict[str, Any] | None = None
+    adapters: tuple[dict[str, Any], ...] = ()  # where there are several: the facts of each
     files: dict[str, int] | None = None  # name -> bytes
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, in reading order."""
-        return {
-            "path": self.path,
-            "kind": self.kind,
-            "base": self.base,
-            "mode": self.mode,
-            "gamma": self.gamma,
-            "num_stream_layers": self.num_stream_layers,
-            "lora": self.lora,
-            "num_stream_parameters": self.num_stream_parameters,
-            "num_medusa_parameters": self.num_medusa_parameters,
-            "num_lora_parameters": self.num_lora_parameters,
-            "quantization": self.quantization,
-            "files": self.files,
-            "problems": list(self.problems),
-            "notes": list(self.notes),
-        }
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: _finite(value) for name, value in values.items()}
+
+
+def _finite(value: Any) -> Any:
+    """``value`` as JSON can hold it: a number read from ``1e999`` becomes the word ``inf``."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def inspect_checkpoint(path: Path) -> Inspection:
-    """Say what ``path`` holds: a PEFT directory, a directory of ours, a plain model, or a stream file.
+    """Say what ``path`` holds: PEFT adapters, a directory of ours, a model, an mlx-lm adapter, or a stream file.
 
     Raises:
         InvalidInputError: there is nothing at ``path``.
@@ -65,14 +94,91 @@ def inspect_checkpoint(path: Path) -> Inspection:
     path = Path(path).expanduser()
     if not path.exists():
         raise InvalidInputError(f"{path}: no such file or directory")
-    found = _Findings(path)
     try:
-        return found.inspect()
+        return _inspect(path)
     except SpecStreamError as error:
-        found.problems.append(str(error))
-        return found.result("unknown")
+        return Inspection(path=str(path), kind="unknown", problems=tuple(str(error).splitlines()))
     except OSError as error:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _inspect(path: Path) -> Inspection:
+    found = _Findings(path)
+    if not path.is_dir():
+        found.streams(path.parent, path)
+        return found.result("stream file")
+    found.fields["files"] = {
+        file.relative_to(path).as_posix(): file.stat().st_size
+        for file in sorted([*path.glob("*"), *path.glob("adapters/*")])
+        if file.is_file()
+    }
+    if is_mlx_lm(path):
+        found.live(path)
+        return found.result("mlx-lm adapter")
+    has_model, has_streams = (path / "config.json").exists(), (path / CONFIG_NAME).exists()
+    places = [] if has_model and not (path / ADAPTER_CONFIG).exists() else peft_places(path)
+    if len(places) == 1:
+        directory, name = places[0]
+        found.peft(directory, name)
+        return found.result("peft adapter")
+    if places:
+        return _several(found, places)
+    if has_model:
+        found.model(path)
+    if has_streams or (path / WEIGHTS_NAME).exists():
+        found.streams(path, path / WEIGHTS_NAME)
+    if (path / "adapters").is_dir():
+        found.live(path / "adapters")
+    if has_model:
+        return found.result("specstream model" if has_streams else "model")
+    if has_streams or (path / WEIGHTS_NAME).exists():
+        return found.result("stream adapter" if (path / REPORT_NAME).exists() else "stream file")
+    found.problems.append(f"{path}: neither a model, an adapter nor a stream file was found here")
+    return found.result("unknown")
+
+
+def peft_places(path: Path) -> list[tuple[Path, str | None]]:
+    """Every PEFT adapter at ``path``: its directory, and its name where one file holds several."""
+    homes = [path] if (path / ADAPTER_CONFIG).exists() or (path / ADAPTER_WEIGHTS).exists() else []
+    homes += sorted(sub for sub in path.iterdir() if (sub / ADAPTER_CONFIG).is_file() and not is_mlx_lm(sub))
+    places: list[tuple[Path, str | None]] = []
+    for home in homes:
+        try:
+            file = open_tensors(home / ADAPTER_WEIGHTS)
+        except SpecStreamError:  # said again, with its reason, when the adapter is opened
+            places.append((home, None))
+            continue
+        names = sorted({key.adapter for key in map(parse, file.tensors) if key.adapter is not None})
+        places += [(home, name) for name in names] if len(names) > 1 else [(home, None)]
+    return places
+
+
+def _several(found: "_Findings", places: list[tuple[Path, str | None]]) -> Inspection:
+    rows = []
+    for directory, name in places:
+        one = _Findings(directory)
+        one.peft(directory, name)
+        told = one.result("peft adapter")
+        lora = told.lora or {}
+        rows.append(
+            {
+                "name": escaped(name or (directory.name if directory != found.path else "default")),
+                "base": (told.base or {}).get("name_or_path"),
+                "mode": told.mode,
+                "gamma": told.gamma,
+                "num_stream_layers": told.num_stream_layers,
+                "ranks": lora.get("ranks"),
+                "scales": lora.get("scales"),
+                "num_modules": lora.get("num_modules"),
+                "num_lora_parameters": told.num_lora_parameters,
+                "num_stream_parameters": told.num_stream_parameters,
+                "num_problems": len(told.problems),
+            }
+        )
+        found.problems += told.problems
+        found.notes += [note for note in told.notes if note not in found.notes]
+    found.notes.append("several adapters: convert takes one, chosen with --adapter-name")
+    return replace(found.result("peft adapters"), adapters=tuple(rows))
 
 
 class _Findings:
@@ -84,148 +190,147 @@ class _Findings:
         self.notes: list[str] = []
         self.fields: dict[str, Any] = {}
 
-    def inspect(self) -> Inspection:
-        path = self.path
-        if path.is_file():
-            self._streams(StreamSource({}, (), ()), path.parent, path)
-            return self.result("stream file")
-        self.fields["files"] = {
-            file.relative_to(path).as_posix(): file.stat().st_size
-            for file in sorted([*path.glob("*"), *path.glob("adapters/*")])
-            if file.is_file()
-        }
-        if (path / ADAPTER_CONFIG).exists():
-            raw = self._try(lambda: read_json(path / ADAPTER_CONFIG)) or {}
-            if "peft_type" not in raw and ("lora_parameters" in raw or "fine_tune_type" in raw):
-                return self.result("mlx-lm adapter")
-            self._peft(path)
-            return self.result("peft adapter")
-        if (path / ADAPTER_WEIGHTS).exists():
-            self.problems.append(
-                f"{path / ADAPTER_CONFIG}: file not found; the scale of the LoRA is only written there"
-            )
-            return self.result("peft adapter")
-        has_model, has_streams = (path / "config.json").exists(), (path / CONFIG_NAME).exists()
-        if has_model:
-            self._model(path)
-        if has_streams or (path / WEIGHTS_NAME).exists():
-            self._streams(StreamSource({}, (), ()), path, path / WEIGHTS_NAME)
-        if has_model:
-            return self.result("specstream model" if has_streams else "model")
-        if has_streams:
-            return self.result("stream adapter" if (path / REPORT_NAME).exists() else "stream file")
-        named = [sub for sub in sorted(path.iterdir()) if (sub / ADAPTER_CONFIG).is_file()]
-        if named:
-            self.notes.append(f"adapters in sub-directories: {', '.join(escaped(sub.name) for sub in named)}")
-            return self.result("peft adapter")
-        self.problems.append(f"{path}: neither a model, an adapter nor a stream file was found here")
-        return self.result("unknown")
-
     def result(self, kind: str) -> Inspection:
         base = self.fields.get("base") or {}
         d, v = base.get("hidden_size"), base.get("vocab_size")
         if type(d) is int and type(v) is int:
-            self.fields["num_medusa_parameters"] = 4 * (d * d + d * v)
+            heads = self.fields.get("gamma") or MEDUSA_HEADS
+            self.fields["num_medusa_parameters"] = heads * (d * d + d * v)
+            self.fields["medusa_formula"] = f"{heads} heads x (D x D residual block + D x V LM head), D = {d}, V = {v}"
         return Inspection(
-            path=str(self.path), kind=kind, problems=tuple(self.problems), notes=tuple(self.notes), **self.fields
+            path=str(self.path),
+            kind=kind,
+            problems=tuple(dict.fromkeys(self.problems)),
+            notes=tuple(dict.fromkeys(self.notes)),
+            **self.fields,
         )
 
-    def _try(self, action: Callable[[], Any]) -> Any:
+    def attempt(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
         except SpecStreamError as error:
             self.problems += str(error).splitlines()
             return None
 
-    def _peft(self, path: Path) -> None:
-        adapter = self._try(lambda: open_adapter(path))
-        source = StreamSource({}, (), ())
+    def peft(self, directory: Path, name: str | None) -> None:
+        """One PEFT adapter with the streams in its file or beside it."""
+        if any((directory / file).exists() for file in TRAINER_FILES):
+            self.notes.append("a checkpoint of the HF Trainer: its own .bin, .pt and .pth files are never opened")
+        adapter: Adapter | None = self.attempt(lambda: open_adapter(directory, name))
+        source: StreamSource | None = None
+        items: tuple[Lora, ...] = ()
         if adapter is not None:
-            scales = {adapter.config.scale_of(pair.module) for pair in adapter.pairs}
-            self.fields["lora"] = {
-                "ranks": sorted({pair.rank for pair in adapter.pairs}),
-                "scales": sorted(scales),
-                "num_modules": len(adapter.pairs),
-            }
-            self.fields["num_lora_parameters"] = sum(pair.rank * sum(pair.shape) for pair in adapter.pairs)
-            self.fields["base"] = {"name_or_path": adapter.config.base_model}
+            items = self._peft_lora(adapter)
+            source = self.attempt(lambda: gather(adapter.streams))
             self.notes += adapter.notes
-            source = self._try(lambda: gather(adapter.file, adapter.streams)) or source
-        self._streams(source, path, path / WEIGHTS_NAME)
+            if adapter.config.initial is not None:
+                self.notes.append(f"init_lora_weights is {adapter.config.initial!r}: convert with --recompute-init")
+            if adapter.saved:
+                self.notes.append(f"{len(adapter.saved)} full tensors beside the LoRA; they are judged with the base")
+        home = directory
+        if not any((home / file).exists() for file in (CONFIG_NAME, WEIGHTS_NAME)) and home != self.path.parent:
+            home = directory.parent if (directory.parent / CONFIG_NAME).exists() else directory
+        has_streams = any((home / file).exists() for file in (CONFIG_NAME, WEIGHTS_NAME))
+        if has_streams or (source is not None and source.tensors):
+            config = self.streams(home, home / WEIGHTS_NAME, source)
+            layers = (self.fields.get("base") or {}).get("num_hidden_layers")
+            if config is not None and config.mode == "lossless" and type(layers) is int:
+                self.problems += lossless_problems(items, config, layers)
+        elif adapter is not None:
+            self.notes.append("no stream tensors: a plain adapter, converted with --lora-only")
 
-    def _streams(self, source: StreamSource, directory: Path, weights: Path) -> None:
+    def _peft_lora(self, adapter: Adapter) -> tuple[Lora, ...]:
+        config = adapter.config
+        items = tuple(
+            Lora(pair.module, Factors(pair.a, pair.b, config.scale_of(pair.module))) for pair in adapter.pairs
+        )
+        self.fields["lora"] = {
+            "ranks": sorted({pair.rank for pair in adapter.pairs}),
+            "scales": sorted({item.factors.scale for item in items}),
+            "num_modules": len(items),
+        }
+        self.fields["num_lora_parameters"] = sum(pair.rank * sum(pair.shape) for pair in adapter.pairs)
+        self.fields["base"] = {"name_or_path": config.base_model}
+        self.problems += [
+            f"{pair.a.place}: rank {pair.rank}, but {ADAPTER_CONFIG} says {config.rank_of(pair.module)}, so its scale "
+            "is not known; correct rank_pattern"
+            for pair in adapter.pairs
+            if pair.rank != config.rank_of(pair.module)
+        ]
+        self.notes += self.attempt(lambda: check_effect(items)) or []
+        self.notes += config.notes
+        return items
+
+    def streams(self, directory: Path, weights: Path, form_a: StreamSource | None = None) -> StreamConfig | None:
         """Stream tensors and their configuration; the tensors of an output of ours may carry a sidecar LoRA."""
-        if weights.exists():
-            file = self._try(lambda: open_tensors(weights))
+        source = form_a or NO_STREAMS
+        if weights.exists() or not source.tensors:
+            file: TensorFile | None = self.attempt(lambda: open_tensors(weights))
             if file is not None:
+                own = {n: t for n, t in file.tensors.items() if not n.startswith(LORA_PREFIX)}
                 self._sidecar_lora(file)
-                plain = TensorFile(
-                    file.path, {n: t for n, t in file.tensors.items() if not n.startswith(LORA_PREFIX)}, file.num_bytes
-                )
-                form_b = self._try(lambda: from_stream_file(plain, {}, None))
-                source = self._try(lambda: join(source, form_b)) or source
+                form_b = self.attempt(lambda: from_stream_file(TensorFile(file.path, own, file.num_bytes), {}, None))
+                source = self.attempt(lambda: join(source, form_b)) or source
         if source.tensors:
-            self.fields["num_stream_parameters"] = sum(_size(held.shape) for held in source.tensors.values())
-        config = self._try(lambda: read_stream_config(directory / CONFIG_NAME, source))
-        if config is not None:
-            self._config(config, source)
+            self.fields["num_stream_parameters"] = sum(math.prod(held.shape) for held in source.tensors.values())
         self.notes += source.notes
+        config: StreamConfig | None = self.attempt(lambda: read_stream_config(directory / CONFIG_NAME, source))
+        if config is not None:
+            self._config(config, source, directory / CONFIG_NAME)
+        return config
 
-    def _config(self, config: StreamConfig, source: StreamSource) -> None:
+    def _config(self, config: StreamConfig, source: StreamSource, where: Path) -> None:
+        described = config.to_dict()
         self.fields |= {"mode": config.mode, "gamma": config.gamma, "num_stream_layers": config.num_stream_layers}
-        if config.base_model:
-            named = (self.fields.get("base") or {}).get("name_or_path")
-            base = {key: value for key, value in config.base_model.items() if key != "fingerprint"}
-            self.fields["base"] = base | ({"name_or_path": named} if named and "name_or_path" not in base else {})
+        self.fields["streams"] = {
+            name: described[name] for name in ("stream_id", "stream_init", "stream_position", "prune")
+        }
+        own = self.fields.get("base") or {}
+        recorded = {key: value for key, value in config.base_model.items() if key != "fingerprint"}
+        self.fields["base"] = recorded | {key: value for key, value in own.items() if value is not None} or None
         if config.lora is not None and "lora" not in self.fields:
             self.fields["lora"] = config.lora
         d = (self.fields.get("base") or {}).get("hidden_size")
-        widths = [held.shape[-1] for name, held in source.tensors.items() if name == "stream_embeddings"]
-        if type(d) is not int and widths:
+        widths = [held.shape[-1] for name, held in source.tensors.items() if not name.endswith("up.weight")]
+        if type(d) is not int and widths and len(set(widths)) == 1:
             d = widths[0]
-        if type(d) is not int:
-            return
-        expected = config.tensor_shapes(d)
-        for name in sorted(set(expected) | set(source.tensors)):
-            held = source.tensors.get(name)
-            if held is None:
-                self.problems.append(f"{self.path}: {PREFIX}{name} {expected[name]} is needed and was not found")
-            elif name not in expected:
-                self.problems.append(f"{self.path}: {PREFIX}{escaped(name)} is not needed by {CONFIG_NAME}")
-            elif held.shape != expected[name]:
-                self.problems.append(
-                    f"{self.path}: {PREFIX}{name} has shape {held.shape}, {CONFIG_NAME} asks for {expected[name]}"
-                )
+        if type(d) is int and 0 < d < 2**31:
+            width = d
+            self.notes += self.attempt(lambda: check_streams(source, config, width, where)) or []
+        if (where.parent / "config.json").exists():
+            base = self.attempt(lambda: open_base(where.parent, where.parent.name))
+            if base is not None:
+                self.attempt(lambda: check_base_matches(config, where, base))
 
     def _sidecar_lora(self, file: TensorFile) -> None:
-        shapes = [
-            t.shape for name, t in file.tensors.items() if name.startswith(LORA_PREFIX) and name.endswith(".lora_a")
-        ]
-        if shapes:
-            sizes = [_size(t.shape) for name, t in file.tensors.items() if name.startswith(LORA_PREFIX)]
-            self.fields["num_lora_parameters"] = sum(sizes)
+        own = {name.removeprefix(LORA_PREFIX): name for name in file.tensors if name.startswith(LORA_PREFIX)}
+        if own:
+            self._live(self.attempt(lambda: lora_shapes(file, own)))
 
-    def _model(self, path: Path) -> None:
-        config = self._try(lambda: read_json(path / "config.json")) or {}
-        names = (
-            "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size "
-            "tie_word_embeddings"
-        )
-        family = FAMILIES.get(str(config.get("model_type")), DecoderFamily)
-        sizes = {name: family.size(config, name) for name in names.split()}
+    def live(self, directory: Path) -> None:
+        """A LoRA in mlx-lm's format."""
+        self._live(self.attempt(lambda: read_live_adapter(directory)))
+        if not (directory / LIVE_WEIGHTS).exists():
+            self.problems.append(f"{directory / LIVE_WEIGHTS}: file not found; save the adapter again")
+
+    def _live(self, found: LiveAdapter | None) -> None:
+        if found is None:
+            return
+        self.problems += found.problems
+        self.fields["num_lora_parameters"] = found.num_parameters
+        if found.lora:
+            self.fields["lora"] = found.lora
+
+    def model(self, path: Path) -> None:
+        """A model in either form; the converter's own opening of a base finds the problems."""
+        raw = self.attempt(lambda: read_json(path / "config.json")) or {}
+        family = FAMILIES.get(str(raw.get("model_type")), DecoderFamily)
+        sizes = {name: family.size(raw, name) for name in BASE_FIELDS}
         self.fields["base"] = {name: value for name, value in sizes.items() if value is not None}
-        quantization = config.get("quantization")
+        quantization = raw.get("quantization")
         if isinstance(quantization, dict):
             self.fields["quantization"] = {k: v for k, v in quantization.items() if not isinstance(v, dict)}
-        shards = sorted(path.glob("model*.safetensors"))
-        if not shards:
-            self.problems.append(f"{path}: no model*.safetensors")
-        for shard in shards:
-            self._try(lambda shard=shard: open_tensors(shard))  # type: ignore[misc]
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
+        if raw:
+            base = self.attempt(lambda: open_base(path, path.name))
+            if base is not None:
+                self.notes += [*base.notes, *base.warnings]

@@ -1,25 +1,37 @@
 """LoRA modules mapped onto the base, and the form in which mlx-lm holds them live: one rank, one scale.
 
-    PEFT  A (r, in), B (out, r)      y + s * B(A(x))
-    MLX   lora_a = A.T (in, R), lora_b = B.T (R, out), one scale for all modules
+    PEFT  A (r, in), B (out, r)      y + s * B(A(x)); of an embedding A (r, rows), B (width, r)
+    MLX   lora_a = A.T (in, R), lora_b = B.T (R, out), one scale for all modules; DoRA's magnitude is m (out,)
 
 Modules of a smaller rank are padded with zeros to ``R``; a module's own scale is folded into its ``lora_b``.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from specstream_convert.changes import AddLowRank, Change, Factors
+from specstream_convert.changes import AddLowRank, Change, Factors, Rescale
+from specstream_convert.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError
+
+UNEVEN_BITS = (3, 5, 6)  # 32 is no multiple: mlx-lm's DoRALinear takes the size of its input to be another
 
 
 @dataclass(frozen=True)
 class Lora:
-    """The LoRA of one module of the base."""
+    """The LoRA of one module of the base.
 
-    module: str  # mlx-lm's path
+    Attributes:
+        module: mlx-lm's path.
+        magnitude: DoRA's, of every row of the weight; of an embedding, of every column.
+        bias: of ``B``; it is added to the module's bias, never kept live.
+    """
+
+    module: str
     factors: Factors
+    magnitude: StoredTensor | None = None
+    bias: StoredTensor | None = None
 
     @property
     def weight(self) -> str:
@@ -28,7 +40,18 @@ class Lora:
 
     def merged(self) -> tuple[Change, ...]:
         """What merging does to :attr:`weight`."""
-        return (AddLowRank(self.factors),)
+        added = AddLowRank(self.factors)
+        if self.magnitude is None:
+            return (added,)
+        return (added, Rescale(self.magnitude, axis=0 if self.factors.embedding else 1))
+
+
+def merged_changes(loras: tuple[Lora, ...], others: Mapping[str, tuple[Change, ...]]) -> dict[str, tuple[Change, ...]]:
+    """All changes by tensor, in the order in which they apply: LoRA comes after whole tensors and rows."""
+    changes = dict(others)
+    for item in loras:
+        changes[item.weight] = changes.get(item.weight, ()) + item.merged()
+    return changes
 
 
 @dataclass(frozen=True)
@@ -47,6 +70,15 @@ class LoraSet:
         nonzero = [item.factors.scale for item in self.items if item.factors.scale != 0]
         return nonzero[0] if nonzero else 0.0
 
+    @property
+    def dora(self) -> bool:
+        """Whether the modules are DoRA; PEFT has it for all of an adapter's modules or for none."""
+        return any(item.magnitude is not None for item in self.items)
+
+    def live_shapes(self, item: Lora) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The shapes of :meth:`live`."""
+        return (item.factors.a.shape[1], self.rank), (self.rank, item.factors.b.shape[0])
+
     def live(self, item: Lora) -> tuple[mx.array, mx.array]:
         """``lora_a`` (in, R) and ``lora_b`` (R, out) of ``item``, float32, for :attr:`scale`."""
         a, b = item.factors.read()
@@ -55,9 +87,29 @@ class LoraSet:
         missing = self.rank - item.factors.rank
         return mx.pad(a.T, [(0, 0), (0, missing)]), mx.pad(b.T, [(0, missing), (0, 0)])
 
+    def live_problems(self, bits: Callable[[str], int | None]) -> list[str]:
+        """Why mlx-lm cannot hold the modules live; ``bits`` says how a module is quantised, if it is."""
+        if not self.dora:
+            return []
+        problems = []
+        for item in self.items:
+            if item.factors.embedding:
+                problems.append(
+                    f"{item.factors.a.place}: mlx-lm's DoRA of an embedding has one magnitude per token, PEFT's has "
+                    "one per column"
+                )
+            elif bits(item.module) in UNEVEN_BITS:
+                problems.append(
+                    f"{item.factors.a.place}: mlx-lm cannot put DoRA on {item.module}, quantised with "
+                    f"{bits(item.module)} bits"
+                )
+        return problems
 
-def check_effect(items: tuple[Lora, ...]) -> list[str]:
+
+def check_effect(items: tuple[Lora, ...], alone: bool = True) -> list[str]:
     """Read every factor once: refuse values that are not finite, adapters without effect and cut-off saves.
+
+    ``alone`` says that the adapter changes nothing but by these modules.
 
     Returns:
         Warnings.
@@ -67,7 +119,10 @@ def check_effect(items: tuple[Lora, ...]) -> list[str]:
     mostly_zero = 0
     for item in items:
         try:
-            a, b = item.factors.read()
+            a, b = item.factors.read_trained()
+            for tensor in (item.magnitude, item.bias):
+                if tensor is not None:
+                    tensor.read_float32()
         except InvalidInputError as error:
             problems.append(str(error))
             continue
@@ -82,7 +137,7 @@ def check_effect(items: tuple[Lora, ...]) -> list[str]:
     if not items:
         return []
     first = items[0].factors.b
-    if no_effect == len(items):
+    if no_effect == len(items) and alone:
         raise InvalidInputError(
             f"{first.place}: A or B is zero in all {len(items)} modules, so the adapter does nothing; "
             "it was saved before training, or its save failed"

@@ -1,18 +1,24 @@
 """A PEFT adapter mapped onto a base: which tensor of the base every part of the fine-tune changes, and how."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import mlx.core as mx
 
 from specstream_convert.adapter import Adapter, LoraPair
 from specstream_convert.base import Base
-from specstream_convert.changes import Change, Factors
-from specstream_convert.lora import Lora
+from specstream_convert.changes import AddScaled, Change, Factors, Replace
+from specstream_convert.lora import Lora, merged_changes
 from specstream_convert.messages import escaped, listing
-from specstream_convert.peft_config import MERGE_IN_PEFT
 from specstream_convert.report import TensorFate
-from specstream_convert.safetensors_io import FLOATS
-from specstream_convert.stored import StoredTensor
+from specstream_convert.tied import Sides, join_sides
+from specstream_convert.trained_tensors import (
+    Naming,
+    Shape,
+    map_saved,
+    map_tokens,
+    share_frozen,
+    vocab_size_after,
+    weight_of,
+)
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
 
@@ -23,113 +29,134 @@ class FineTune:
     Attributes:
         loras: LoRA modules, which may be merged or stay live.
         others: changes to base tensors that a live adapter cannot hold, by mlx-lm's tensor name.
+        untied: the LM head of a tied base gets values of its own, so the output has one.
+        vocab_size: rows of the embedding afterwards, when they are not the base's.
     """
 
     loras: tuple[Lora, ...] = ()
     others: dict[str, tuple[Change, ...]] = field(default_factory=dict)
+    untied: bool = False
+    vocab_size: int | None = None
     fates: tuple[TensorFate, ...] = ()
     notes: tuple[str, ...] = ()
 
     def merged(self) -> dict[str, tuple[Change, ...]]:
         """All changes by tensor, in the order in which they apply."""
-        changes = dict(self.others)
-        for item in self.loras:
-            changes[item.weight] = changes.get(item.weight, ()) + item.merged()
-        return changes
+        return merged_changes(self.loras, self.others)
 
 
 def map_adapter(adapter: Adapter, base: Base) -> FineTune:
     """Match PEFT's module paths and saved tensors with mlx-lm's; every one must exist and fit.
 
     Raises:
-        InvalidInputError: a module or shape that the base does not have, or a tensor nobody knows; all are listed.
-        UnsupportedError: a saved tensor with no exact result here.
+        InvalidInputError: a module or shape that the base does not have, a tensor nobody knows, or a copy of the
+            base's that is another base's; all are listed.
+        UnsupportedError: a change with no exact result here.
     """
-    loras, notes = _map_loras(adapter, base)
-    fates = _saved_copies(adapter, base)
-    return FineTune(loras=loras, fates=tuple(fates), notes=tuple(notes))
+    name, notes = _naming(adapter, base)
+    replaced, fates = map_saved(adapter, base, name)
+    if base.tied:
+        replaced = share_frozen(adapter, base, name, replaced)
+    vocab_size = vocab_size_after(base, replaced)
+    shapes = {
+        module: replaced[weight_of(module)].shape if weight_of(module) in replaced else shape
+        for module, shape in _module_shapes(base).items()
+    }
+    loras = _map_loras(adapter, base, name, shapes)
+    others: dict[str, tuple[Change, ...]] = {target: (Replace(tensor),) for target, tensor in replaced.items()}
+    for target, rows in map_tokens(adapter, base, name, shapes).items():
+        others[target] = (*others.get(target, ()), rows)
+    for item in loras:
+        if item.bias is not None:
+            target = f"{item.module}.bias"
+            others[target] = (*others.get(target, ()), AddScaled(item.bias, item.factors.scale))
+    sides = join_sides(loras, others, adapter, base) if base.tied else Sides(loras, others)
+    return FineTune(
+        loras=sides.loras,
+        others=sides.others,
+        untied=sides.untied,
+        vocab_size=vocab_size,
+        fates=(*fates, *sides.fates),
+        notes=(*notes, *sides.notes),
+    )
 
 
-def _map_loras(adapter: Adapter, base: Base) -> tuple[tuple[Lora, ...], list[str]]:
-    names = [base.layout.name(pair.module) for pair in adapter.pairs]
-    strip, add = _prefix(names, base)
+def _module_shapes(base: Base) -> dict[str, Shape]:
+    """Modules whose weight may get a LoRA; the LM head too when it is the embedding."""
+    shapes: dict[str, Shape] = {**base.linear, **base.embeddings}
+    if base.tied:
+        shapes[base.layout.head] = base.embeddings[base.layout.embedding]
+    return shapes
+
+
+def _naming(adapter: Adapter, base: Base) -> tuple[Naming, list[str]]:
+    """PEFT's path of a module or tensor -> mlx-lm's, with the one prefix that all of them lack or have too much."""
+    modules = [pair.module for pair in adapter.pairs] + list(adapter.tokens)
+    if not modules:
+        modules = [saved.rpartition(".")[0] for saved in adapter.saved]
+    strip, add = _prefix([base.layout.name(module) for module in modules], base)
     notes = []
     if strip or add:
         change = f"'{escaped(strip)}' removed from" if strip else f"'{add}' put before"
-        notes.append(f"{adapter.file.path.name}: prefix {change} every module path")
+        notes.append(f"{adapter.weights.path.name}: prefix {change} every module path")
+    return lambda path: add + base.layout.name(path).removeprefix(strip), notes
+
+
+def _prefix(names: list[str], base: Base) -> tuple[str, str]:
+    """The one prefix to remove from, or to put before, every module path so that all of them exist."""
+    known = {*_module_shapes(base), *(parameter.rpartition(".")[0] for parameter in base.parameters)}
+    if not names or all(name in known for name in names):
+        return "", ""
+    if all(f"model.{name}" in known for name in names):
+        return "", "model."
+    for fit in sorted(module for module in known if names[0].endswith("." + module)):
+        prefix = names[0].removesuffix(fit)
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in known for name in names):
+            return prefix, ""
+    return "", ""
+
+
+def _map_loras(adapter: Adapter, base: Base, name: Naming, shapes: Mapping[str, Shape]) -> tuple[Lora, ...]:
     problems, items = [], []
-    for pair, name in zip(adapter.pairs, names, strict=True):
-        module = add + name.removeprefix(strip)
-        problem = _module_problem(pair, module, adapter, base)
+    for pair in adapter.pairs:
+        module = name(pair.module)
+        problem = _module_problem(pair, module, adapter, base, shapes)
         if problem:
             problems.append(problem)
         else:
-            items.append(Lora(module, Factors(pair.a, pair.b, adapter.config.scale_of(pair.module))))
+            factors = Factors(pair.a, pair.b, adapter.config.scale_of(pair.module), pair.embedding)
+            items.append(Lora(module, factors, pair.magnitude, pair.bias))
     if problems:
         named = adapter.config.base_model or "an unnamed base"
         raise InvalidInputError(
             listing([*problems, f"the adapter was trained on {escaped(named)}, the base given is {base.name}"])
         )
-    return tuple(items), notes
-
-
-def _prefix(names: list[str], base: Base) -> tuple[str, str]:
-    """The one prefix to remove from, or to put before, every module path so that all of them exist."""
-    if not names or all(name in base.linear for name in names):
-        return "", ""
-    if all(f"model.{name}" in base.linear for name in names):
-        return "", "model."
-    fits = [known for known in base.linear if names[0].endswith("." + known)]
-    for known in fits:
-        prefix = names[0].removesuffix(known)
-        if all(name.startswith(prefix) and name.removeprefix(prefix) in base.linear for name in names):
-            return prefix, ""
-    return "", ""
-
-
-def _module_problem(pair: LoraPair, module: str, adapter: Adapter, base: Base) -> str | None:
-    place = pair.a.place
-    if module not in base.linear:
-        if module == base.layout.head and base.tied:
-            raise UnsupportedError(
-                f"{place}: LoRA on the LM head of a base with tied embeddings is not supported; {MERGE_IN_PEFT}"
+    nowhere = [item for item in items if item.bias is not None and f"{item.module}.bias" not in base.parameters]
+    if nowhere:
+        raise UnsupportedError(
+            listing(
+                f"{item.bias.place}: the base's {item.module} has no bias that this could be added to, and PEFT itself "
+                "cannot merge it; retrain with lora_bias=False"
+                for item in nowhere
+                if item.bias is not None
             )
-        return f"{place}: the base has no linear layer {escaped(module)}"
-    if pair.shape != base.linear[module]:
-        return f"{place}: fits a weight of shape {pair.shape}, the base's is {base.linear[module]} (out, in)"
+        )
+    return tuple(items)
+
+
+def _module_problem(
+    pair: LoraPair, module: str, adapter: Adapter, base: Base, shapes: Mapping[str, Shape]
+) -> str | None:
+    place = pair.a.place
+    if module not in shapes or pair.embedding != (module in base.embeddings):
+        return f"{place}: the base has no {'embedding' if pair.embedding else 'linear layer'} {escaped(module)}"
+    if pair.shape != shapes[module]:
+        order = "rows, width" if pair.embedding else "out, in"
+        return f"{place}: fits a weight of shape {pair.shape}, the base's is {shapes[module]} ({order})"
     rank = adapter.config.rank_of(pair.module)
     if rank != pair.rank:
-        return f"{place}: rank {pair.rank}, but adapter_config.json says {rank}, so its scale is not known"
+        return (
+            f"{place}: rank {pair.rank}, but adapter_config.json says {rank}, so its scale is not known; save "
+            "both together"
+        )
     return None
-
-
-def _saved_copies(adapter: Adapter, base: Base) -> list[TensorFate]:
-    """Full tensors in the adapter file: dropped when they are the base's own bits, otherwise refused."""
-    fates, unknown, trained = [], [], []
-    for name, raw in adapter.saved.items():
-        tensor = StoredTensor(adapter.file, raw)
-        target = next((n for n in (name, f"model.{name}") if n in base.parameters), None)
-        if target is None and name == f"{base.layout.head}.weight" and base.tied:
-            target = f"{base.layout.embedding}.weight"
-        if target is None or base.quantized:
-            unknown.append(
-                f"{tensor.place}: not a tensor this converter knows; map it with --key-map or drop it with "
-                "--ignore-keys"
-            )
-        elif is_copy(tensor, base.tensors[target]):
-            fates.append(TensorFate(tensor.file.path.name, raw, f"equal to the base's {target}, dropped"))
-        else:
-            trained.append(f"{tensor.place}: a trained or resized copy of {target} is not supported; {MERGE_IN_PEFT}")
-    if unknown:
-        raise InvalidInputError(listing(unknown + trained))
-    if trained:
-        raise UnsupportedError(listing(trained))
-    return fates
-
-
-def is_copy(tensor: StoredTensor, original: StoredTensor) -> bool:
-    """Whether ``tensor`` holds the values of ``original``, as exactly as its own dtype can."""
-    if tensor.shape != original.shape or tensor.dtype not in FLOATS:
-        return False
-    value, base = tensor.read(), original.read()
-    return bool(mx.array_equal(value.astype(mx.float32), base.astype(value.dtype).astype(mx.float32)).item())

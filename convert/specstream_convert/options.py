@@ -1,12 +1,16 @@
 """What a conversion is asked to do."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from specstream_mlx.errors import UnsupportedError, UsageError
+from specstream_convert.messages import escaped
+from specstream_mlx.errors import UsageError
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FIXED_QUANTIZATION = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # mode -> bits, group size
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class ConvertOptions:
     reference_logits: Path | None = None
     allow_pickle: bool = False
     recompute_init: bool = False
+    dequantize: bool = False
     upload_repo: str | None = None
     trust_remote_code: bool = False
 
@@ -54,6 +59,11 @@ class ConvertOptions:
             )
         if self.adapter_only and (self.quantize or self.dtype or self.fuse):
             raise UsageError("--adapter-only writes no base weights; leave out --quantize, --dtype and --fuse")
+        if self.dequantize and (self.adapter_only or self.recompute_init):
+            raise UsageError(
+                "--dequantize contradicts --adapter-only, which writes no base weights, and --recompute-init, which "
+                "needs the original ones; leave one out"
+            )
         if self.adapter_name is not None and self.adapter_path is None:
             raise UsageError("--adapter-name chooses within --adapter-path; give both or neither")
         self._check_quantization()
@@ -61,17 +71,14 @@ class ConvertOptions:
             raise UsageError("--reference-logits needs verification; leave out --no-verify")
         if self.reference_logits is not None and self.adapter_only:
             raise UsageError("--reference-logits needs a whole model; leave out --adapter-only")
+        if self.upload_repo is not None and (not _REPO.fullmatch(self.upload_repo) or ".." in self.upload_repo):
+            raise UsageError(f"--upload-repo is {escaped(repr(self.upload_repo))}, expected a repository id: org/name")
+        if self.upload_repo is not None and self.dry_run:
+            raise UsageError("--upload-repo: nothing is uploaded with --dry-run; leave one out")
         if self.trust_remote_code:
             raise UsageError("--trust-remote-code: a conversion never runs code of a checkpoint; leave it out")
-        if self.allow_pickle:
-            raise UnsupportedError(
-                "--allow-pickle is not supported yet; save the adapter with safe_serialization=True (safetensors)"
-            )
-        if self.recompute_init:
-            raise UnsupportedError(
-                "--recompute-init is not supported yet; re-save the adapter in PEFT with "
-                "path_initial_model_for_weight_conversion"
-            )
+        if self.recompute_init and self.adapter_path is None:
+            raise UsageError("--recompute-init concerns a PEFT adapter; give --adapter-path")
 
     def _check_quantization(self) -> None:
         if not self.quantize:

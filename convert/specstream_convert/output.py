@@ -146,7 +146,12 @@ def not_ours(target: Path) -> str | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON the same way every time."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:  # JSON may say 1e999, which is read as infinity
+        raise InvalidInputError(
+            f"{path.name}: would hold a number that is not finite, as a configuration of the input does; correct it"
+        ) from error
     path.write_bytes(text.encode("utf-8", "backslashreplace"))  # a name that is no UTF-8 becomes a JSON escape
 
 

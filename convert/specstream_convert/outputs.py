@@ -1,14 +1,15 @@
 """The tensors of ``model*.safetensors`` to be written: where each comes from, what changes it, what it is stored as."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from specstream_convert.base import Base
-from specstream_convert.changes import Change, cast, changed
-from specstream_convert.safetensors_io import FLOATS
+from specstream_convert.changes import Change, Replace, cast, changed
+from specstream_convert.safetensors_io import FLOATS, Entry, TensorOut
 from specstream_convert.stored import StoredTensor
+from specstream_mlx.errors import InvalidInputError
 
 
 @dataclass(frozen=True)
@@ -22,30 +23,47 @@ class OutputTensor:
     source: StoredTensor
     changes: tuple[Change, ...] = ()
 
-    def read(self) -> mx.array:
-        """The value to be written, in :attr:`dtype`.
+    def blocks(self) -> Iterator[mx.array]:
+        """The value to be written, in :attr:`dtype`, in blocks of rows.
 
         Raises:
             InvalidInputError: values that are not finite, or that ``dtype`` cannot hold.
         """
         if self.changes:
-            return cast(changed(self.source.read_float32(), self.changes), self.dtype, self.source.place)
-        if self.source.dtype not in FLOATS:
-            return self.source.read()
-        return cast(self.source.read_finite(), self.dtype, self.source.place)
+            values = (self._finite(value) for value in changed(self.source, self.changes))
+        else:
+            values = (value for _, value in self.source.blocks(finite=self.source.dtype in FLOATS))
+        return (cast(value, self.dtype, self.source.place) for value in values)
+
+    def tensor_out(self) -> TensorOut:
+        """What is written for it."""
+        return TensorOut((Entry(self.name, self.dtype, self.shape),), lambda: ((value,) for value in self.blocks()))
+
+    def _finite(self, value: mx.array) -> mx.array:
+        if not bool(mx.isfinite(value).all().item()):
+            raise InvalidInputError(f"{self.changes[-1].tensors[0].place}: makes values of {self.name} not finite")
+        return value
 
 
 def plan_outputs(
-    base: Base, changes: Mapping[str, tuple[Change, ...]], dtype: str | None, one_file: bool
+    base: Base, changes: Mapping[str, tuple[Change, ...]], dtype: str | None, untied: bool = False
 ) -> tuple[OutputTensor, ...]:
-    """Every tensor of the base with what becomes of it; the input's shards are kept unless ``one_file``."""
-    many = len(base.files) > 1 and not one_file
+    """Every tensor of the base with what becomes of it; the input's shards are kept.
+
+    With ``untied`` the LM head of a tied base becomes a tensor of its own, made from the embedding.
+    """
+    many = len(base.files) > 1
     files = {
         file.path: f"model-{i + 1:05d}-of-{len(base.files):05d}.safetensors" if many else "model.safetensors"
         for i, file in enumerate(base.files)
     }
+    sources = dict(base.tensors)
+    if untied:
+        sources[f"{base.layout.head}.weight"] = base.tensors[f"{base.layout.embedding}.weight"]
     outputs = []
-    for name, source in base.tensors.items():
+    for name, source in sources.items():
         stored = dtype if dtype is not None and source.dtype in FLOATS else source.dtype
-        outputs.append(OutputTensor(name, files[source.file.path], stored, source.shape, source, changes.get(name, ())))
+        applied = changes.get(name, ())
+        whole = next((change.tensor for change in applied if isinstance(change, Replace)), source)
+        outputs.append(OutputTensor(name, files[source.file.path], stored, whole.shape, source, applied))
     return tuple(outputs)

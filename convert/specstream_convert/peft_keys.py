@@ -15,11 +15,13 @@ class Kind(Enum):
     STREAM_WRAPPED = "LoRA around a stream module"
     UNTRAINED = "untrained copy of a module in modules_to_save"
     LORA_BIAS = "LoRA bias"
-    EMBEDDING_LORA = "LoRA on an embedding"
+    EMBEDDING_A = "LoRA A of an embedding"
+    EMBEDDING_B = "LoRA B of an embedding"
     DORA = "DoRA magnitude"
+    VELORA = "VeLoRA projection"
     TOKENS = "trained token rows"
     EXPERT_LORA = "LoRA on fused experts"
-    BASE_COPY = "copy of a base tensor"
+    BASE_COPY = "frozen copy of a base tensor"
     SAVED = "module in modules_to_save"
     OTHER = "unknown"
 
@@ -38,12 +40,14 @@ class Key:
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _EXPERTS = re.compile(r"(?:^|\.)experts(?:\.base_layer)?$")
 _LORA = re.compile(r"^(.+)\.lora_([AB])(?:\.([^.]+))?\.(weight|bias)$")
-_EMBEDDING = re.compile(r"^(.+)\.lora_embedding_[AB](?:\.([^.]+))?$")
+_EMBEDDING = re.compile(r"^(.+)\.lora_embedding_([AB])(?:\.([^.]+))?$")
 _DORA = re.compile(r"^(.+)\.lora_magnitude_vector(?:\.([^.]+))?(?:\.weight)?$")
+_VELORA = re.compile(r"^(.+)\.lora_velora_embed(?:\.([^.]+))?$")
 _TOKENS = re.compile(r"^(.+)\.token_adapter\.trainable_tokens_delta(?:\.([^.]+))?$")
 _SAVED = re.compile(r"^(.+)\.modules_to_save\.([^.]+)\.(.+)$")
+_SAVED_UNNAMED = re.compile(r"^(.+)\.modules_to_save\.(weight|bias)$")  # PEFT, after resizing the vocabulary
 _ORIGINAL = re.compile(r"^(.+)\.original_module\.(.+)$")
-_BASE_LAYER = re.compile(r"^(.+)\.base_layer\.(weight|bias)$")
+_BASE_LAYER = re.compile(r"^(.+?)(?:\.token_adapter)?\.base_layer\.(weight|bias)$")
 _STREAM = re.compile(r"^(?:model\.)*specstream\.(.+)$")
 
 
@@ -85,17 +89,22 @@ def parse(raw: str) -> Key:
         if inner:
             return key(Kind.STREAM, inner.group(1), match.group(2))
         return key(Kind.SAVED, f"{match.group(1)}.{match.group(3)}", match.group(2))
+    if match := _SAVED_UNNAMED.match(name):
+        return key(Kind.SAVED, f"{match.group(1)}.{match.group(2)}")
     if match := _LORA.match(name):
         module, side, adapter, part = match.groups()
-        if part == "bias":
-            return key(Kind.LORA_BIAS, module, adapter)
         if _EXPERTS.search(module):
             return key(Kind.EXPERT_LORA, module, adapter)
+        if part == "bias":
+            return key(Kind.LORA_BIAS if side == "B" else Kind.OTHER, module if side == "B" else name, adapter)
         return key(Kind.LORA_A if side == "A" else Kind.LORA_B, module, adapter)
     if match := _EMBEDDING.match(name):
-        return key(Kind.EMBEDDING_LORA, match.group(1), match.group(2))
+        module, side, adapter = match.groups()
+        return key(Kind.EMBEDDING_A if side == "A" else Kind.EMBEDDING_B, module, adapter)
     if match := _DORA.match(name):
         return key(Kind.DORA, match.group(1), match.group(2))
+    if match := _VELORA.match(name):
+        return key(Kind.VELORA, match.group(1), match.group(2))
     if match := _TOKENS.match(name):
         return key(Kind.TOKENS, match.group(1), match.group(2))
     if match := _BASE_LAYER.match(name):

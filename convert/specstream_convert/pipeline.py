@@ -4,20 +4,28 @@ adapter, streams, base -> Plan (every tensor's fate is known, nothing is written
 Plan -> temporary directory -> verification -> the output directory
 """
 
+import contextlib
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
+from specstream_convert.comparison import Expected
 from specstream_convert.messages import escaped
 from specstream_convert.options import ConvertOptions
 from specstream_convert.output import OutputDirectory, write_json
-from specstream_convert.plan import Plan, Progress, lora_summary, make_plan
+from specstream_convert.pickles import Pickles
+from specstream_convert.plan import Plan, lora_summary, make_plan
 from specstream_convert.report import REPORT_NAME, ConversionReport
 from specstream_convert.safetensors_io import sha256_file
-from specstream_convert.verify import Expected, compare_reference_logits, verify_output
+from specstream_convert.verify import Progress, compare_reference_logits, verify_output
 from specstream_convert.write import write_output
 from specstream_mlx.config import CONFIG_NAME, PREFIX
 from specstream_mlx.errors import UsageError
+
+CACHE_BYTES = 1 << 26
 
 
 def convert(options: ConvertOptions, progress: Progress | None = None) -> ConversionReport:
@@ -29,15 +37,20 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     Raises:
         UsageError, InvalidInputError, UnsupportedError, VerificationError: nothing has been written then.
     """
+    with Pickles(allowed=options.allow_pickle) as pickles:
+        return _convert(options, progress, pickles)
+
+
+def _convert(options: ConvertOptions, progress: Progress | None, pickles: Pickles) -> ConversionReport:
     options.check()
     report = progress or (lambda stage, done, total: None)
     inputs = [path for path in (options.adapter_path, options.streams_path) if path is not None and path.exists()]
     OutputDirectory(options.mlx_path, overwrite=options.overwrite, inputs=inputs)
-    plan = make_plan(options, report)
+    plan = make_plan(options, report, pickles)
     output = OutputDirectory(options.mlx_path, overwrite=options.overwrite, inputs=[*inputs, plan.base.path])
     if options.dry_run:
         return _report(plan, {}, {}, None)
-    with output as directory:
+    with output as directory, _small_cache():
         try:
             hashes = _input_hashes(plan, report)
             files = write_output(plan, directory, hashes, report)
@@ -52,24 +65,40 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     return result
 
 
+@contextlib.contextmanager
+def _small_cache() -> Iterator[None]:
+    """Let MLX keep few of the buffers it has freed."""
+    before = mx.set_cache_limit(CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
+        mx.clear_cache()
+
+
 def _input_hashes(plan: Plan, progress: Progress) -> dict[str, str]:
     paths: dict[str, Path] = {}
     if plan.adapter is not None:
         paths["adapter/" + plan.adapter.config.path.name] = plan.adapter.config.path
-        paths["adapter/" + plan.adapter.file.path.name] = plan.adapter.file.path
+        paths |= {"adapter/" + file.path.name: file.path for file in plan.adapter.weights.files}
+    of_adapter = set(paths.values())
     for source in plan.streams.tensors.values():
-        if plan.adapter is None or source.file.path != plan.adapter.file.path:
-            paths["streams/" + source.file.path.name] = source.file.path
+        paths |= {
+            "streams/" + row.file.path.name: row.file.path for row in source.rows if row.file.path not in of_adapter
+        }
     if plan.config_path is not None:
         paths["streams/" + CONFIG_NAME] = plan.config_path
     paths["base/config.json"] = plan.base.path / "config.json"
     if not plan.options.adapter_only:
         paths |= {"base/" + file.path.name: file.path for file in plan.base.files}
-    hashes = {}
-    for i, (name, path) in enumerate(paths.items()):
-        hashes[name] = sha256_file(path)
-        progress("hash", i + 1, len(paths))
-    return hashes
+    total, done = sum(path.stat().st_size for path in paths.values()), 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress("hash", done, total)
+
+    return {name: sha256_file(path, count) for name, path in paths.items()}
 
 
 def _verify(plan: Plan, directory: Path, progress: Progress) -> dict[str, Any]:
@@ -78,10 +107,10 @@ def _verify(plan: Plan, directory: Path, progress: Progress) -> dict[str, Any]:
         loras=plan.loras,
         outputs=plan.outputs,
         placement=plan.placement,
-        quantization=plan.quantization,
+        quantized=plan.quantized,
         streams=plan.streams,
     )
-    figures = verify_output(directory, expected, lambda done, total: progress("verify", done, total))
+    figures = verify_output(directory, expected, progress)
     if plan.options.reference_logits is not None:
         figures["reference_logits"] = compare_reference_logits(directory, plan.options.reference_logits, expected)
     return figures
@@ -124,6 +153,9 @@ def _report(
             "lora_only": options.lora_only,
             "ignore_keys": options.ignore_keys,
             "key_map": options.key_map is not None,
+            "recompute_init": options.recompute_init,
+            "dequantize": options.dequantize,
+            "allow_pickle": options.allow_pickle,
             "verify": options.verify,
         },
     )

@@ -2,8 +2,8 @@
 
 ``mx.load`` accepts negative shapes, overlapping offsets and reads fp8 as ``uint8``; so every header is checked here,
 by this module and by the reference implementation, before a byte of tensor data is used. Tensors are read and written
-singly, which keeps the memory of a conversion at the size of its largest tensor. The bytes written depend only on
-names, dtypes, shapes and values.
+in blocks of rows, so the memory of a conversion does not depend on their size. The bytes written depend only on names,
+dtypes, shapes and values.
 """
 
 import hashlib
@@ -11,10 +11,10 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +25,8 @@ from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
 MAX_HEADER = 100_000_000
 FLOATS = ("F32", "BF16", "F16")
-CHECKED = 1 << 22  # values that are looked at together
+BLOCK = 1 << 20  # values that are in memory together
+PIECE = 1 << 22  # bytes that are hashed together
 _MLX = {
     "F32": mx.float32,
     "BF16": mx.bfloat16,
@@ -65,32 +66,25 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A validated safetensors file; nothing but its header has been read."""
+    """A validated safetensors file; nothing but its header has been read.
+
+    ``data`` is where the bytes are when ``path``, which messages and reports name, is a pickle they were taken from.
+    """
 
     path: Path
     tensors: dict[str, TensorInfo]
     num_bytes: int
+    data: Path | None = None
+
+    @property
+    def data_path(self) -> Path:
+        """The safetensors file itself."""
+        return self.data or self.path
 
     def read(self, name: str) -> mx.array:
         """The tensor ``name`` in its stored dtype."""
         info = self.tensors[name]
-        if info.dtype not in _MLX:
-            raise UnsupportedError(
-                f"{at(self.path, name)}: dtype {info.dtype} is not supported; save it as BF16 or F32"
-            )
-        dtype = _MLX[info.dtype]
-        try:
-            with self.path.open("rb") as file:
-                file.seek(info.start)
-                raw = file.read(info.num_bytes)
-        except OSError as error:
-            raise InvalidInputError(f"{self.path}: cannot be read ({error.strerror})") from error
-        if len(raw) != info.num_bytes:
-            raise InvalidInputError(
-                f"{at(self.path, name)}: the file became shorter while it was read; try again when nothing writes it"
-            )
-        flat = mx.array(np.frombuffer(raw, dtype=_RAW[dtype.size]))
-        return flat.view(dtype).reshape(info.shape)
+        return self._read(info, info.start, info.num_bytes).reshape(info.shape)
 
     def read_float32(self, name: str) -> mx.array:
         """The tensor ``name`` in float32, refused unless it is a finite F32, BF16 or F16 tensor."""
@@ -98,18 +92,51 @@ class TensorFile:
 
     def read_finite(self, name: str) -> mx.array:
         """The float tensor ``name`` in its stored dtype, refused unless every value is finite."""
-        self.require_float(name)
-        value = self.read(name)
-        flat = value.reshape(-1)
-        num_bad = sum(
-            int((~mx.isfinite(flat[start : start + CHECKED])).sum()) for start in range(0, max(1, value.size), CHECKED)
+        blocks = [value for _, value in self.blocks(name, finite=True)]
+        return (mx.concatenate(blocks) if len(blocks) > 1 else blocks[0]).reshape(self.tensors[name].shape)
+
+    def blocks(self, name: str, *, finite: bool = False) -> Iterator[tuple[slice, mx.array]]:
+        """Slices of rows of the tensor ``name`` and their values in its stored dtype.
+
+        ``finite`` asks for a float tensor whose every value is finite.
+        """
+        if finite:
+            self.require_float(name)
+        info = self.tensors[name]
+        for rows in row_blocks(info.shape):
+            row_bytes = info.num_bytes // info.shape[0] if info.shape else info.num_bytes
+            num_bytes = (rows.stop - rows.start) * row_bytes
+            value = self._read(info, info.start + rows.start * row_bytes, num_bytes)
+            if finite and not bool(mx.isfinite(value).all().item()):
+                self._refuse_values(info)
+            yield rows, value.reshape((rows.stop - rows.start, *info.shape[1:]) if info.shape else ())
+
+    def _refuse_values(self, info: TensorInfo) -> None:
+        num_bad = sum(int((~mx.isfinite(value)).sum()) for _, value in self.blocks(info.name))
+        raise InvalidInputError(
+            f"{at(self.path, info.name)}: {num_bad} of {math.prod(info.shape)} values are NaN or infinite; "
+            "the training diverged or the file is damaged, take an earlier checkpoint"
         )
-        if num_bad:
-            raise InvalidInputError(
-                f"{at(self.path, name)}: {num_bad} of {value.size} values are NaN or infinite; "
-                "the training diverged or the file is damaged, take an earlier checkpoint"
+
+    def _read(self, info: TensorInfo, start: int, num_bytes: int) -> mx.array:
+        """Bytes of a tensor as a flat array of its dtype."""
+        if info.dtype not in _MLX:
+            raise UnsupportedError(
+                f"{at(self.path, info.name)}: dtype {info.dtype} is not supported; save it as BF16 or F32"
             )
-        return value
+        dtype = _MLX[info.dtype]
+        try:
+            with self.data_path.open("rb") as file:
+                file.seek(start)
+                raw = file.read(num_bytes)
+        except OSError as error:
+            raise InvalidInputError(f"{self.path}: cannot be read ({error.strerror})") from error
+        if len(raw) != num_bytes:
+            raise InvalidInputError(
+                f"{at(self.path, info.name)}: the file became shorter while it was read; "
+                "try again when nothing writes it"
+            )
+        return mx.array(np.frombuffer(raw, dtype=_RAW[dtype.size])).view(dtype)
 
     def require_float(self, name: str) -> None:
         """Refuse a tensor whose dtype has no exact float32 value here."""
@@ -126,10 +153,23 @@ class TensorFile:
         return sha256_file(self.path)
 
 
-def sha256_file(path: Path) -> str:
-    """The digest of a file, read in pieces."""
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of rows that cover a tensor, each of :data:`BLOCK` values or one row; at least one slice."""
+    num_rows = shape[0] if shape else 1
+    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    for start in range(0, max(1, num_rows), step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def sha256_file(path: Path, done: Callable[[int], None] | None = None) -> str:
+    """The digest of a file, read in pieces; ``done`` is told the bytes of each."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            if done is not None:
+                done(len(piece))
+    return digest.hexdigest()
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -255,22 +295,43 @@ def _entry_problem(entry: Any) -> str | None:
 
 
 @dataclass(frozen=True)
-class TensorOut:
-    """A tensor to be written: its header entry now, its value when its turn comes."""
+class Entry:
+    """The header entry of a tensor to be written."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    value: Callable[[], mx.array]
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * _BITS[self.dtype] // 8
 
     @classmethod
+    def of(cls, name: str, array: mx.array) -> "Entry":
+        """The entry under which ``array`` is written."""
+        return cls(name, _NAMES[array.dtype], tuple(array.shape))
+
+
+@dataclass(frozen=True)
+class TensorOut:
+    """Tensors to be written that are made together: their header entries now, their values when their turn comes.
+
+    Attributes:
+        entries: one, or the parts of a quantised weight.
+        blocks: blocks of rows from the first to the last, each a tuple of arrays in the order of ``entries``.
+    """
+
+    entries: tuple[Entry, ...]
+    blocks: Callable[[], Iterable[tuple[mx.array, ...]]]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.num_bytes for entry in self.entries)
+
+    @classmethod
     def of(cls, name: str, array: mx.array) -> "TensorOut":
         """A tensor whose value is at hand."""
-        return cls(name, _NAMES[array.dtype], tuple(array.shape), lambda: array)
+        return cls((Entry.of(name, array),), lambda: [(array,)])
 
 
 def write_tensors(
@@ -279,41 +340,64 @@ def write_tensors(
     metadata: Mapping[str, str],
     done: Callable[[int], None] | None = None,
 ) -> str:
-    """Write ``tensors`` and return the sha256 of the file; ``done`` is told the bytes of each tensor written."""
-    ordered = sorted(tensors, key=lambda t: (-_BITS[t.dtype], t.name))
+    """Write ``tensors`` and return the sha256 of the file; ``done`` is told the bytes of each block written."""
+    tensors = list(tensors)
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    places: dict[str, int] = {}
     offset = 0
-    for tensor in ordered:
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.num_bytes],
-        }
-        offset += tensor.num_bytes
+    entries = (entry for tensor in tensors for entry in tensor.entries)
+    for entry in sorted(entries, key=lambda e: (-_BITS[e.dtype], e.name)):
+        end = offset + entry.num_bytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
+        places[entry.name], offset = offset, end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
     with path.open("wb") as file:
-        for piece in (struct.pack("<Q", len(text)), text):
-            file.write(piece)
-            digest.update(piece)
-        for tensor in ordered:
-            data = raw_bytes(tensor.value(), tensor)
-            file.write(data)
-            digest.update(data)
-            del data
+        output = _HashedFile(file)
+        output.write(0, struct.pack("<Q", len(text)) + text)
+        for tensor in sorted(tensors, key=lambda t: places[t.entries[0].name]):
+            at_byte = [8 + len(text) + places[entry.name] for entry in tensor.entries]
+            ends = [start + entry.num_bytes for start, entry in zip(at_byte, tensor.entries, strict=True)]
+            for blocks in tensor.blocks():
+                for i, (block, entry) in enumerate(zip(blocks, tensor.entries, strict=True)):
+                    data = raw_bytes(block, entry)
+                    output.write(at_byte[i], data)
+                    at_byte[i] += len(data)
+                    if done is not None:
+                        done(len(data))
+                    del data
+            assert at_byte == ends, (tensor.entries, at_byte, ends)
             mx.clear_cache()
-            if done is not None:
-                done(tensor.num_bytes)
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return output.sha256() or sha256_file(path)
 
 
-def raw_bytes(array: mx.array, tensor: TensorOut) -> memoryview:
-    """The little-endian bytes of ``array``, checked against the header entry they are written under."""
-    assert _NAMES[array.dtype] == tensor.dtype, (tensor.name, array.dtype, tensor.dtype)
-    assert tuple(array.shape) == tensor.shape, (tensor.name, array.shape, tensor.shape)
+class _HashedFile:
+    """A file being written at any place, hashed on the way as long as the writes follow one another."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest: hashlib._Hash | None = hashlib.sha256()
+        self._end = 0
+
+    def write(self, start: int, data: bytes | memoryview) -> None:
+        if start != self._end:
+            self._digest = None
+        self._file.seek(start)
+        self._file.write(data)
+        self._end = start + len(data)
+        if self._digest is not None:
+            self._digest.update(data)
+
+    def sha256(self) -> str | None:
+        return self._digest.hexdigest() if self._digest is not None else None
+
+
+def raw_bytes(array: mx.array, entry: Entry) -> memoryview:
+    """The little-endian bytes of rows of a tensor, checked against the header entry they are written under."""
+    assert _NAMES[array.dtype] == entry.dtype, (entry, array.dtype)
+    assert tuple(array.shape)[1:] == entry.shape[1:], (entry, array.shape)
     unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
     flat = mx.contiguous(array.reshape(-1))
     flat = flat.astype(mx.uint8) if array.dtype == mx.bool_ else flat.view(unsigned)

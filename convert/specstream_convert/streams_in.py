@@ -6,7 +6,7 @@ Form A keeps them in the adapter file (PEFT's ``modules_to_save``), form B in ``
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from specstream_convert.messages import at, escaped, listing
 from specstream_convert.peft_keys import Kind, parse
 from specstream_convert.report import TensorFate
 from specstream_convert.safetensors_io import TensorFile
+from specstream_convert.stored import StoredTensor
 from specstream_mlx.config import CONFIG_NAME, PREFIX, REQUIRED, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError
 
@@ -37,33 +38,30 @@ _ROW = re.compile(r"^stream_embeddings\.(\d{1,3})$")
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of one stream tensor: one tensor of a file, or one per stream (a ParameterList)."""
+    """The rows of one stream tensor: one stored tensor, or one per stream (a ParameterList)."""
 
-    file: TensorFile
-    names: tuple[str, ...]
-    transposed: bool = False  # stored the other way round, as the user's key map says
+    rows: tuple[StoredTensor, ...]
+
+    @property
+    def place(self) -> str:
+        """``file:tensor`` of the first, for messages."""
+        return self.rows[0].place
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape once read; a singleton dimension of the embeddings' three is squeezed by :func:`read`."""
-        first = self.file.tensors[self.names[0]].shape
-        if self.transposed:
-            return tuple(reversed(first))
-        if len(self.names) > 1 or len(first) == 1:
-            return (len(self.names), first[-1] if first else 1)
+        first = self.rows[0].shape
+        if len(self.rows) > 1 or len(first) == 1:
+            return (len(self.rows), first[-1] if first else 1)
         if len(first) == 3 and 1 in first[:2]:
             return (first[0] * first[1], first[2])
         return first
 
     def read(self) -> mx.array:
         """The tensor in float32."""
-        rows = [self.oriented(self.file.read_float32(name)) for name in self.names]
+        rows = [row.read_float32() for row in self.rows]
         joined = rows[0] if len(rows) == 1 else mx.concatenate([row.reshape(1, -1) for row in rows])
         return joined.reshape(self.shape)
-
-    def oriented(self, value: mx.array) -> mx.array:
-        """A stored tensor of this source the right way round."""
-        return mx.contiguous(value.T) if self.transposed else value
 
 
 @dataclass(frozen=True)
@@ -75,79 +73,84 @@ class StreamSource:
     notes: tuple[str, ...]
 
 
-def gather(file: TensorFile, found: Mapping[str, str]) -> StreamSource:
-    """Resolve aliases among ``found`` (name below ``specstream.`` -> tensor of ``file``)."""
+def gather(found: Mapping[str, StoredTensor]) -> StreamSource:
+    """Resolve aliases among ``found``, tensors by their name below ``specstream.``."""
     problems: list[str] = []
     notes: list[str] = []
-    rows: dict[int, str] = {}
-    names: dict[str, str] = {}
-    turned: set[str] = set()
-    for inner, raw in found.items():
-        if inner.endswith(TRANSPOSED) and not raw.endswith(TRANSPOSED):  # so the key map wrote it
+    rows: dict[int, StoredTensor] = {}
+    names: dict[str, StoredTensor] = {}
+    for inner, tensor in found.items():
+        turned = inner.endswith(TRANSPOSED) and not tensor.raw.endswith(TRANSPOSED)  # so the key map wrote it
+        if turned:
             inner = inner.removesuffix(TRANSPOSED)
-            turned.add(raw)
-            problems += _turning_problems(file, raw)
-        row = None if raw in turned else _ROW.match(inner)
+            problems += _turning_problems(tensor)
+            tensor = replace(tensor, transposed=True)
+        row = None if turned else _ROW.match(inner)
         if row:
-            rows[int(row.group(1))] = raw
+            rows[int(row.group(1))] = tensor
             continue
         canonical = next((name for pattern, name in _ALIASES if pattern.match(inner)), inner)
         if canonical in names:
-            problems.append(f"{at(file.path, raw)}: means the same tensor as {escaped(names[canonical])}; keep one")
-        if canonical != inner or raw in turned:
-            how = ", transposed" if raw in turned else ""
-            notes.append(f"{file.path.name}: {escaped(raw)} read as {PREFIX}{canonical}{how}")
-        names[canonical] = raw
-    tensors = {name: Source(file, (raw,), raw in turned) for name, raw in names.items()}
+            problems.append(f"{tensor.place}: means the same tensor as {escaped(names[canonical].raw)}; keep one")
+        if canonical != inner or turned:
+            how = ", transposed" if turned else ""
+            notes.append(f"{tensor.file.path.name}: {escaped(tensor.raw)} read as {PREFIX}{canonical}{how}")
+        names[canonical] = tensor
+    tensors = {name: Source((tensor,)) for name, tensor in names.items()}
     if rows:
-        problems += _row_problems(file, rows, names)
-        tensors["stream_embeddings"] = Source(file, tuple(rows[i] for i in sorted(rows)))
-        notes.append(f"{file.path.name}: {len(rows)} rows of specstream.stream_embeddings joined")
+        problems += _row_problems(rows, names)
+        tensors["stream_embeddings"] = Source(tuple(rows[i] for i in sorted(rows)))
+        notes.append(
+            f"{next(iter(rows.values())).file.path.name}: {len(rows)} rows of specstream.stream_embeddings joined"
+        )
     if problems:
         raise InvalidInputError(listing(problems))
     embeddings = tensors.get("stream_embeddings")
-    if embeddings and len(file.tensors[embeddings.names[0]].shape) == 3:
-        notes.append(f"{file.path.name}: a dimension of size 1 removed from specstream.stream_embeddings")
+    if embeddings and len(embeddings.rows[0].shape) == 3:
+        notes.append(
+            f"{embeddings.rows[0].file.path.name}: a dimension of size 1 removed from specstream.stream_embeddings"
+        )
     return StreamSource(
         tensors,
         tuple(
-            TensorFate(file.path.name, raw, "copied", f"specstream.safetensors:{PREFIX}{name}")
+            TensorFate(row.file.path.name, row.raw, "copied", f"specstream.safetensors:{PREFIX}{name}")
             for name, source in tensors.items()
-            for raw in source.names
+            for row in source.rows
         ),
         tuple(notes),
     )
 
 
-def _turning_problems(file: TensorFile, raw: str) -> list[str]:
-    shape = file.tensors[raw].shape
+def _turning_problems(tensor: StoredTensor) -> list[str]:
+    shape = tensor.shape
     if len(shape) != 2:
-        return [f"{at(file.path, raw)}: shape {shape}, only a matrix can be transposed; correct the key map"]
+        return [f"{tensor.place}: shape {shape}, only a matrix can be transposed; correct the key map"]
     if shape[0] == shape[1]:
         return [
-            f"{at(file.path, raw)}: has as many rows as columns, so nothing shows that it is transposed; "
+            f"{tensor.place}: has as many rows as columns, so nothing shows that it is transposed; "
             "save it the right way round"
         ]
     return []
 
 
-def _row_problems(file: TensorFile, rows: dict[int, str], names: dict[str, str]) -> list[str]:
+def _row_problems(rows: dict[int, StoredTensor], names: dict[str, StoredTensor]) -> list[str]:
     problems = []
+    path = next(iter(rows.values())).file.path
     if sorted(rows) != list(range(len(rows))):
         problems.append(
-            f"{file.path}: rows of stream_embeddings are {sorted(rows)}, expected 0 to {len(rows) - 1}; save them all"
+            f"{path}: rows of stream_embeddings are {sorted(rows)}, expected 0 to {len(rows) - 1}; save them all"
         )
     if "stream_embeddings" in names:
-        problems.append(f"{at(file.path, names['stream_embeddings'])}: given whole and row by row; keep one")
-    sizes = {file.tensors[raw].shape for raw in rows.values()}
+        problems.append(f"{names['stream_embeddings'].place}: given whole and row by row; keep one")
+    sizes = {row.shape for row in rows.values()}
     if len(sizes) > 1 or any(len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != 1) for shape in sizes):
-        problems.append(f"{file.path}: rows of stream_embeddings have shapes {sorted(sizes)}, expected one (D,)")
+        problems.append(f"{path}: rows of stream_embeddings have shapes {sorted(sizes)}, expected one (D,)")
     return problems
 
 
 def from_stream_file(file: TensorFile, renames: Mapping[str, str], ignored: re.Pattern[str] | None) -> StreamSource:
     """Form B: every tensor of the file must be a stream tensor."""
-    found: dict[str, str] = {}
+    found: dict[str, StoredTensor] = {}
     problems = []
     fates = []
     for raw in file.tensors:
@@ -158,12 +161,14 @@ def from_stream_file(file: TensorFile, renames: Mapping[str, str], ignored: re.P
         if key.kind is not Kind.STREAM:
             problems.append(f"{at(file.path, raw)}: not a stream tensor; map it with --key-map or --ignore-keys it")
         elif key.module in found:
-            problems.append(f"{at(file.path, raw)}: means the same tensor as {escaped(found[key.module])}; keep one")
+            problems.append(
+                f"{at(file.path, raw)}: means the same tensor as {escaped(found[key.module].raw)}; keep one"
+            )
         else:
-            found[key.module] = raw
+            found[key.module] = StoredTensor(file, raw)
     if problems:
         raise InvalidInputError(listing(problems))
-    source = gather(file, found)
+    source = gather(found)
     return StreamSource(source.tensors, tuple(fates) + source.fates, source.notes)
 
 
@@ -180,13 +185,11 @@ def join(form_a: StreamSource | None, form_b: StreamSource | None) -> StreamSour
             held = a or b
             assert held is not None
             problems.append(
-                f"{held.file.path}: {PREFIX}{escaped(name)} is only there, not in the other form; remove the wrong one"
+                f"{held.rows[0].file.path}: {PREFIX}{escaped(name)} is only there, not in the other form; "
+                "remove the wrong one"
             )
         elif a.shape != b.shape or not bool(mx.array_equal(a.read(), b.read()).item()):
-            problems.append(
-                f"{at(a.file.path, a.names[0])}: differs from {at(b.file.path, b.names[0])}; "
-                "remove the one that is wrong"
-            )
+            problems.append(f"{a.place}: differs from {b.place}; remove the one that is wrong")
     if problems:
         raise InvalidInputError(listing(problems))
     note = "the adapter file and the stream file hold the same stream tensors"
@@ -245,8 +248,8 @@ def check_streams(source: StreamSource, config: StreamConfig, hidden_size: int, 
         InvalidInputError: missing, superfluous, of another shape, not float, or not finite (all are listed).
     """
     for held in source.tensors.values():
-        for tensor in held.names:
-            held.file.require_float(tensor)
+        for row in held.rows:
+            row.require_float()
     expected = config.tensor_shapes(hidden_size)
     problems = [
         f"{where}: {PREFIX}{name} {shape} is needed by {CONFIG_NAME} and was not saved; save it or correct that file"
@@ -254,7 +257,7 @@ def check_streams(source: StreamSource, config: StreamConfig, hidden_size: int, 
         if name not in source.tensors
     ]
     for name, held in source.tensors.items():
-        place = at(held.file.path, held.names[0])
+        place = held.place
         wanted = expected.get(name)
         if wanted is None:
             problems.append(f"{place}: not needed by {CONFIG_NAME}; correct the configuration or --ignore-keys it")
@@ -277,8 +280,8 @@ def check_streams(source: StreamSource, config: StreamConfig, hidden_size: int, 
 
 def _hint(name: str, held: Source, wanted: tuple[int, ...], config: StreamConfig) -> str:
     shape = held.shape
-    if shape == tuple(reversed(wanted)) and len(held.names) == 1:
-        turn = json.dumps({held.names[0]: f"{PREFIX}{name}{TRANSPOSED}"})
+    if shape == tuple(reversed(wanted)) and len(held.rows) == 1:
+        turn = json.dumps({held.rows[0].raw: f"{PREFIX}{name}{TRANSPOSED}"})
         return f"; it is transposed; turn it with --key-map and a file that holds {escaped(turn)}"
     if name == "stream_embeddings" and len(shape) == 2 and shape[1] == wanted[1]:
         return f"; gamma is {config.gamma} in {CONFIG_NAME}, the tensor has {shape[0]} rows"

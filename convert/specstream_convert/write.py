@@ -1,31 +1,26 @@
 """A plan -> the files of the output directory."""
 
-import contextlib
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx.utils import tree_flatten
-from mlx_lm.utils import quantize_model
-
 from specstream_convert.checks import fingerprint
+from specstream_convert.lora import LoraSet
 from specstream_convert.options import DTYPES
 from specstream_convert.output import TOKENIZER_FILES, model_card, write_json
-from specstream_convert.plan import ADAPTERS, Plan, Progress, lora_summary
-from specstream_convert.safetensors_io import TensorOut, sha256_file, write_tensors
+from specstream_convert.plan import ADAPTERS, Plan, lora_summary
+from specstream_convert.safetensors_io import Entry, TensorOut, sha256_file, write_tensors
+from specstream_convert.verify import Progress
 from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME
-from specstream_mlx.errors import UsageError
-from specstream_mlx.families import model_classes
 
 METADATA = {"format": "mlx"}
 
 
 def write_output(plan: Plan, directory: Path, hashes: dict[str, str], progress: Progress) -> dict[str, dict[str, Any]]:
     """Write all files but the report; return their sizes and digests by relative name."""
+    digests: dict[str, str] = {}
     if not plan.options.adapter_only:
-        config = _write_weights(plan, directory, progress)
+        config = _write_weights(plan, directory, digests, progress)
         config.pop("_name_or_path", None)
         write_json(directory / "config.json", config)
         _copy_texts(plan, directory)
@@ -42,60 +37,37 @@ def write_output(plan: Plan, directory: Path, hashes: dict[str, str], progress: 
         adapter_only=plan.options.adapter_only,
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
-    written = sorted(path for path in directory.rglob("*") if path.is_file())
+    written = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
     return {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in written
+        name: {"bytes": path.stat().st_size, "sha256": digests.get(name) or sha256_file(path)}
+        for name, path in sorted(written.items())
     }
 
 
-def _write_weights(plan: Plan, directory: Path, progress: Progress) -> dict[str, Any]:
-    """Write ``model*.safetensors``; return the configuration that belongs to them."""
-    config = dict(plan.base.config)
+def _write_weights(plan: Plan, directory: Path, digests: dict[str, str], progress: Progress) -> dict[str, Any]:
+    """Write ``model*.safetensors`` and note their digests; return the configuration that belongs to them."""
+    config = dict(plan.base.config) if plan.quantized is None else plan.quantized.config
     if plan.dtype is not None:
         name = next(name for name, short in DTYPES.items() if short == plan.dtype)
         config.pop("torch_dtype", None)
         config["dtype"] = name
-    outs = [TensorOut(out.name, out.dtype, out.shape, out.read) for out in plan.outputs]
-    total, done = sum(out.num_bytes for out in outs), 0
+    files: dict[str, list[TensorOut]] = {}
+    for output in plan.outputs:
+        out = output.tensor_out() if plan.quantized is None else plan.quantized.tensor_out(output)
+        files.setdefault(output.file, []).append(out)
+    total, done = sum(out.num_bytes for outs in files.values() for out in outs), 0
 
     def count(num_bytes: int) -> None:
         nonlocal done
         done += num_bytes
         progress("write", done, total)
 
-    if plan.quantization is not None:
-        return _write_quantized(plan, directory, outs, config, count)
-    weight_map = {out.name: out.file for out in plan.outputs}
-    files = sorted(set(weight_map.values()))
-    for file in files:
-        write_tensors(directory / file, [out for out in outs if weight_map[out.name] == file], METADATA, count)
+    for file, outs in sorted(files.items()):
+        digests[file] = write_tensors(directory / file, outs, METADATA, count)
     if len(files) > 1:
+        weight_map = {entry.name: file for file, outs in files.items() for out in outs for entry in out.entries}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(directory / "model.safetensors.index.json", index)
-    return config
-
-
-def _write_quantized(
-    plan: Plan, directory: Path, outs: list[TensorOut], config: dict[str, Any], count: Callable[[int], None]
-) -> dict[str, Any]:
-    assert plan.quantization is not None
-    model_class, args_class = model_classes(config)
-    model = model_class(args_class.from_dict(config))
-    model.load_weights([(out.name, out.value()) for out in outs])
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints a line on stdout
-            model, config = quantize_model(model, config, **plan.quantization)
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"--quantize: {reason}; choose another --q-bits, --q-group-size or --q-mode") from error
-    weights = [TensorOut.of(name, value) for name, value in tree_flatten(model.parameters())]
-    if not any(out.name.endswith(".scales") for out in weights):
-        raise UsageError(
-            f"--quantize: no layer's size is a multiple of --q-group-size {plan.quantization['group_size']}; "
-            "choose a smaller one"
-        )
-    write_tensors(directory / "model.safetensors", weights, METADATA, count)
     return config
 
 
@@ -111,14 +83,10 @@ def _copy_texts(plan: Plan, directory: Path) -> None:
 
 
 def _write_live_adapter(plan: Plan, directory: Path) -> None:
-    """The LoRA in mlx-lm's own format: one rank, one scale, full module paths."""
+    """LoRA or DoRA in mlx-lm's own format: one rank, one scale, full module paths."""
     assert plan.loras is not None
     (directory / "adapters").mkdir()
-    outs = []
-    for item in plan.loras.items:
-        lora_a, lora_b = plan.loras.live(item)
-        outs += [TensorOut.of(f"{item.module}.lora_a", lora_a), TensorOut.of(f"{item.module}.lora_b", lora_b)]
-    write_tensors(directory / ADAPTERS, outs, METADATA)
+    write_tensors(directory / ADAPTERS, _live(plan.loras), METADATA)
     parameters = {
         "rank": plan.loras.rank,
         "scale": plan.loras.scale,
@@ -127,8 +95,24 @@ def _write_live_adapter(plan: Plan, directory: Path) -> None:
     }
     write_json(
         directory / "adapters" / "adapter_config.json",
-        {"fine_tune_type": "lora", "num_layers": plan.base.num_layers, "lora_parameters": parameters},
+        {
+            "fine_tune_type": "dora" if plan.loras.dora else "lora",
+            "num_layers": plan.base.num_layers,
+            "lora_parameters": parameters,
+        },
     )
+
+
+def _live(loras: LoraSet, prefix: str = "") -> list[TensorOut]:
+    """LoRA and DoRA of every module, each tensor made when written: padded, they may be many times the input."""
+    outs = []
+    for item in loras.items:
+        for i, side in enumerate(("lora_a", "lora_b")):
+            entry = Entry(f"{prefix}{item.module}.{side}", "F32", loras.live_shapes(item)[i])
+            outs.append(TensorOut((entry,), lambda item=item, i=i: [(loras.live(item)[i],)]))  # type: ignore[misc]
+        if item.magnitude is not None:
+            outs.append(TensorOut.of(f"{prefix}{item.module}.m", item.magnitude.read_float32()))
+    return outs
 
 
 def _write_sidecar(plan: Plan, directory: Path, hashes: dict[str, str]) -> None:
@@ -137,10 +121,7 @@ def _write_sidecar(plan: Plan, directory: Path, hashes: dict[str, str]) -> None:
     outs = [TensorOut.of(PREFIX + name, source.read()) for name, source in plan.streams.tensors.items()]
     if plan.placement == "sidecar":
         assert plan.loras is not None
-        for item in plan.loras.items:
-            lora_a, lora_b = plan.loras.live(item)
-            outs.append(TensorOut.of(f"{LORA_PREFIX}{item.module}.lora_a", lora_a))
-            outs.append(TensorOut.of(f"{LORA_PREFIX}{item.module}.lora_b", lora_b))
+        outs += _live(plan.loras, LORA_PREFIX)
     write_tensors(directory / WEIGHTS_NAME, outs, METADATA)
     base_model = dict(plan.config.base_model) | plan.base.summary()
     recorded = plan.config.base_model.get("name_or_path")
@@ -150,6 +131,6 @@ def _write_sidecar(plan: Plan, directory: Path, hashes: dict[str, str]) -> None:
     marked = plan.base.family.fingerprint_tensor(plan.base.config)
     if marked is not None:
         dtype = None if plan.options.adapter_only else plan.dtype
-        base_model["fingerprint"] = fingerprint(plan.base, marked, dtype)
+        base_model["fingerprint"] = fingerprint(plan.base, marked, dtype, plan.replacement(marked))
     config = replace(plan.config, base_model=base_model, lora=lora_summary(plan), source={"sha256": hashes})
     write_json(directory / CONFIG_NAME, config.to_dict())

@@ -67,7 +67,9 @@ def converter(monkeypatch):
 def test_every_flag_reaches_the_converter(run, library, converter, tmp_path):
     words = f"convert --model {tmp_path} --adapter-path a --adapter-name n --streams-path s --specstream-config c"
     words += " --mlx-path out --overwrite --keep-adapters --adapter-only -q --q-bits 8 --q-group-size 32 --q-mode mxfp8"
-    words += " --dtype bfloat16 --key-map k --ignore-keys .*bias --recompute-init --lora-only --allow-pickle"
+    words += (
+        " --dtype bfloat16 --key-map k --ignore-keys .*bias --recompute-init --dequantize --lora-only --allow-pickle"
+    )
     words += " --trust-remote-code --dry-run --no-verify --reference-logits r.npz"
     assert run(*words.split()).code == 0
     assert converter.calls == [
@@ -89,6 +91,7 @@ def test_every_flag_reaches_the_converter(run, library, converter, tmp_path):
             "key_map": Path("k"),
             "ignore_keys": ".*bias",
             "recompute_init": True,
+            "dequantize": True,
             "lora_only": True,
             "allow_pickle": True,
             "trust_remote_code": True,
@@ -183,3 +186,18 @@ def test_inspect_reports_problems_and_exits_with_three(run, library, converter):
     assert result.code == 3
     assert "  m/x: missing" in result.stdout
     assert result.stderr == "error: m/x: missing\nerror: m/y: missing\n"
+
+
+def test_code_of_a_checkpoint_is_refused_by_name(run, tmp_path):
+    """The flag of the other commands; here it is no licence, and the help says so."""
+    result = run("convert", "--adapter-path", str(tmp_path), "--hf-path", str(tmp_path), "--trust-remote-code")
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr == ("error: --trust-remote-code: a conversion never runs code of a checkpoint; leave it out\n")
+    assert "never runs code of a checkpoint" in " ".join(run("convert", "--help").stdout.split())
+
+
+@pytest.mark.parametrize("name", ["streams", "a/b/c", "../x", ""])
+def test_a_bad_repository_name_is_a_usage_error(run, name):
+    result = run("convert", "--adapter-path", "a", "--upload-repo", name)
+    assert (result.code, result.stdout) == (2, "")
+    assert "--upload-repo" in result.stderr

@@ -20,8 +20,8 @@ COMMANDS = {
     "--insertion --prune-threshold --prefill-step-size --json --quiet --debug",
     "convert": "--hf-path --model --adapter-path --adapter-name --streams-path --specstream-config --mlx-path "
     "--overwrite --fuse --keep-adapters --adapter-only --quantize --q-bits --q-group-size --q-mode --dtype --key-map "
-    "--ignore-keys --recompute-init --lora-only --allow-pickle --trust-remote-code --dry-run --verify --no-verify "
-    "--reference-logits --upload-repo --json --quiet --debug",
+    "--ignore-keys --recompute-init --dequantize --lora-only --allow-pickle --trust-remote-code --dry-run --verify "
+    "--no-verify --reference-logits --upload-repo --json --quiet --debug",
     "inspect": "--model --json --debug",
     "train": "--model --data --self-distill --adapter-path --overwrite --config --mode --gamma --num-stream-layers "
     "--stream-init-rank --value-rotation --stream-position --prune-rank --pruner-only --rank --scale --num-layers "

@@ -27,8 +27,14 @@ Q = "model.layers.0.self_attn.q_proj"
         (f"{P}{Q}.lora_B.bias", Kind.LORA_BIAS, Q, None),
         (f"{P}{Q}.lora_magnitude_vector", Kind.DORA, Q, None),
         (f"{P}{Q}.lora_magnitude_vector.default.weight", Kind.DORA, Q, "default"),
-        (f"{P}model.embed_tokens.lora_embedding_A", Kind.EMBEDDING_LORA, "model.embed_tokens", None),
+        (f"{P}{Q}.lora_velora_embed", Kind.VELORA, Q, None),
+        (f"{P}{Q}.lora_A.bias", Kind.OTHER, f"{Q}.lora_A.bias", None),
+        (f"{P}model.embed_tokens.lora_embedding_A", Kind.EMBEDDING_A, "model.embed_tokens", None),
+        (f"{P}model.embed_tokens.lora_embedding_B.sql", Kind.EMBEDDING_B, "model.embed_tokens", "sql"),
         (f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta", Kind.TOKENS, "model.embed_tokens", None),
+        (f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta.sql", Kind.TOKENS, "model.embed_tokens", "sql"),
+        (f"{P}model.embed_tokens.token_adapter.base_layer.weight", Kind.BASE_COPY, "model.embed_tokens.weight", None),
+        (f"{P}model.embed_tokens.modules_to_save.weight", Kind.SAVED, "model.embed_tokens.weight", None),
         (f"{P}model.layers.0.mlp.experts.base_layer.lora_A.weight", Kind.EXPERT_LORA,
          "model.layers.0.mlp.experts.base_layer", None),
         (f"{P}{Q}.base_layer.weight", Kind.BASE_COPY, f"{Q}.weight", None),
@@ -95,3 +101,20 @@ def test_expected_modules() -> None:
 def test_layer_of() -> None:
     assert layer_of("model.layers.10.mlp.up_proj") == 10
     assert layer_of("lm_head") is None
+
+
+def test_modules_to_save() -> None:
+    """PEFT wraps every module whose path ends with a name, and puts no LoRA inside."""
+    saving = config(target_modules=("q_proj", "down_proj"), modules_to_save=("mlp", "norm"))
+    assert saving.saves("model.layers.0.mlp.down_proj")
+    assert saving.saves("model.layers.0.input_layernorm")
+    assert not saving.saves("model.layers.0.self_attn.q_proj")
+    assert saving.expected_modules([Q, "model.layers.0.mlp.down_proj"]) == {Q}
+
+
+def test_token_rows() -> None:
+    assert config(trainable_token_indices=(3, 1)).token_rows("model.embed_tokens") == (3, 1)
+    by_module = config(trainable_token_indices={"embed_tokens": (3, 1), "lm_head": (2,)})
+    assert by_module.token_rows("model.embed_tokens") == (3, 1)
+    assert by_module.token_rows("lm_head") == (2,)
+    assert by_module.token_rows("model.norm") is None

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import mlx_lm  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from specstream_convert import ConvertOptions, convert, inspect_checkpoint, verify  # noqa: E402
+from specstream_convert import ConvertOptions, convert, forward, inspect_checkpoint  # noqa: E402
 from specstream_convert.base import open_base  # noqa: E402
 from specstream_convert.torch_reference.testing import make_tiny_checkpoint, write_tiny_base  # noqa: E402
 from specstream_convert.verify import output_logits  # noqa: E402
@@ -116,7 +117,7 @@ def test_the_layer_by_layer_reference_is_the_whole_model(tmp_path: Path, monkeyp
         convert(ConvertOptions(adapter_path=paths.adapter, mlx_path=out))
         whole = output_logits(out, np.array(TOKENS), live=False)
         with monkeypatch.context() as patch:
-            patch.setattr(verify, "WHOLE_MODEL_BYTES", 0)
+            patch.setattr(forward, "WHOLE_MODEL_BYTES", 0)
             assert np.abs(output_logits(out, np.array(TOKENS), live=False) - whole).max() <= 1e-5
 
 
@@ -127,11 +128,13 @@ def test_the_layer_by_layer_reference_drops_each_layer(tmp_path: Path) -> None:
     weights = [weakref.ref(layer.fc1) for layer in model.layers]
     alive: list[int] = []
 
-    def fill(module: Any, prefix: str) -> None:
-        alive.append(sum(weight() is not None for weight in weights))
+    class Counted(forward._Loaded):
+        def head(self) -> Iterator[None]:
+            alive.append(sum(weight() is not None for weight in weights))
+            yield from super().head()
 
-    verify._by_layers(model, mx.array([TOKENS]), fill)
-    assert alive[-1] == 0
+    forward._by_parts(model, "opt", np.array(TOKENS), Counted(model, "opt"))
+    assert alive == [0]
 
 
 @pytest.mark.parametrize("family", [*OPT, "gpt2"])
@@ -243,7 +246,7 @@ def test_names_of_files_on_the_hub(
     ("family", "changes", "error", "message"),
     [
         ("opt", {"activation_function": "gelu"}, UnsupportedError, "activation_function is 'gelu'"),
-        ("opt", {"ffn_dim": None}, InvalidInputError, "ffn_dim is None, expected an integer"),
+        ("opt", {"ffn_dim": None}, UnsupportedError, "ffn_dim is None, expected an integer"),
         ("opt", {"max_position_embeddings": 0}, InvalidInputError, "max_position_embeddings is 0"),
         ("opt", {"word_embed_proj_dim": "8"}, InvalidInputError, "word_embed_proj_dim is '8'"),
         ("opt", {"word_embed_proj_dim": 8}, InvalidInputError, r"embed_tokens.weight: shape .* asks for \(97, 8\)"),

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from mlx_lm.utils import load_adapters, load_model
 
 from specstream_convert import ConvertOptions, convert, outputs, pipeline, plan, write
 from specstream_convert.safetensors_io import TensorOut, open_tensors, write_tensors
+from specstream_convert.stored import StoredTensor
 from specstream_convert.verify import output_logits, to_numpy
 from specstream_mlx.config import StreamConfig, read_json
 from specstream_mlx.errors import UsageError, VerificationError
@@ -373,16 +374,21 @@ def test_failed_overwrite_keeps_the_old(case: Case, monkeypatch: pytest.MonkeyPa
     assert {path.name for path in case.root.iterdir()} == {"adapter", "base", "out"}
 
 
-def scaled(factor: float) -> Callable[..., mx.array]:
+def scaled(factor: float) -> Callable[..., Iterator[mx.array]]:
     original = outputs.changed
-    return lambda value, changes: value + factor * (original(value, changes) - value)
+
+    def broken(source: StoredTensor, changes: Any) -> Iterator[mx.array]:
+        for value, (_, plain) in zip(original(source, changes), source.blocks(), strict=True):
+            yield plain + factor * (value - plain)
+
+    return broken
 
 
 @pytest.mark.parametrize(
     ("name", "broken", "message"),
     [
         ("changed", scaled(1.0001), "differs from the float64 reference"),
-        ("changed", lambda value, changes: value, "differs from the float64 reference"),
+        ("changed", scaled(0.0), "differs from the float64 reference"),
         ("cast", lambda value, dtype, place: value + 1e-3, "differs from the base although nothing changes it"),
     ],
     ids=["wrong scale", "forgotten merge", "changed weights"],

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from specstream_convert import ConvertOptions, convert  # noqa: E402
 from specstream_convert.torch_reference.generate import load_reference, reference_logits  # noqa: E402
-from specstream_convert.torch_reference.testing import make_tiny_checkpoint, write_tiny_base  # noqa: E402
+from specstream_convert.torch_reference.testing import make_tiny_checkpoint  # noqa: E402
 from specstream_convert.verify import output_logits  # noqa: E402
 
 pytestmark = [
@@ -69,43 +69,3 @@ def test_stock_mlx_lm_opens_the_output(tmp_path: Path) -> None:
     convert(ConvertOptions(adapter_path=paths.adapter, mlx_path=tmp_path / "out"))
     _, tokenizer = load(str(tmp_path / "out"))
     assert tokenizer.decode(tokenizer.encode("SELECT 1")).endswith("SELECT 1")
-
-
-FEATURES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "odd rank and alpha": {"r": 3, "lora_alpha": 7},
-    "rslora": {"use_rslora": True},
-    "rank_pattern": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6}},
-    "alpha_pattern": {"alpha_pattern": {"v_proj": 1, "layers.0.mlp.*": 32}},
-    "patterns with rslora": {"rank_pattern": {".*_proj": 5}, "alpha_pattern": {"o_proj": 3}, "use_rslora": True},
-    "layers_to_transform": {"layers_to_transform": [1], "layers_pattern": "layers"},
-    "regex": {"target_modules": r".*\.(q_proj|down_proj)"},
-    "all-linear": {"target_modules": "all-linear"},
-    "exclude_modules": {"exclude_modules": ["layers.0.self_attn.q_proj"]},
-    "lm_head": {"target_modules": ["q_proj", "lm_head"]},
-    "gaussian": {"init_lora_weights": "gaussian"},
-    "orthogonal": {"init_lora_weights": "orthogonal"},
-}
-
-
-@pytest.mark.parametrize("fuse", [True, False], ids=["merged", "live"])
-@pytest.mark.parametrize("feature", FEATURES)
-def test_peft_features(tmp_path: Path, feature: str, fuse: bool) -> None:
-    """Each configuration written by PEFT itself, merged and live; both keep PEFT's scale per module."""
-    write_tiny_base("llama", tmp_path / "base", **SMALL)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj"]}
-    if "mlp" in str(FEATURES[feature]):
-        settings["target_modules"] = ["q_proj", "v_proj", "up_proj", "down_proj"]
-    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **(settings | FEATURES[feature])))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if ".lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-        model.eval()
-        wanted = model(torch.tensor([TOKENS])).logits[0].numpy()
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    options = {"adapter_path": tmp_path / "adapter", "mlx_path": tmp_path / "out", "lora_only": True, "fuse": fuse}
-    convert(ConvertOptions(**options))
-    assert difference(tmp_path / "out", wanted, live=not fuse) < ATOL

@@ -141,6 +141,35 @@ def zeroed(part: str) -> Callable[[dict[str, mx.array]], Any]:
     return lambda t: t.update({name: mx.zeros(t[name].shape) for name in t if part in name})
 
 
+EMBED = PREFIX + "model.embed_tokens"
+TOKENS = EMBED + ".token_adapter.trainable_tokens_delta"
+
+
+def magnitudes(t: dict[str, mx.array]) -> None:
+    """DoRA's, for every LoRA that is there."""
+    for name in list(t):
+        if name.endswith((".lora_B.weight", ".lora_embedding_B")):
+            module = name.removesuffix(".lora_B.weight").removesuffix(".lora_embedding_B")
+            t[module + ".lora_magnitude_vector"] = mx.ones(t[name].shape[0])
+
+
+def lora_biases(t: dict[str, mx.array]) -> None:
+    for name in list(t):
+        if name.endswith(".lora_B.weight"):
+            t[name.replace(".weight", ".bias")] = mx.ones(t[name].shape[0])
+
+
+def embedding_lora(t: dict[str, mx.array]) -> None:
+    t[EMBED + ".lora_embedding_A"], t[EMBED + ".lora_embedding_B"] = mx.ones((RANK, V)), mx.ones((D, RANK))
+
+
+Q_BASE = "model.layers.0.self_attn.q_proj.weight"
+
+
+def zero_row(value: mx.array) -> mx.array:
+    return mx.concatenate([mx.zeros((1, value.shape[1])), value[1:]])
+
+
 E, U, I = UsageError, UnsupportedError, InvalidInputError  # noqa: E741
 F8 = {"x": {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [0, 4]}}
 ROWS = [
@@ -214,18 +243,62 @@ ROWS = [
     Row("two unknown tensors", I, ("model.one", "model.two"),
         data(lambda t: t.update({PREFIX + "model.one": mx.ones(3), PREFIX + "model.two": mx.ones(3)}))),
     Row("collision", I, ("same tensor",), data(lambda t: t.update({"module." + A: t[A]}))),
-    Row("dora", U, (f"{ADAPTER}:{Q}", "DoRA"), data(lambda t: t.update({Q + ".lora_magnitude_vector": mx.ones(D)}))),
-    Row("lora bias", U, (f"{ADAPTER}:{Q}.lora_B.bias",), data(lambda t: t.update({Q + ".lora_B.bias": mx.ones(D)}))),
-    Row("embedding lora", U, ("lora_embedding_A",),
-        data(lambda t: t.update({PREFIX + "model.embed_tokens.lora_embedding_A": mx.ones((RANK, V))}))),
-    Row("token rows", U, ("trained token rows",),
-        data(added(PREFIX + "model.embed_tokens.token_adapter.trainable_tokens_delta", (2, D)))),
+    Row("magnitude without use_dora", I, (f"{ADAPTER}:{Q}.lora_magnitude_vector", "use_dora"),
+        data(added(Q + ".lora_magnitude_vector", (D,)))),
+    Row("use_dora without magnitude", I, (f"{ADAPTER}:{A}", "lora_magnitude_vector", "use_dora"),
+        config(use_dora=True)),
+    Row("magnitude of another size", I, (f"{ADAPTER}:{Q}.lora_magnitude_vector", f"({D + 1},)", f"({D},)"), lambda c: (
+        c.json(AC, lambda raw: raw.update(use_dora=True)), c.tensors(WEIGHTS, magnitudes),
+        c.tensors(WEIGHTS, added(Q + ".lora_magnitude_vector", (D + 1,))))),
+    Row("magnitude alone", I, (f"{ADAPTER}:{Q}x.lora_magnitude_vector", "no lora_A"), lambda c: (
+        c.json(AC, lambda raw: raw.update(use_dora=True)), c.tensors(WEIGHTS, magnitudes),
+        c.tensors(WEIGHTS, added(Q + "x.lora_magnitude_vector", (D,))))),
+    Row("dora of a zero row", I, (f"{ADAPTER}:{Q}.lora_magnitude_vector", "not finite"), lambda c: (
+        c.json(AC, lambda raw: raw.update(use_dora=True)), c.tensors(WEIGHTS, magnitudes),
+        c.tensors(WEIGHTS, replaced(B, zero_row)), c.tensors(BASE, replaced(Q_BASE, zero_row)))),
+    Row("dora and a bias", U, (CONFIG, "use_dora with lora_bias"), config(use_dora=True, lora_bias=True)),
+    Row("lora bias without lora_bias", I, (f"{ADAPTER}:{Q}.lora_B.bias", "lora_bias"),
+        data(added(Q + ".lora_B.bias", (D,)))),
+    Row("lora_bias without lora bias", I, (f"{ADAPTER}:{A}", "lora_B.bias"), config(lora_bias=True)),
+    Row("lora bias without a bias", U, (f"{ADAPTER}:{Q}.lora_B.bias", "has no bias"), lambda c: (
+        c.json(AC, lambda raw: raw.update(lora_bias=True)), c.tensors(WEIGHTS, lora_biases))),
+    Row("half an embedding lora", I, ("lora_embedding_A", "no matching lora_B"),
+        data(added(EMBED + ".lora_embedding_A", (RANK, V)))),
+    Row("embedding lora on a layer", I, (f"{Q}.lora_A", "keep one"), data(lambda t: t.update(
+        {Q + ".lora_embedding_A": mx.ones((RANK, D)), Q + ".lora_embedding_B": mx.ones((D, RANK))}))),
+    Row("embedding lora elsewhere", I, ("model.norm.lora_embedding_A", "no embedding"), data(lambda t: t.update({
+        PREFIX + "model.norm.lora_embedding_A": mx.ones((RANK, D)),
+        PREFIX + "model.norm.lora_embedding_B": mx.ones((D, RANK))}))),
+    Row("embedding lora of more rows", I, (f"{EMBED}.lora_embedding_A", f"({V + 1}, {D})", "rows, width"),
+        data(lambda t: t.update({EMBED + ".lora_embedding_A": mx.ones((RANK, V + 1)),
+                                 EMBED + ".lora_embedding_B": mx.ones((D, RANK))}))),
+    Row("token rows unnamed", I, (f"{ADAPTER}:{TOKENS}", "trainable_token_indices"), data(added(TOKENS, (2, D)))),
+    Row("token rows not saved", I, (ADAPTER, "no trained rows", "embed_tokens"), config(trainable_token_indices=[1])),
+    Row("token rows of one of two", I, (ADAPTER, "no trained rows of lm_head"), lambda c: (
+        c.json(AC, lambda raw: raw.update(trainable_token_indices={"embed_tokens": [1], "lm_head": [2]})),
+        c.tensors(WEIGHTS, added(TOKENS, (1, D))))),
+    Row("token rows too few", I, (f"{ADAPTER}:{TOKENS}", "(2, 32)", "(3, 32)"), lambda c: (
+        c.json(AC, lambda raw: raw.update(trainable_token_indices=[1, 2, 3])),
+        c.tensors(WEIGHTS, added(TOKENS, (2, D))))),
+    Row("token beyond the vocabulary", I, (f"{ADAPTER}:{TOKENS}", f"token {V}", f"{V} rows"), lambda c: (
+        c.json(AC, lambda raw: raw.update(trainable_token_indices=[V])), c.tensors(WEIGHTS, added(TOKENS, (1, D))))),
+    Row("token twice", I, (CONFIG, "twice"), config(trainable_token_indices=[3, 3])),
+    Row("token indices text", I, (CONFIG, "trainable_token_indices"), config(trainable_token_indices=["a"])),
+    Row("token indices negative", I, (CONFIG, "trainable_token_indices"), config(trainable_token_indices=[-1])),
     Row("experts", U, ("experts",), data(lambda t: t.update({
         PREFIX + "model.layers.0.mlp.experts.lora_A.weight": mx.ones((4, D))}))),
-    Row("trained embedding", U, ("embed_tokens", "trained or resized"),
-        data(lambda t: t.update({PREFIX + "model.embed_tokens.weight": mx.ones((V, D))}))),
-    Row("resized embedding", U, ("embed_tokens", "trained or resized"),
-        data(lambda t: t.update({PREFIX + "model.embed_tokens.weight": mx.ones((V + 8, D))}))),
+    Row("embedding of another base", I, (f"{ADAPTER}:{EMBED}.weight", "another base", "modules_to_save"),
+        data(added(EMBED + ".weight", (V, D)))),
+    Row("frozen embedding of another base", I, (f"{ADAPTER}:{EMBED}.base_layer.weight", "another base"),
+        data(added(EMBED + ".base_layer.weight", (V, D)))),
+    Row("resized embedding alone", I, (f"{ADAPTER}:{EMBED}.weight", f"has {V + 8} rows", "lm_head"),
+        data(added(EMBED + ".weight", (V + 8, D)))),
+    Row("trained norm of another size", I, (f"{ADAPTER}:{PREFIX}model.norm.weight", f"({D + 1},)"), lambda c: (
+        c.json(AC, lambda raw: raw.update(modules_to_save=["specstream", "model.norm"])),
+        c.tensors(WEIGHTS, added(PREFIX + "model.norm.weight", (D + 1,))))),
+    Row("trained norm of integers", I, (f"{ADAPTER}:{PREFIX}model.norm.weight", "I32"), lambda c: (
+        c.json(AC, lambda raw: raw.update(modules_to_save=["specstream", "model.norm"])),
+        c.tensors(WEIGHTS, lambda t: t.update({PREFIX + "model.norm.weight": mx.ones(D).astype(mx.int32)})))),
     Row("trained bias", I, ("q_proj.base_layer.bias", "--key-map"), data(added(Q + ".base_layer.bias", (D,)))),
     Row("no lora at all", I, ("no LoRA tensor", "--streams-path"), data(only(lambda n: "specstream" in n))),
     Row("several adapters in a file", E, ("--adapter-name", "one|two"),
@@ -248,6 +321,7 @@ ROWS = [
     Row("mlx adapter", I, ("mlx-lm's format",), text(AC, '{"fine_tune_type": "lora", "lora_parameters": {}}')),
     Row("no peft type", I, ("peft_type",), without(AC, "peft_type")),
     Row("other peft type", U, ("LOHA", "peft_type"), config(peft_type="LOHA")),
+    Row("prompt tuning", U, ("PROMPT_TUNING", "nothing to merge"), config(peft_type="PROMPT_TUNING")),
     Row("no alpha", I, ("lora_alpha is None",), without(AC, "lora_alpha")),
     Row("alpha text", I, ("lora_alpha is '8'",), config(lora_alpha="8")),
     Row("alpha huge", I, ("lora_alpha",), config(lora_alpha=10**400)),
@@ -257,16 +331,29 @@ ROWS = [
     Row("bad pattern key", I, ("rank_pattern", "(q"), config(rank_pattern={"(q": 4})),
     Row("endless pattern", I, ("alpha_pattern", "costly"), config(alpha_pattern={"(a+)+$": 4})),
     Row("bad pattern value", I, ("alpha_pattern", "'x'"), config(alpha_pattern={"q_proj": "x"})),
-    *(Row(f"config {name}", U, (CONFIG, name, "PEFT"), config(**{name: value})) for name, value in {
-        "use_dora": True, "lora_bias": True, "use_qalora": True, "use_bdlora": {"x": 1},
-        "trainable_token_indices": [1], "target_parameters": ["x"], "layer_replication": [[0, 2]],
+    *(Row(f"config {name}", U, (CONFIG, name), config(**{name: value})) for name, value in {
+        "use_qalora": True, "use_bdlora": {"x": 1}, "target_parameters": ["x"], "layer_replication": [[0, 2]],
         "megatron_config": {"a": 1}, "alora_invocation_tokens": [1], "arrow_config": {"a": 1},
-        "monteclora_config": {"a": 1}, "kasa_config": {"a": 1}, "lora_ga_config": {"a": 1}, "velora_config": {"a": 1},
-        "bias": "all", "unheard_of": {"a": 1}}.items()),
+        "monteclora_config": {"a": 1}, "kasa_config": {"a": 1}, "lora_ga_config": {"a": 1},
+        "unheard_of": {"a": 1}}.items()),
     *(Row(f"init {name}", U, (CONFIG, "init_lora_weights", name), config(init_lora_weights=name))
       for name in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "unheard_of")),
-    Row("modules to save", U, ("'embed_tokens'", "modules_to_save"),
+    Row("bias of another kind", I, (CONFIG, "bias is 'some'"), config(bias="some")),
+    Row("module to save not saved", I, (ADAPTER, "model.embed_tokens.weight", "modules_to_save", "incomplete"),
         config(modules_to_save=["specstream", "embed_tokens"])),
+    Row("one of two modules to save not saved", I, (ADAPTER, "model.layers.1.input_layernorm.weight", "incomplete"),
+        lambda c: (c.json(AC, lambda raw: raw.update(modules_to_save=["specstream", "input_layernorm"])),
+                   c.tensors(WEIGHTS, added(PREFIX + "model.layers.0.input_layernorm.weight", (D,))))),
+    Row("dora does not stay live with an embedding", U,
+        ("embed_tokens.lora_embedding_A", "--keep-adapters", "per token"),
+        lambda c: (c.json(AC, lambda raw: raw.update(use_dora=True)), c.tensors(WEIGHTS, embedding_lora),
+                   c.tensors(WEIGHTS, magnitudes)), options=lambda c: {"fuse": False}),
+    Row("dora on five bits", U, (f"{ADAPTER}:{A}", "5 bits", "--keep-adapters"), lambda c: (
+        c.json(AC, lambda raw: raw.update(use_dora=True)), c.tensors(WEIGHTS, magnitudes)),
+        options=lambda c: {"fuse": False, "quantize": True, "q_bits": 5, "q_group_size": 32}),
+    Row("trained norm in a sidecar", U, ("model.norm.weight", "--adapter-only"), lambda c: (
+        c.json(AC, lambda raw: raw.update(modules_to_save=["specstream", "model.norm"])),
+        c.tensors(WEIGHTS, added(PREFIX + "model.norm.weight", (D,)))), options=lambda c: {"adapter_only": True}),
     # streams and their configuration
     Row("no stream config", I, (STREAM_CONFIG, "not found", f'"gamma": {GAMMA}', '"num_stream_layers": "?"'),
         remove(SC)),
@@ -301,6 +388,15 @@ ROWS = [
     Row("lossless lm head", I, ("lm_head", "lossless"), data(lambda t: t.update(
         {PREFIX + "lm_head.lora_A.weight": mx.ones((RANK, D)), PREFIX + "lm_head.lora_B.weight": mx.ones((V, RANK))})),
         mode="lossless"),
+    Row("lossless dora", I, ("lora_magnitude_vector", "lossless"), lambda c: (
+        c.json(AC, lambda raw: raw.update(use_dora=True)), c.tensors(WEIGHTS, magnitudes)), mode="lossless"),
+    Row("lossless embedding", I, ("embed_tokens.lora_embedding_A", "lossless"), data(embedding_lora), mode="lossless"),
+    Row("lossless token rows", I, (TOKENS, "lossless", "model.embed_tokens.weight"), lambda c: (
+        c.json(AC, lambda raw: raw.update(trainable_token_indices=[1])), c.tensors(WEIGHTS, added(TOKENS, (1, D)))),
+        mode="lossless"),
+    Row("lossless norm", I, (CONFIG, "model.norm", "lossless"), lambda c: (
+        c.json(AC, lambda raw: raw.update(modules_to_save=["specstream", "model.norm"])),
+        c.tensors(WEIGHTS, added(PREFIX + "model.norm.weight", (D,)))), mode="lossless"),
     Row("lossless half a layer", I, ("model.layers.1.mlp.up_proj", "incomplete"),
         data(only(lambda n: "up_proj" not in n)), mode="lossless"),
     # the base
@@ -313,7 +409,7 @@ ROWS = [
         options=lambda c: {"hf_path": None}),
     Row("base without config", I, ("config.json", "not found"), remove(BC)),
     Row("base without weights", I, ("no model*.safetensors",), remove(BASE)),
-    Row("base as pickle", I, ("pytorch_model.bin",),
+    Row("base as pickle", U, ("pytorch_model.bin",),
         lambda c: (c.root / BASE).rename(c.base / "pytorch_model.bin")),
     Row("base truncated", I, ("model.safetensors", "incomplete"),
         rewritten(lambda body: body[:-9], BASE)),
@@ -333,7 +429,7 @@ ROWS = [
     Row("no family", U, ("model_type is None",), without(BC, "model_type")),
     Row("family is a path", U, ("model_type",), config(BC, model_type="../../evil")),
     Row("model file", U, ("model_file", "never run"), config(BC, model_file="evil.py")),
-    Row("no hidden size", I, ("hidden_size is None",), without(BC, "hidden_size")),
+    Row("no hidden size", U, ("hidden_size is None",), without(BC, "hidden_size")),
     Row("epsilon", I, ("rms_norm_eps is 'x'",), config(BC, rms_norm_eps="x")),
     Row("sizes beyond any array", I, ("config.json", "mlx-lm cannot build"), config(BC, head_dim=2**30)),
     Row("bnb", U, ("quantised", "bitsandbytes"), config(BC, quantization_config={"quant_method": "bitsandbytes"})),
@@ -375,8 +471,7 @@ ROWS = [
     Row("q bits", E, ("--q-bits",), options=lambda c: {"quantize": True, "q_bits": 7}),
     Row("q mode", E, ("--q-mode",), options=lambda c: {"quantize": True, "q_mode": "magic"}),
     Row("q group too large", E, ("--q-group-size",), options=lambda c: {"quantize": True, "q_group_size": 128}),
-    Row("pickle allowed", U, ("--allow-pickle",), options=lambda c: {"allow_pickle": True}),
-    Row("recompute init", U, ("--recompute-init",), options=lambda c: {"recompute_init": True}),
+    Row("recompute init", E, ("--recompute-init", "nothing to recompute"), options=lambda c: {"recompute_init": True}),
     Row("remote code", E, ("--trust-remote-code",), options=lambda c: {"trust_remote_code": True}),
     Row("ignore keys", E, ("--ignore-keys",), options=lambda c: {"ignore_keys": "("}),
     Row("key map", I, ("map.json", "not found"), options=lambda c: {"key_map": c.root / "map.json"}),
