@@ -218,6 +218,7 @@ def test_options_of_the_file_are_options_of_the_command_line():
 
 def test_the_walk_through_names_options_that_exist():
     text = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
+    text = text.replace("\\\n", " ")  # a command over several lines
     commands = get_command(app).commands
     known = {option for command in commands.values() for p in command.params for option in [*p.opts, *p.secondary_opts]}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
