@@ -4,13 +4,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from specstream_convert.base import Base
-from specstream_convert.lora import Lora
-from specstream_convert.mapping import FineTune
+from specstream_convert.adapter.peft_config import PeftConfig, layer_of
+from specstream_convert.base.model import Base
+from specstream_convert.changes.lora import Lora
+from specstream_convert.changes.mapping import FineTune
+from specstream_convert.files.safetensors_io import mlx_dtype
+from specstream_convert.files.stored import StoredTensor
 from specstream_convert.messages import escaped, listing
-from specstream_convert.peft_config import PeftConfig, layer_of
-from specstream_convert.safetensors_io import mlx_dtype
-from specstream_convert.stored import StoredTensor
 from specstream_mlx.config import StreamConfig
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.fingerprint import fingerprint as mark_of

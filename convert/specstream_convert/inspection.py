@@ -10,18 +10,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from specstream_convert.adapter import ADAPTER_WEIGHTS, Adapter, open_adapter
-from specstream_convert.base import open_base
-from specstream_convert.changes import Factors
-from specstream_convert.checks import check_base_matches, lossless_problems
-from specstream_convert.live_adapter import LIVE_WEIGHTS, LiveAdapter, is_mlx_lm, lora_shapes, read_live_adapter
-from specstream_convert.lora import Lora, check_effect
-from specstream_convert.messages import escaped
-from specstream_convert.peft_config import ADAPTER_CONFIG
-from specstream_convert.peft_keys import parse
-from specstream_convert.report import REPORT_NAME
-from specstream_convert.safetensors_io import TensorFile, open_tensors
-from specstream_convert.streams_in import (
+from specstream_convert.adapter.live_adapter import LIVE_WEIGHTS, LiveAdapter, is_mlx_lm, lora_shapes, read_live_adapter
+from specstream_convert.adapter.peft import ADAPTER_WEIGHTS, Adapter, open_adapter
+from specstream_convert.adapter.peft_config import ADAPTER_CONFIG
+from specstream_convert.adapter.peft_keys import parse
+from specstream_convert.adapter.streams import (
     StreamSource,
     check_streams,
     from_stream_file,
@@ -29,6 +22,13 @@ from specstream_convert.streams_in import (
     join,
     read_stream_config,
 )
+from specstream_convert.base.model import open_base
+from specstream_convert.changes.kinds import Factors
+from specstream_convert.changes.lora import Lora, check_effect
+from specstream_convert.checks import check_base_matches, lossless_problems
+from specstream_convert.files.safetensors_io import TensorFile, open_tensors
+from specstream_convert.messages import escaped
+from specstream_convert.report import REPORT_NAME
 from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError, SpecStreamError
 from specstream_mlx.families import FAMILIES

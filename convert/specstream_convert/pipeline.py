@@ -12,16 +12,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from specstream_convert.comparison import Expected
+from specstream_convert.files.pickles import Pickles
+from specstream_convert.files.safetensors_io import sha256_file
 from specstream_convert.messages import escaped
 from specstream_convert.options import ConvertOptions
-from specstream_convert.output import OutputDirectory, write_json
-from specstream_convert.pickles import Pickles
 from specstream_convert.plan import Plan, lora_summary, make_plan
 from specstream_convert.report import REPORT_NAME, ConversionReport
-from specstream_convert.safetensors_io import sha256_file
-from specstream_convert.verify import Progress, compare_reference_logits, verify_output
-from specstream_convert.write import write_output
+from specstream_convert.verification.comparison import Expected
+from specstream_convert.verification.verify import Progress, compare_reference_logits, verify_output
+from specstream_convert.writing.output import OutputDirectory, write_json
+from specstream_convert.writing.write import write_output
 from specstream_mlx.config import CONFIG_NAME, PREFIX
 from specstream_mlx.errors import UsageError
 

@@ -6,9 +6,9 @@ it; it is the only exact way on a quantised base. What fits neither is refused.
 
 from typing import Any
 
-from specstream_convert.base import Base
-from specstream_convert.lora import LoraSet
-from specstream_convert.mapping import FineTune
+from specstream_convert.base.model import Base
+from specstream_convert.changes.lora import LoraSet
+from specstream_convert.changes.mapping import FineTune
 from specstream_convert.messages import listing
 from specstream_convert.options import ConvertOptions
 from specstream_mlx.config import StreamConfig

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from specstream_convert.adapter import (
+from specstream_convert.adapter.full_dump import split_dump
+from specstream_convert.adapter.peft import (
     Adapter,
     compile_ignored,
     find_adapter,
@@ -13,25 +14,7 @@ from specstream_convert.adapter import (
     read_renames,
     stream_file,
 )
-from specstream_convert.base import Base, open_base, resolve_base
-from specstream_convert.changes import AddLowRank, AddScaled, Replace, Rescale, SetRows
-from specstream_convert.checks import check_base_matches, check_coverage, check_lossless, check_lossless_settings
-from specstream_convert.dequantize import REQUANTIZED, DequantizedTensor, dequantized
-from specstream_convert.full_dump import split_dump
-from specstream_convert.lora import LoraSet, check_effect
-from specstream_convert.mapping import FineTune, map_adapter
-from specstream_convert.messages import escaped
-from specstream_convert.options import DTYPES, ConvertOptions
-from specstream_convert.output import check_tokenizer, tokenizer_directory
-from specstream_convert.outputs import OutputTensor, plan_outputs
-from specstream_convert.pickles import Pickles
-from specstream_convert.placement import choose_placement
-from specstream_convert.quantized import Quantized, plan_quantization
-from specstream_convert.recompute import check_asked_for, with_initials
-from specstream_convert.report import TensorFate
-from specstream_convert.safetensors_io import open_tensors
-from specstream_convert.stored import StoredTensor
-from specstream_convert.streams_in import (
+from specstream_convert.adapter.streams import (
     WHY_NO_STREAMS,
     StreamSource,
     check_streams,
@@ -40,7 +23,24 @@ from specstream_convert.streams_in import (
     join,
     read_stream_config,
 )
-from specstream_convert.verify import Progress, read_reference_logits
+from specstream_convert.base.dequantize import REQUANTIZED, DequantizedTensor, dequantized
+from specstream_convert.base.model import Base, open_base, resolve_base
+from specstream_convert.changes.kinds import AddLowRank, AddScaled, Replace, Rescale, SetRows
+from specstream_convert.changes.lora import LoraSet, check_effect
+from specstream_convert.changes.mapping import FineTune, map_adapter
+from specstream_convert.changes.recompute import check_asked_for, with_initials
+from specstream_convert.checks import check_base_matches, check_coverage, check_lossless, check_lossless_settings
+from specstream_convert.files.pickles import Pickles
+from specstream_convert.files.safetensors_io import open_tensors
+from specstream_convert.files.stored import StoredTensor
+from specstream_convert.messages import escaped
+from specstream_convert.options import DTYPES, ConvertOptions
+from specstream_convert.placement import choose_placement
+from specstream_convert.report import TensorFate
+from specstream_convert.verification.verify import Progress, read_reference_logits
+from specstream_convert.writing.output import check_tokenizer, tokenizer_directory
+from specstream_convert.writing.outputs import OutputTensor, plan_outputs
+from specstream_convert.writing.quantized import Quantized, plan_quantization
 from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 

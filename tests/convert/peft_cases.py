@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from specstream_convert import ConvertOptions, convert
 from specstream_convert.torch_reference.testing import write_tiny_base
-from specstream_convert.verify import output_logits
+from specstream_convert.verification.verify import output_logits
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "gpt2")
 WITH_BIASES = ("qwen2", "opt", "gpt2")  # families whose adapted layers have biases

@@ -17,7 +17,7 @@ import torch
 import transformers
 from peft_cases import ATOL, FAMILIES, FEATURES, Bases, Feature, Saved, label, ties
 
-from specstream_convert.peft_config import INERT, READ, REFUSED, read_peft_config
+from specstream_convert.adapter.peft_config import INERT, READ, REFUSED, read_peft_config
 from specstream_mlx.errors import SpecStreamError, UnsupportedError
 
 NOT_APPLICABLE = "-"

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from specstream_convert.base import resolve_base
-from specstream_convert.base_config import mlx_config
+from specstream_convert.base.config import mlx_config
+from specstream_convert.base.model import resolve_base
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
 WHERE = Path("config.json")

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specstream_convert.peft_config import PeftConfig, layer_of, matched
-from specstream_convert.peft_keys import Kind, parse, without_wrappers
+from specstream_convert.adapter.peft_config import PeftConfig, layer_of, matched
+from specstream_convert.adapter.peft_keys import Kind, parse, without_wrappers
 
 P = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"

@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 from convert_cases import CONFIG, Case, snapshot
 
-from specstream_convert import convert, placing
+from specstream_convert import convert
+from specstream_convert.writing import atomic
 from specstream_mlx.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ SERVER = """
 import json, os, signal, sys
 from pathlib import Path
 from specstream_cli.app import main
-import specstream_convert, specstream_convert.placing as placing
+import specstream_convert, specstream_convert.writing.atomic as atomic
 import mlx_lm.models.llama, mlx_lm.tokenizer_utils
 main(["convert", "--hf-path", ".", "--adapter-path", "/nothing", "--mlx-path", "/nothing/out"])
 
@@ -58,7 +59,7 @@ for line in sys.stdin:
     if child == 0:
         sys.stderr = sys.stdout = open(os.devnull, "w")
         if job["no_swap"]:
-            placing._exchange = lambda first, second: False
+            atomic._exchange = lambda first, second: False
         if job["n"]:
             kill_at(job["n"], job["signal"], job["root"])
         os._exit(main(job["words"]))
@@ -184,7 +185,7 @@ def test_killed_while_replacing(server: Server, case: Case, no_swap: bool) -> No
             assert hidden(case) == []
         shutil.rmtree(case.out)
         shutil.copytree(old, case.out)
-        placing.recover(case.out)
+        atomic.recover(case.out)
         assert hidden(case) == [], n
     assert seen == {OLD, NEW} | ({None} if no_swap else set())
 
@@ -220,9 +221,9 @@ def test_killed_at_any_time(server: Server, case: Case) -> None:
 
 def test_a_living_run_is_left_alone(case: Case) -> None:
     """A second conversion to the same target does not delete what the first is still writing."""
-    living = placing.hidden_name(case.out, placing.PARTIAL)
-    lock = placing.create_locked(living)
-    dead = placing.hidden_name(case.out, placing.PARTIAL)
+    living = atomic.hidden_name(case.out, atomic.PARTIAL)
+    lock = atomic.create_locked(living)
+    dead = atomic.hidden_name(case.out, atomic.PARTIAL)
     dead.mkdir()
     other = case.root / ".other.partial-0123456789ab"
     other.mkdir()
@@ -243,7 +244,7 @@ def test_without_locks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    unknown = placing.hidden_name(case.out, placing.PARTIAL)
+    unknown = atomic.hidden_name(case.out, atomic.PARTIAL)
     unknown.mkdir()
     convert(case.options(verify=False))
     assert scale_of(case) == OLD
@@ -253,15 +254,15 @@ def test_without_locks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_everything_is_on_disk_before_the_rename(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file and directory of the output is synced, and then the directory that gets its name."""
     synced: list[Path] = []
-    real = placing.sync
+    real = atomic.sync
 
     def sync(path: Path) -> None:
         synced.append(path)
         assert not case.out.exists() or path == case.root
         real(path)
 
-    monkeypatch.setattr(placing, "sync", sync)
-    monkeypatch.setattr("specstream_convert.output.sync", sync)
+    monkeypatch.setattr(atomic, "sync", sync)
+    monkeypatch.setattr("specstream_convert.writing.output.sync", sync)
     convert(case.options(verify=False))
     assert synced[-1] == case.root
     names = {path.name for path in synced[:-1]}
@@ -272,7 +273,7 @@ def test_everything_is_on_disk_before_the_rename(case: Case, monkeypatch: pytest
 def test_long_names_keep_apart(case: Case) -> None:
     """Two targets that share a long beginning do not share what a killed run left."""
     long = case.root / ("x" * 200)
-    moved = placing.hidden_name(case.root / ("x" * 199), placing.REPLACED)
+    moved = atomic.hidden_name(case.root / ("x" * 199), atomic.REPLACED)
     moved.mkdir()
     convert(case.options(verify=False, mlx_path=long))
     assert (long / "conversion_report.json").exists()

@@ -14,13 +14,15 @@ import pytest
 from convert_cases import ADAPTER, PREFIX, RANK, Case, D, V, make_case, random_tensor
 
 from benchmarks.convert_memory import Files, make_files, measure
-from specstream_convert import convert, forward, reference, safetensors_io
-from specstream_convert.base_config import mlx_config
-from specstream_convert.changes import AddLowRank, AddScaled, Change, Factors, Replace, Rescale, SetRows, changed
-from specstream_convert.reference import Reference, to_numpy
-from specstream_convert.safetensors_io import open_tensors
-from specstream_convert.stored import StoredTensor
-from specstream_convert.verify import output_logits
+from specstream_convert import convert
+from specstream_convert.base.config import mlx_config
+from specstream_convert.changes.kinds import AddLowRank, AddScaled, Change, Factors, Replace, Rescale, SetRows, changed
+from specstream_convert.files import safetensors_io
+from specstream_convert.files.safetensors_io import open_tensors
+from specstream_convert.files.stored import StoredTensor
+from specstream_convert.verification import forward, reference
+from specstream_convert.verification.reference import Reference, to_numpy
+from specstream_convert.verification.verify import output_logits
 from specstream_mlx.errors import InvalidInputError
 
 MB = 1_000_000

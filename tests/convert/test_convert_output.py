@@ -27,10 +27,11 @@ from convert_cases import (
 )
 from mlx_lm.utils import load_adapters, load_model
 
-from specstream_convert import ConvertOptions, convert, outputs, pipeline, plan, write
-from specstream_convert.safetensors_io import TensorOut, open_tensors, write_tensors
-from specstream_convert.stored import StoredTensor
-from specstream_convert.verify import output_logits, to_numpy
+from specstream_convert import ConvertOptions, convert, pipeline, plan
+from specstream_convert.files.safetensors_io import TensorOut, open_tensors, write_tensors
+from specstream_convert.files.stored import StoredTensor
+from specstream_convert.verification.verify import output_logits, to_numpy
+from specstream_convert.writing import outputs, write
 from specstream_mlx.config import StreamConfig, read_json
 from specstream_mlx.errors import UsageError, VerificationError
 

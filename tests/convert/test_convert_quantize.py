@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, save_model
 
-from specstream_convert import convert, quantized
+from specstream_convert import convert
+from specstream_convert.writing import quantized
 from specstream_mlx.errors import VerificationError
 
 WIDTH, INNER, VOCAB, LAYERS = 64, 128, 96, 2

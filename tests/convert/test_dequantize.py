@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from convert_cases import CONFIG, PREFIX, Case, Q, V, write_base
 
-from specstream_convert import convert, dequantize
-from specstream_convert.reference import dequantized64
-from specstream_convert.safetensors_io import open_tensors
-from specstream_convert.stored import StoredTensor
-from specstream_convert.verify import output_logits, to_numpy
+from specstream_convert import convert
+from specstream_convert.base import dequantize
+from specstream_convert.files.safetensors_io import open_tensors
+from specstream_convert.files.stored import StoredTensor
+from specstream_convert.verification.reference import dequantized64
+from specstream_convert.verification.verify import output_logits, to_numpy
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError, VerificationError
 
 NAME = f"{Q.removeprefix(PREFIX)}.weight"

@@ -36,7 +36,7 @@ from peft_cases import (  # noqa: E402
 )
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from specstream_convert.verify import output_logits, to_numpy  # noqa: E402
+from specstream_convert.verification.verify import output_logits, to_numpy  # noqa: E402
 from specstream_mlx import generate, load  # noqa: E402
 from specstream_mlx.errors import InvalidInputError, UnsupportedError  # noqa: E402
 

@@ -15,8 +15,9 @@ import mlx.core as mx
 import pytest
 from convert_cases import ADAPTER, STREAMS, Case, Q
 
-from specstream_convert import convert, pickles
-from specstream_convert.safetensors_io import sha256_file
+from specstream_convert import convert
+from specstream_convert.files import pickles
+from specstream_convert.files.safetensors_io import sha256_file
 from specstream_mlx.errors import InvalidInputError, SpecStreamError, UnsupportedError, UsageError, VerificationError
 
 torch = pytest.importorskip("torch")

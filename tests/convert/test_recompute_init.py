@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from convert_cases import ADAPTER, CONFIG, Case, Q
 
-from specstream_convert import ConvertOptions, convert, initial, inspect_checkpoint
-from specstream_convert.reference import initial64
-from specstream_convert.safetensors_io import open_tensors
-from specstream_convert.stored import StoredTensor
-from specstream_convert.verify import output_logits
+from specstream_convert import ConvertOptions, convert, inspect_checkpoint
+from specstream_convert.changes import initial
+from specstream_convert.files.safetensors_io import open_tensors
+from specstream_convert.files.stored import StoredTensor
+from specstream_convert.verification.reference import initial64
+from specstream_convert.verification.verify import output_logits
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError, VerificationError
 
 torch = pytest.importorskip("torch")

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from specstream_convert.adapter import Adapter
-from specstream_convert.base import Base
-from specstream_convert.changes import SetRows
-from specstream_convert.dequantize import DequantizedTensor
+from specstream_convert.adapter.peft import Adapter
+from specstream_convert.base.dequantize import DequantizedTensor
+from specstream_convert.base.model import Base
+from specstream_convert.changes.kinds import SetRows
+from specstream_convert.files.safetensors_io import FLOATS
+from specstream_convert.files.stored import StoredTensor
 from specstream_convert.messages import escaped, listing
 from specstream_convert.report import TensorFate
-from specstream_convert.safetensors_io import FLOATS
-from specstream_convert.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError
 
 Shape = tuple[int, ...]

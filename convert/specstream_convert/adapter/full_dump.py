@@ -12,11 +12,11 @@ With another base given the copies are compared with it; alone, and beside a ``c
 import re
 from dataclasses import replace
 
-from specstream_convert.adapter import Adapter
-from specstream_convert.layouts import LAYOUTS
+from specstream_convert.adapter.peft import Adapter
+from specstream_convert.adapter.peft_keys import Kind, parse
+from specstream_convert.base.layouts import LAYOUTS
+from specstream_convert.files.stored import StoredTensor
 from specstream_convert.messages import escaped
-from specstream_convert.peft_keys import Kind, parse
-from specstream_convert.stored import StoredTensor
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from specstream_convert.adapter import Adapter
-from specstream_convert.base import Base, can_untie
-from specstream_convert.changes import AddLowRank, Change, Replace, SetRows
-from specstream_convert.lora import Lora, merged_changes
+from specstream_convert.adapter.peft import Adapter
+from specstream_convert.base.model import Base, can_untie
+from specstream_convert.changes.kinds import AddLowRank, Change, Replace, SetRows
+from specstream_convert.changes.lora import Lora, merged_changes
+from specstream_convert.changes.trained_tensors import same_values, weight_of
 from specstream_convert.report import TensorFate
-from specstream_convert.trained_tensors import same_values, weight_of
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from specstream_convert.changes.lora import LoraSet
 from specstream_convert.checks import fingerprint
-from specstream_convert.lora import LoraSet
+from specstream_convert.files.safetensors_io import Entry, TensorOut, sha256_file, write_tensors
 from specstream_convert.options import DTYPES
-from specstream_convert.output import TOKENIZER_FILES, model_card, write_json
 from specstream_convert.plan import ADAPTERS, Plan, lora_summary
-from specstream_convert.safetensors_io import Entry, TensorOut, sha256_file, write_tensors
-from specstream_convert.verify import Progress
+from specstream_convert.verification.verify import Progress
+from specstream_convert.writing.output import TOKENIZER_FILES, model_card, write_json
 from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME
 
 METADATA = {"format": "mlx"}
@@ -35,6 +35,7 @@ def write_output(plan: Plan, directory: Path, hashes: dict[str, str], progress: 
         placement=plan.placement,
         gamma=plan.config.gamma if plan.config else None,
         adapter_only=plan.options.adapter_only,
+        remarks=_remarks(plan),
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
     written = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
@@ -42,6 +43,19 @@ def write_output(plan: Plan, directory: Path, hashes: dict[str, str], progress: 
         name: {"bytes": path.stat().st_size, "sha256": digests.get(name) or sha256_file(path)}
         for name, path in sorted(written.items())
     }
+
+
+def _remarks(plan: Plan) -> list[str]:
+    """What a reader of the model card should know of the weights."""
+    remarks = []
+    if plan.options.dequantize:
+        remarks.append("The base was dequantised, so this is an approximation of the model that was trained on.")
+    if plan.options.recompute_init:
+        remarks.append("What the adapter's initialisation took out of the base was recomputed.")
+    if plan.quantization is not None:
+        how = plan.quantization
+        remarks.append(f"Quantised after the merge: {how['bits']} bits, groups of {how['group_size']}, {how['mode']}.")
+    return remarks
 
 
 def _write_weights(plan: Plan, directory: Path, digests: dict[str, str], progress: Progress) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from specstream_convert.base import Base
-from specstream_convert.changes import Change, Replace, cast, changed
-from specstream_convert.safetensors_io import FLOATS, Entry, TensorOut
-from specstream_convert.stored import StoredTensor
+from specstream_convert.base.model import Base
+from specstream_convert.changes.kinds import Change, Replace, cast, changed
+from specstream_convert.files.safetensors_io import FLOATS, Entry, TensorOut
+from specstream_convert.files.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from specstream_convert.changes import AddLowRank, Change, Factors, Rescale
-from specstream_convert.stored import StoredTensor
+from specstream_convert.changes.kinds import AddLowRank, Change, Factors, Rescale
+from specstream_convert.files.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError
 
 UNEVEN_BITS = (3, 5, 6)  # 32 is no multiple: mlx-lm's DoRALinear takes the size of its input to be another

@@ -12,10 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from specstream_convert.base import Base
+from specstream_convert.base.model import Base
+from specstream_convert.files.safetensors_io import FLOATS, mlx_dtype, row_blocks
+from specstream_convert.files.stored import StoredTensor
 from specstream_convert.messages import escaped, listing
-from specstream_convert.safetensors_io import FLOATS, mlx_dtype, row_blocks
-from specstream_convert.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")

@@ -12,11 +12,11 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from mlx_lm.utils import load_adapters, load_model
 
-from specstream_convert.base import Base
-from specstream_convert.comparison import Comparison
-from specstream_convert.layouts import LAYOUTS
-from specstream_convert.reference import Array
-from specstream_convert.safetensors_io import row_blocks
+from specstream_convert.base.layouts import LAYOUTS
+from specstream_convert.base.model import Base
+from specstream_convert.files.safetensors_io import row_blocks
+from specstream_convert.verification.comparison import Comparison
+from specstream_convert.verification.reference import Array
 from specstream_mlx.errors import VerificationError
 from specstream_mlx.families import FAMILIES, family_of, model_classes
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from specstream_convert.adapter.peft_config import ADAPTER_CONFIG, PeftConfig, read_peft_config
+from specstream_convert.adapter.peft_keys import Key, Kind, parse
+from specstream_convert.files.pickles import NO_PICKLES, Pickles
+from specstream_convert.files.shards import ADAPTER, MODEL, PICKLED_ADAPTERS, PICKLED_MODEL, open_shards
+from specstream_convert.files.stored import StoredTensor, Weights
 from specstream_convert.messages import escaped, listing
-from specstream_convert.peft_config import ADAPTER_CONFIG, PeftConfig, read_peft_config
-from specstream_convert.peft_keys import Key, Kind, parse
-from specstream_convert.pickles import NO_PICKLES, Pickles
 from specstream_convert.report import TensorFate
-from specstream_convert.shards import ADAPTER, MODEL, PICKLED_ADAPTERS, PICKLED_MODEL, open_shards
-from specstream_convert.stored import StoredTensor, Weights
 from specstream_mlx.config import WEIGHTS_NAME, read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 

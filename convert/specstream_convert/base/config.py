@@ -8,7 +8,7 @@ MLX model does not read and would silently compute otherwise.
 from pathlib import Path
 from typing import Any
 
-from specstream_convert.layouts import LAYOUTS
+from specstream_convert.base.layouts import LAYOUTS
 from specstream_convert.messages import escaped, listing
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families import FAMILIES

@@ -16,9 +16,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from specstream_convert.initial import Initial
-from specstream_convert.safetensors_io import mlx_dtype
-from specstream_convert.stored import StoredTensor
+from specstream_convert.changes.initial import Initial
+from specstream_convert.files.safetensors_io import mlx_dtype
+from specstream_convert.files.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from specstream_convert.changes import AddLowRank, AddScaled, Change, Factors, Replace, Rescale, SetRows
-from specstream_convert.dequantize import DequantizedTensor
-from specstream_convert.initial import Initial
-from specstream_convert.stored import StoredTensor
+from specstream_convert.base.dequantize import DequantizedTensor
+from specstream_convert.changes.initial import Initial
+from specstream_convert.changes.kinds import AddLowRank, AddScaled, Change, Factors, Replace, Rescale, SetRows
+from specstream_convert.files.stored import StoredTensor
 
 BLOCK = 1 << 18  # elements of one block of a float64 computation: a few of them fit a processor's cache
 EPSILON = 2.0**-23  # of the float32 arithmetic that is checked

@@ -1,21 +1,22 @@
 """The output directory: written beside its target, renamed into place when complete, removed when not.
 
 A reader of the target sees nothing or a complete directory. Only an earlier output of this converter is replaced.
-What a killed run leaves behind is cleared by the next one with the same target (:mod:`specstream_convert.placing`).
+What a killed run leaves behind is cleared by the next one with the same target (``atomic.py``).
 """
 
 import contextlib
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from specstream_convert.messages import escaped
-from specstream_convert.placing import PARTIAL, create_locked, hidden_name, recover, swap, sync, sync_tree
 from specstream_convert.report import REPORT_NAME, TOOL
+from specstream_convert.writing.atomic import PARTIAL, create_locked, hidden_name, recover, swap, sync, sync_tree
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.families import OURS
@@ -192,15 +193,23 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
         ids += [entry["id"] for entry in added if isinstance(entry, dict) and type(entry.get("id")) is int]
     if ids and max(ids) >= vocab_size:
         raise InvalidInputError(
-            f"{path}: has token id {max(ids)}, but the embedding has {vocab_size} rows; the vocabulary was resized, "
-            "merge the adapter in PEFT and give that directory as --hf-path"
+            f"{path}: has token id {max(ids)}, but the embedding has {vocab_size} rows; the vocabulary was resized "
+            "and its rows were not saved; save the adapter again with save_embedding_layers=True, or merge it in PEFT "
+            "and give that directory as --hf-path"
         )
 
 
 def model_card(
-    *, base_name: str, model_type: str, mode: str | None, placement: str, gamma: int | None, adapter_only: bool
+    *,
+    base_name: str,
+    model_type: str,
+    mode: str | None,
+    placement: str,
+    gamma: int | None,
+    adapter_only: bool,
+    remarks: Sequence[str] = (),
 ) -> str:
-    """README.md of the output."""
+    """README.md of the output; ``remarks`` are sentences on how the base was treated."""
     base_name = escaped(base_name)
     front = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
     if gamma is not None:
@@ -221,9 +230,11 @@ def model_card(
         lines += ["The fine-tune is a live LoRA in `adapters/`, in mlx-lm's format.", ""]
     elif placement == "merged":
         lines += ["The fine-tune's LoRA is merged into the weights.", ""]
+    if remarks:
+        lines += [*remarks, ""]
     lines += ["```bash", "pip install specstream-mlx"]
     if adapter_only:
-        lines += [f'specstream-mlx generate --model {base_name} --adapter . --prompt "..."', "```"]
+        lines += [f'specstream-mlx generate --model {shlex.quote(base_name)} --adapter . --prompt "..."', "```"]
     else:
         lines += ['specstream-mlx generate --model . --prompt "..."', "```"]
         if model_type in OURS:

@@ -10,13 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from specstream_convert.base_config import mlx_config
-from specstream_convert.layouts import LAYOUTS, Layout
+from specstream_convert.base.config import mlx_config
+from specstream_convert.base.layouts import LAYOUTS, Layout
+from specstream_convert.files.pickles import NO_PICKLES, Pickles
+from specstream_convert.files.safetensors_io import TensorFile
+from specstream_convert.files.shards import open_model_shards
+from specstream_convert.files.stored import StoredTensor, Weights
 from specstream_convert.messages import at, escaped, listing
-from specstream_convert.pickles import NO_PICKLES, Pickles
-from specstream_convert.safetensors_io import TensorFile
-from specstream_convert.shards import open_model_shards
-from specstream_convert.stored import StoredTensor, Weights
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.families import FAMILIES, model_classes

@@ -8,15 +8,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from specstream_convert.base import Base
-from specstream_convert.dequantize import DequantizedTensor
-from specstream_convert.lora import LoraSet
+from specstream_convert.adapter.streams import StreamSource
+from specstream_convert.base.dequantize import DequantizedTensor
+from specstream_convert.base.model import Base
+from specstream_convert.changes.lora import LoraSet
+from specstream_convert.files.safetensors_io import dtype_name, mlx_dtype
 from specstream_convert.messages import listing
-from specstream_convert.outputs import OutputTensor
-from specstream_convert.quantized import PARTS, Quantized
-from specstream_convert.reference import Array, Reference, load, rows_of, to_numpy
-from specstream_convert.safetensors_io import dtype_name, mlx_dtype
-from specstream_convert.streams_in import StreamSource
+from specstream_convert.verification.reference import Array, Reference, load, rows_of, to_numpy
+from specstream_convert.writing.outputs import OutputTensor
+from specstream_convert.writing.quantized import PARTS, Quantized
 from specstream_mlx.errors import VerificationError
 
 ROUNDING = {"F32": 2.0**-24, "BF16": 2.0**-8, "F16": 2.0**-11}

@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from specstream_convert.stored import StoredTensor
+from specstream_convert.files.stored import StoredTensor
 
 RECOMPUTABLE = ("pissa", "olora")
 RESAVE = "re-save it in PEFT with path_initial_model_for_weight_conversion"

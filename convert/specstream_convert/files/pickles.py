@@ -18,8 +18,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from specstream_convert.files.safetensors_io import Entry, TensorFile, TensorOut, open_tensors, write_tensors
 from specstream_convert.messages import at, escaped, listing
-from specstream_convert.safetensors_io import Entry, TensorFile, TensorOut, open_tensors, write_tensors
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 
 MIN_TORCH = (2, 10)  # earlier ones let a crafted file past weights_only (CVE-2025-32434, CVE-2026-24747)

@@ -3,14 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from specstream_convert.adapter import Adapter, LoraPair
-from specstream_convert.base import Base
-from specstream_convert.changes import AddScaled, Change, Factors, Replace
-from specstream_convert.lora import Lora, merged_changes
-from specstream_convert.messages import escaped, listing
-from specstream_convert.report import TensorFate
-from specstream_convert.tied import Sides, join_sides
-from specstream_convert.trained_tensors import (
+from specstream_convert.adapter.peft import Adapter, LoraPair
+from specstream_convert.base.model import Base
+from specstream_convert.changes.kinds import AddScaled, Change, Factors, Replace
+from specstream_convert.changes.lora import Lora, merged_changes
+from specstream_convert.changes.tied import Sides, join_sides
+from specstream_convert.changes.trained_tensors import (
     Naming,
     Shape,
     map_saved,
@@ -19,6 +17,8 @@ from specstream_convert.trained_tensors import (
     vocab_size_after,
     weight_of,
 )
+from specstream_convert.messages import escaped, listing
+from specstream_convert.report import TensorFate
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
 

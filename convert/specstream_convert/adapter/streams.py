@@ -12,11 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from specstream_convert.adapter.peft_keys import Kind, parse
+from specstream_convert.files.safetensors_io import TensorFile
+from specstream_convert.files.stored import StoredTensor
 from specstream_convert.messages import at, escaped, listing
-from specstream_convert.peft_keys import Kind, parse
 from specstream_convert.report import TensorFate
-from specstream_convert.safetensors_io import TensorFile
-from specstream_convert.stored import StoredTensor
 from specstream_mlx.config import CONFIG_NAME, PREFIX, REQUIRED, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError
 

@@ -3,11 +3,11 @@
 from collections.abc import Collection
 from dataclasses import replace
 
-from specstream_convert.base import Base
-from specstream_convert.initial import RESAVE, Initial
-from specstream_convert.lora import Lora
+from specstream_convert.adapter.peft_config import PeftConfig
+from specstream_convert.base.model import Base
+from specstream_convert.changes.initial import RESAVE, Initial
+from specstream_convert.changes.lora import Lora
 from specstream_convert.messages import listing
-from specstream_convert.peft_config import PeftConfig
 from specstream_mlx.errors import UnsupportedError, UsageError
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specstream_convert.initial import RECOMPUTABLE, reason_against
+from specstream_convert.changes.initial import RECOMPUTABLE, reason_against
 from specstream_convert.messages import escaped, listing
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from specstream_convert.files.pickles import NO_PICKLES, Pickles
+from specstream_convert.files.safetensors_io import TensorFile, open_tensors
 from specstream_convert.messages import at, escaped, listing
-from specstream_convert.pickles import NO_PICKLES, Pickles
-from specstream_convert.safetensors_io import TensorFile, open_tensors
 from specstream_mlx.config import read_json
 from specstream_mlx.errors import InvalidInputError
 

@@ -16,8 +16,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import MAX_FILE_SIZE_GB, quantize_model
 
-from specstream_convert.outputs import OutputTensor
-from specstream_convert.safetensors_io import Entry, TensorOut, mlx_dtype
+from specstream_convert.files.safetensors_io import Entry, TensorOut, mlx_dtype
+from specstream_convert.writing.outputs import OutputTensor
 from specstream_mlx.errors import UsageError
 from specstream_mlx.families import model_classes
 

@@ -1,0 +1,1 @@
+"""The base model: its configuration as mlx-lm reads it, its tensors, its names."""

@@ -1,0 +1,1 @@
+"""What the fine-tune does to the base: every changed tensor, and how."""

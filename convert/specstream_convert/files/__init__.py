@@ -1,0 +1,1 @@
+"""Weight files: validated reading and reproducible writing of safetensors, shards, allowed pickles."""

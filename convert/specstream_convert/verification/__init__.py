@@ -1,0 +1,1 @@
+"""The output against a reference made another way."""

@@ -1,0 +1,1 @@
+"""The output: every tensor to be written, quantisation, a directory that appears whole or not at all."""
