@@ -19,6 +19,7 @@ from specstream_cli.convert import convert
 from specstream_cli.generate import generate
 from specstream_cli.inspect import inspect
 from specstream_cli.terminal import ReaderGone, silence_stdout, to_stderr
+from specstream_cli.train import train
 
 PROGRAM = "specstream-mlx"
 INTERRUPTED = 130
@@ -50,7 +51,7 @@ def _program(
     """Speculative Streaming on MLX: one model drafts and verifies, the text stays exactly the same."""
 
 
-for _command in (generate, convert, inspect, calibrate, benchmark):
+for _command in (generate, convert, inspect, calibrate, train, benchmark):
     app.command()(_command)
 
 

@@ -28,6 +28,13 @@ COMMANDS = {
     "benchmark": "--model --prompts-file --prompts --repeats --max-tokens --context --draft --tree --insertion "
     "--draft-model --num-draft-tokens --prompt-lookup --ignore-eos --noise-streams --allow-differences --costs "
     "--random-weights --dtype --q-bits --plot --json --quiet --debug",
+    "train": "--model --data --self-distill --adapter-path --overwrite --config --mode --gamma --num-stream-layers "
+    "--stream-init-rank --value-rotation --stream-position --prune-rank --pruner-only --rank --scale --num-layers "
+    "--iters --batch-size --grad-accumulation-steps --optimizer --learning-rate --stream-lr-scale --warmup "
+    "--max-grad-norm --stream-weight --prune-weight --latent-weight --mask-prompt --no-mask-prompt --max-seq-length "
+    "--max-anchors --rows-per-chunk --grad-checkpoint --val-batches --steps-per-report --steps-per-eval --save-every "
+    "--seed --resume --resume-adapter-file --prompts --answers --samples --temp --max-tokens --export-peft "
+    "--upload-repo --trust-remote-code --json --quiet --debug",
 }
 
 

@@ -1,0 +1,303 @@
+"""``specstream-mlx train``: streams (and LoRA) for a model, on this machine."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import typer
+
+from specstream_cli.terminal import Progress, answer, is_terminal, progress_bar, quieten_libraries, to_stderr
+from specstream_cli.train_config import read_config
+from specstream_cli.validation import is_repo_id, repo_id, usage_error, within
+
+Mode = Literal["lossless", "shared"]
+StreamPosition = Literal["anchor_plus_j", "anchor"]
+Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
+
+
+def train(
+    model: Annotated[
+        str | None, typer.Option(help="MLX model directory or repository; default: the model shipped here.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Directory with train.jsonl (and valid.jsonl), JSONL file, or Hugging Face data set."),
+    ] = None,
+    self_distill: Annotated[
+        bool | None,
+        typer.Option("--self-distill", help="Train on the model's own answers; lossless mode, needs no --data."),
+    ] = None,
+    adapter_path: Annotated[
+        str | None, typer.Option(help="Directory to write, for generate --adapter; default: stream_adapter.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier output, and discard restart points.")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file with these options, as in mlx_lm lora.")
+    ] = None,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(help="lossless: the answers stay the base's (default). shared: LoRA fine-tunes the answers too."),
+    ] = None,
+    gamma: Annotated[int | None, typer.Option(help="Number of streams; default 4.")] = None,
+    num_stream_layers: Annotated[
+        int | None, typer.Option(help="Top layers that run streams; default: a quarter of them, 2 to 8.")
+    ] = None,
+    stream_init_rank: Annotated[
+        int | None, typer.Option(help="Rank of the map a stream starts with; default: the identity.")
+    ] = None,
+    value_rotation: Annotated[
+        float | None, typer.Option(metavar="EPSILON", help="Tell streams apart by turned values, not embeddings.")
+    ] = None,
+    stream_position: Annotated[
+        StreamPosition | None, typer.Option(help="Rotary position of a stream; default anchor_plus_j.")
+    ] = None,
+    prune_rank: Annotated[
+        int | None, typer.Option(help="Also train the early-exit pruner, of this rank (the paper: 8).")
+    ] = None,
+    pruner_only: Annotated[
+        bool | None,
+        typer.Option("--pruner-only", help="Train the pruner alone, on the streams of --resume-adapter-file."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank; default 32.")] = None,
+    scale: Annotated[float | None, typer.Option(help="LoRA scale; default 2.")] = None,
+    num_layers: Annotated[
+        int | None, typer.Option(help="Shared mode: LoRA in so many layers from the top; default -1, all.")
+    ] = None,
+    iters: Annotated[int | None, typer.Option(help="Iterations; default 1000.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per iteration; default 4.")] = None,
+    grad_accumulation_steps: Annotated[
+        int | None, typer.Option(help="Iterations per optimizer update; default 1.")
+    ] = None,
+    optimizer: Annotated[Optimizer | None, typer.Option(help="Optimizer; default adamw.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak of LoRA's; falls linearly; default 5e-4.")] = None,
+    stream_lr_scale: Annotated[
+        float | None, typer.Option(help="Learning rate of the stream tensors, times LoRA's; default 1.")
+    ] = None,
+    warmup: Annotated[int | None, typer.Option(help="Updates until the peak; default 0.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Largest norm of a gradient; default 1.")] = None,
+    stream_weight: Annotated[float | None, typer.Option(help="Weight of each stream's loss; default 0.1.")] = None,
+    prune_weight: Annotated[float | None, typer.Option(help="Weight of the pruner's loss; default 1.")] = None,
+    latent_weight: Annotated[
+        float | None, typer.Option(help="Weight of the latent consistency; default 0, off.")
+    ] = None,
+    mask_prompt: Annotated[
+        bool | None,
+        typer.Option("--mask-prompt/--no-mask-prompt", help="Leave prompts out of the loss; default: where there are."),
+    ] = None,
+    max_seq_length: Annotated[int | None, typer.Option(help="Longer rows are cut; default 2048.")] = None,
+    max_anchors: Annotated[
+        int | None, typer.Option(help="Random anchors per sequence and iteration; default: all.")
+    ] = None,
+    rows_per_chunk: Annotated[
+        int | None, typer.Option(help="Stream rows that pass at once; less needs less memory; default 1024.")
+    ] = None,
+    grad_checkpoint: Annotated[
+        bool | None, typer.Option("--grad-checkpoint", help="Compute twice instead of keeping; needs less memory.")
+    ] = None,
+    val_batches: Annotated[
+        int | None, typer.Option(help="Validation batches, -1 for all, 0 for none; default 25.")
+    ] = None,
+    steps_per_report: Annotated[int | None, typer.Option(help="Iterations between reports; default 10.")] = None,
+    steps_per_eval: Annotated[int | None, typer.Option(help="Iterations between validations; default 200.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Iterations between restart points; default 100.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(callback=within(0, 2**31), help="Of everything random; default 0.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest restart point of an interrupted run.")
+    ] = False,
+    resume_adapter_file: Annotated[
+        str | None, typer.Option(help="Start from the tensors of this stream adapter; its settings are the defaults.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts to answer: text, one a line, or JSONL; default: a general list.")
+    ] = None,
+    answers: Annotated[
+        str | None, typer.Option(help="File that keeps the answers; default: beside --adapter-path.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Sampled answers beside each greedy one; default 1.")] = None,
+    temp: Annotated[float | None, typer.Option(help="Temperature of the sampled answers; default 0.8.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer; default 256.")] = None,
+    export_peft: Annotated[
+        Path | None, typer.Option(help="Also write the PyTorch form, for PEFT and convert, to this directory.")
+    ] = None,
+    upload_repo: Annotated[
+        str | None, typer.Option(callback=repo_id, help="Hugging Face repository to upload the adapter to.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model run code from its repository.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary on standard error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
+) -> None:
+    """Train streams for a model, so that it drafts its own text."""
+    options = locals().copy()
+    types = _types_in_file()
+    given = {name: options[name] for name in types if options[name] is not None}
+    if config is not None:
+        given = read_config(config, types) | given
+    begin = time.perf_counter()
+    chosen = str(given["model"]) if "model" in given else None
+    remote = is_repo_id(chosen, "--model") if chosen is not None else False
+    source = given.get("data")
+    remote = remote or (source is not None and not Path(source).expanduser().exists()) or upload_repo is not None
+    _check_sources(given)
+    output = Path(given.get("adapter_path", "stream_adapter")).expanduser()
+    _check_outputs(output, export_peft, resume=resume, overwrite=overwrite)
+    quieten_libraries(offline=not remote, debug=debug)
+    with answer() as out:
+        from specstream_mlx.training.run import TrainRun
+
+        run = TrainRun.prepare(
+            chosen,
+            output,
+            {key: value for key, value in given.items() if key in TrainRun.SETTINGS},
+            adapter=_adapter_directory(given.get("resume_adapter_file")),
+            trust_remote_code=trust_remote_code,
+            check_peft=export_peft is not None,
+        )
+        say = (lambda line: None) if quiet else to_stderr
+        with progress_bar(quiet=quiet) as progress:
+            examples = _examples(run, given, output, progress, say)
+            say(f"{run.summary()}; {len(examples.train):,} rows to train on, {len(examples.valid):,} to validate on")
+            if overwrite and not resume:
+                run.discard_restart_points()
+            found = run.train(
+                examples,
+                resume=resume,
+                report=None if quiet else _reporter(run.settings.iters),
+                progress=progress,
+            )
+        if export_peft is not None:
+            run.export_peft(export_peft.expanduser())
+        if upload_repo is not None:
+            run.upload(upload_repo)
+        result = run.result(found) | {"seconds": round(time.perf_counter() - begin, 1)}
+        if as_json:
+            out.write_json(result)
+    for line in _summary(result, output, export_peft):
+        say(line)
+
+
+def _types_in_file() -> dict[str, type]:
+    """The options that a ``--config`` file may give too: those without a default here, with the type of their value."""
+    found = {}
+    for name, hint in get_type_hints(train).items():
+        kind = get_args(hint)[0] if type(None) in get_args(hint) else None
+        if name not in ("config", "export_peft", "upload_repo", "return") and kind is not None:
+            found[name] = kind if isinstance(kind, type) else str
+    return found
+
+
+def _check_sources(given: Mapping[str, Any]) -> None:
+    distill = given.get("self_distill", False)
+    if not distill and "data" not in given:
+        raise usage_error("nothing to train on: give --data, or --self-distill to train on the model's own answers")
+    if distill and given.get("mode", "lossless") != "lossless":
+        raise usage_error("--self-distill: goes with --mode lossless; shared mode trains new answers, give --data")
+    if distill and "data" in given and "prompts" in given:
+        raise usage_error("--prompts: --data gives the prompts already; drop one")
+    if not distill:
+        for name in ("prompts", "answers", "samples", "temp", "max_tokens"):
+            if name in given:
+                raise usage_error(
+                    f"--{name.replace('_', '-')}: has no effect without --self-distill; add it or drop it"
+                )
+
+
+def _check_outputs(output: Path, export_peft: Path | None, *, resume: bool, overwrite: bool) -> None:
+    """Refuse, before hours of work, what could not be written or would be lost."""
+    checkpoints = output.with_name(output.name + ".checkpoints")
+    if not output.name:
+        raise usage_error(f"--adapter-path: {output} is not a name for a directory")
+    if output.exists() and not overwrite:
+        raise usage_error(f"{output}: already exists; choose another --adapter-path or give --overwrite")
+    if output.exists() and not (output.is_dir() and (output / "training_log.jsonl").is_file()):
+        raise usage_error(
+            f"{output}: --overwrite replaces only an earlier output of train; choose another --adapter-path"
+        )
+    if any(checkpoints.glob("step-*")) and not (resume or overwrite):
+        raise usage_error(f"{checkpoints}: an interrupted run is there; --resume goes on, --overwrite starts again")
+    if export_peft is not None and export_peft.expanduser().exists():
+        raise usage_error(f"{export_peft}: already exists; choose another --export-peft")
+
+
+def _adapter_directory(name: str | None) -> Path | None:
+    """The directory of ``--resume-adapter-file``, which may also be a file in it."""
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise usage_error(f"--resume-adapter-file: {name}: no such directory; give a stream adapter that train wrote")
+    return path if path.is_dir() else path.parent
+
+
+def _examples(
+    run: Any, given: Mapping[str, Any], output: Path, progress: Progress | None, say: Callable[[str], None]
+) -> Any:
+    if given.get("self_distill", False):
+        chosen = {key: given[key] for key in ("samples", "temp", "max_tokens") if key in given}
+        file = Path(given.get("answers", output.with_name(output.name + ".answers.jsonl"))).expanduser()
+        source = given.get("prompts", given.get("data"))
+        begin = time.perf_counter()
+        found = run.own_answers(
+            None if source is None else Path(source).expanduser(),
+            file,
+            chosen,
+            None if progress is None else lambda done, total: progress("answers", done, total),
+        )
+        tokens = sum(len(example.answer) for example in [*found.train, *found.valid])
+        say(f"own answers: {tokens:,} tokens in {time.perf_counter() - begin:.0f} s, kept in {file}")
+    else:
+        found = run.read(given["data"], given.get("mask_prompt"))
+    for note in found.notes:
+        say(f"note: {note}")
+    return found
+
+
+def _reporter(iters: int) -> Callable[[dict[str, Any]], None]:
+    def report(event: dict[str, Any]) -> None:
+        line = event_line(event, iters)
+        if line is not None:
+            to_stderr(line)
+
+    return report
+
+
+def event_line(event: Mapping[str, Any], iters: int) -> str | None:
+    """An event of the log for people; None for those that only the log needs."""
+    where = f"iter {event['iteration']}/{iters}"
+    if event["event"] == "train":
+        extra = "".join(
+            f"  {name} {event[f'{name}_loss']:.3f}" for name in ("main", "prune", "latent") if f"{name}_loss" in event
+        )
+        loss = "nan" if event["loss"] is None else f"{event['loss']:.4f}"
+        rates = " ".join(f"{rate:.3f}" for rate in event["agreement"])
+        return (
+            f"{where}  loss {loss}{extra}  right by depth {rates or '-'}  lr {event['learning_rate']:.2e}  "
+            f"{event['tokens_per_second']:.0f} tok/s  peak {event['peak_memory_gb']:.2f} GB"
+        )
+    if event["event"] == "validation":
+        rates = " ".join(f"{rate:.3f}" for rate in event["acceptance"])
+        return (
+            f"{where}  validation: loss {event['loss']:.4f}  acceptance by depth {rates}  "
+            f"tokens per pass {event['tokens_per_pass']:.3f}"
+        )
+    return None if is_terminal() else f"{where}  saved {event['path']}"
+
+
+def _summary(result: Mapping[str, Any], output: Path, export_peft: Path | None) -> list[str]:
+    lines = [
+        f"wrote {output}: {result['adapter_bytes']:,} bytes, {result['trained_parameters']:,} trained parameters, "
+        f"{result['seconds']:.0f} s, peak {result['peak_memory_gb']:.2f} GB"
+    ]
+    if export_peft is not None:
+        lines.append(f"wrote {export_peft} (PEFT form)")
+    if not result["plot"]:
+        lines.append("no plot: matplotlib is not installed; the figures are in training_log.jsonl")
+    lines.append(f'try: specstream-mlx generate --model {result["model"]} --adapter {output} --prompt "..."')
+    return lines

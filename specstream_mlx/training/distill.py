@@ -1,0 +1,249 @@
+"""Self-distillation: the model answers prompts, and its streams learn to predict its own answers.
+
+Answers are appended to a file as they are made, so an interrupted run goes on and a later one uses them again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.sample_utils import make_sampler
+
+from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.model import SpecStreamModel
+from specstream_mlx.training.batches import Example, mixed_seed
+from specstream_mlx.training.datasets import Dataset, hold_out, plain_prompt, read_rows
+
+Prompt = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How the model answers.
+
+    Attributes:
+        samples: sampled answers of each prompt, beside the greedy one.
+        temp: of the sampled answers.
+        max_tokens: of an answer.
+        batch_size: prompts answered at once.
+        seed: of the sampled answers.
+    """
+
+    samples: int = 1
+    temp: float = 0.8
+    max_tokens: int = 256
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.max_tokens < 2 or self.batch_size < 1 or not self.temp > 0:
+            raise UsageError(
+                f"--samples {self.samples}, --temp {self.temp}, --max-tokens {self.max_tokens}, --distill-batch-size "
+                f"{self.batch_size}: expected at least 0, more than 0, at least 2 and at least 1"
+            )
+
+
+def bundled_prompts() -> list[str]:
+    """The prompts that ship with the package: everyday requests of many kinds, written for this project."""
+    text = resources.files("specstream_mlx").joinpath("bundled/prompts.txt").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line]
+
+
+def read_prompts(path: Path, tokenizer: Any) -> list[Prompt]:
+    """Prompts of a text file, one a line, or of a JSONL file with ``prompt`` or ``messages``; answers are ignored.
+
+    Raises:
+        InvalidInputError: the file cannot be read or a row has no prompt.
+    """
+    if path.is_dir():
+        path = path / "train.jsonl"
+    if path.suffix != ".jsonl":
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        texts: list[Any] = [line for line in lines if line.strip()]
+    else:
+        texts = []
+        for number, row in enumerate(read_rows(path), 1):
+            asked = row.get("prompt", row.get("messages"))
+            if isinstance(asked, list) and asked and asked[-1].get("role") == "assistant":
+                asked = asked[:-1]
+            if not asked or not isinstance(asked, str | list):
+                raise InvalidInputError(f"{path}: row {number} has no 'prompt' and no 'messages'")
+            texts.append(asked)
+    if not texts:
+        raise InvalidInputError(f"{path}: holds no prompts")
+    return encode_prompts(texts, tokenizer)
+
+
+def encode_prompts(texts: Sequence[Any], tokenizer: Any) -> list[Prompt]:
+    """Prompts, text or messages, as ids; in the chat template where the tokenizer has one. Repeated ones go once."""
+    prompts = []
+    for text in texts:
+        if tokenizer.has_chat_template:
+            messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
+            prompts.append(
+                tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            )
+        elif isinstance(text, str):
+            prompts.append(tuple(plain_prompt(tokenizer, text)))
+        else:
+            raise InvalidInputError("prompts with messages need a chat template, and this tokenizer has none")
+    return list(dict.fromkeys(prompts))
+
+
+def own_answers(
+    model: SpecStreamModel,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    settings: DistillSettings,
+    file: Path,
+    *,
+    identity: str,
+    max_seq_length: int,
+    split_seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """The model's own answers as a dataset; validation holds out prompts, and their greedy answers alone.
+
+    Args:
+        model: as ``load`` returns it, before streams are attached.
+        tokenizer: mlx-lm's wrapper.
+        prompts: ids.
+        settings: how to answer.
+        file: answers are appended here, and those that are here already are not made again.
+        identity: of the model (``base_identity``); answers of another one are left alone.
+        max_seq_length: longer prompts are left out, answers end there.
+        split_seed: of the choice of validation prompts.
+        progress: told how many of all answers there are.
+
+    Raises:
+        InvalidInputError: the file is damaged before its last line, or no prompt is short enough.
+        UsageError: the file cannot be written.
+    """
+    fitting = [prompt for prompt in prompts if len(prompt) + 2 <= max_seq_length]
+    notes = []
+    if len(fitting) < len(prompts):
+        notes.append(f"{len(prompts) - len(fitting)} prompts are left out: longer than {max_seq_length} tokens")
+    if not fitting:
+        raise InvalidInputError(f"no prompt of {len(prompts)} leaves room for an answer within {max_seq_length} tokens")
+    answers: dict[tuple[Prompt, int], tuple[int, ...]] = {}
+    recorded = _recorded(file, identity, settings)
+    total = len(fitting) * (1 + settings.samples)
+    for sample in range(1 + settings.samples):
+        order = sorted(fitting, key=len)
+        for start in range(0, len(order), settings.batch_size):
+            group = order[start : start + settings.batch_size]
+            keys = [(prompt, sample) for prompt in group]
+            if not all(key in recorded for key in keys):
+                room = [min(settings.max_tokens, max_seq_length - len(prompt)) for prompt in group]
+                seed = mixed_seed(settings.seed, sample * len(order) + start)
+                made = _answer(model, tokenizer, group, room, settings.temp if sample else 0.0, seed)
+                new = dict(zip(keys, made, strict=True))
+                _append(file, identity, settings, new)
+                recorded |= new
+            answers |= {key: recorded[key] for key in keys}
+            if progress is not None:
+                progress(len(answers), total)
+    train, valid = hold_out(fitting, split_seed)
+    return Dataset(
+        [Example(prompt, answers[prompt, sample]) for sample in range(1 + settings.samples) for prompt in train],
+        [Example(prompt, answers[prompt, 0]) for prompt in valid],
+        notes,
+    )
+
+
+def base_identity(path: Path, base_model: Mapping[str, Any]) -> str:
+    """Tells models whose answers differ apart: configuration, weight files' sizes, fingerprint.
+
+    Args:
+        path: the model's directory.
+        base_model: its description (``output.describe_base``), of which only the fingerprint counts.
+    """
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("model*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+    digest.update(json.dumps(base_model.get("fingerprint")).encode())
+    return digest.hexdigest()
+
+
+def _answer(
+    model: SpecStreamModel, tokenizer: Any, prompts: Sequence[Prompt], room: list[int], temp: float, seed: int
+) -> list[tuple[int, ...]]:
+    """Answers with their end-of-text token, unless they were cut; one batch on mlx-lm's batched generation."""
+    mx.random.seed(seed)
+    sampler = make_sampler(temp) if temp else None
+    stop = [[token] for token in sorted(tokenizer.eos_token_ids)]
+    size = len(prompts)
+    generator = BatchGenerator(
+        model.base, stop_tokens=stop, sampler=sampler, completion_batch_size=size, prefill_batch_size=size
+    )
+    try:
+        ids = generator.insert([list(prompt) for prompt in prompts], room)
+        answers: dict[int, list[int]] = {uid: [] for uid in ids}
+        while responses := generator.next_generated():
+            for response in responses:
+                answers[response.uid].append(response.token)
+    finally:
+        generator.close()
+    return [tuple(answers[uid]) for uid in ids]
+
+
+def _key(identity: str, settings: DistillSettings, sample: int) -> dict[str, Any]:
+    key: dict[str, Any] = {"model": identity, "sample": sample, "max_tokens": settings.max_tokens}
+    return key | ({"temp": settings.temp, "seed": settings.seed} if sample else {})
+
+
+def _recorded(file: Path, identity: str, settings: DistillSettings) -> dict[tuple[Prompt, int], tuple[int, ...]]:
+    """The answers in the file that were made by this model in this way."""
+    found = {}
+    for row in _rows(file):
+        if row.get("sample") is None or "prompt" not in row or "answer" not in row:
+            raise InvalidInputError(f"{file}: not a file of answers; give another --answers")
+        if _key(identity, settings, row["sample"]).items() <= row.items():
+            found[tuple(row["prompt"]), row["sample"]] = tuple(row["answer"])
+    return found
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    if not file.exists():
+        return
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{file}: cannot be read ({reason}); give another --answers") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # cut off by an interruption
+                return
+            raise InvalidInputError(f"{file}:{number}: not JSON ({error}); delete the line or the file") from error
+
+
+def _append(
+    file: Path, identity: str, settings: DistillSettings, answers: dict[tuple[Prompt, int], tuple[int, ...]]
+) -> None:
+    lines = "".join(
+        json.dumps(_key(identity, settings, sample) | {"prompt": prompt, "answer": answer}) + "\n"
+        for (prompt, sample), answer in answers.items()
+    )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a+b") as out:
+            out.seek(0)
+            out.truncate(out.read().rfind(b"\n") + 1)  # a line cut off by an interruption
+            out.write(lines.encode())
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written ({error.strerror}); the answers before are in it") from error

@@ -1,0 +1,142 @@
+"""The training forward: main rows in one pass, then the streams of many anchors in the top ``N_s`` layers.
+
+The main stream never sees a stream, so the two are two passes over the same blocks: the main pass leaves its keys and
+values of the top ``N_s`` layers behind, and stream rows, which exist in those layers alone, attend to them::
+
+    rows \\ keys    main 0 1 2 3 | anchor 1: j=1 2 | anchor 2: j=1 2
+    stream (1,1)        x x . . |           x .   |           . .
+    stream (1,2)        x x . . |           x x   |           . .
+    stream (2,1)        x x x . |           . .   |           x .
+    stream (2,2)        x x x . |           . .   |           x x
+
+Shapes: B batch, L main rows, A anchors per sequence, G streams. Stream rows lie anchor by anchor: row
+``a * G + (j - 1)``. ``M_t^N`` predicts token ``t + 1``, ``S_{t,j}^N`` predicts token ``t + 1 + j``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from specstream_mlx.model import SpecStreamModel
+from specstream_mlx.tree_attention import BoolMatrix, ValueRotation
+
+IntArray = npt.NDArray[np.int32]
+KeysValues = list[tuple[mx.array, mx.array]]
+
+
+@dataclass(frozen=True)
+class MainPass:
+    """What the streams and the loss need of a main pass.
+
+    Attributes:
+        trunk: (B, L, D), ``M^{N-N_s}``.
+        hidden: (B, L, D), ``M^N`` before the final norm.
+        keys_values: of each of the top ``N_s`` layers, (B, H_kv, L, D_h) each.
+    """
+
+    trunk: mx.array
+    hidden: mx.array
+    keys_values: KeysValues
+
+
+class RecordedKeysValues:
+    """Stands where a block expects a KV cache: keeps the keys and values of a pass, after ``main`` ones if given."""
+
+    offset = 0
+
+    def __init__(self, main: tuple[mx.array, mx.array] | None = None) -> None:
+        self._main = main
+        self.keys_values: tuple[mx.array, mx.array] | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """(B, H_kv, L, D_h) each in, what the rows attend to out."""
+        self.keys_values = keys, values
+        if self._main is None:
+            return keys, values
+        main_keys, main_values = self._main
+        return mx.concatenate([main_keys, keys], axis=2), mx.concatenate([main_values, values], axis=2)
+
+
+def forward_main(model: SpecStreamModel, tokens: mx.array, *, checkpoint: bool = False) -> MainPass:
+    """Run the main stream over whole sequences.
+
+    Args:
+        model: with a stream configuration.
+        tokens: (B, L) ids; padding on the right is harmless, since no earlier row sees it.
+        checkpoint: keep the input of each block only, and compute the rest again for the gradient.
+    """
+    hidden = model.family.embed(tokens, np.arange(tokens.shape[1], dtype=np.int32))
+    trunk, keys_values = hidden, []
+    for index, layer in enumerate(model.layers):
+        if index == model.num_trunk_layers:
+            trunk = hidden
+        run = _checkpointed(layer) if checkpoint else _plain(layer)
+        hidden, keys, values = run(hidden)
+        if index >= model.num_trunk_layers:
+            keys_values.append((keys, values))
+    return MainPass(trunk, hidden, keys_values)
+
+
+def forward_streams(model: SpecStreamModel, trunk: mx.array, keys_values: KeysValues, anchors: IntArray) -> mx.array:
+    """Run the streams of some anchors.
+
+    Args:
+        model: with streams.
+        trunk: (B, L, D), ``M^{N-N_s}`` of the main pass.
+        keys_values: of the main pass.
+        anchors: (B, A) positions ``t`` in 0..L-1.
+
+    Returns:
+        (B, A * G, D), ``S^N`` before the final norm.
+    """
+    assert model.streams is not None
+    assert model.stream_config is not None
+    num_anchors = anchors.shape[1]
+    anchored = mx.take_along_axis(trunk, mx.array(anchors)[:, :, None], axis=1)
+    hidden = model.streams(anchored).astype(trunk.dtype)
+    stream_numbers = np.tile(np.arange(1, model.gamma + 1, dtype=np.int32), num_anchors)
+    ahead = stream_numbers if model.stream_config.stream_position == "anchor_plus_j" else np.zeros_like(stream_numbers)
+    positions = np.repeat(anchors, model.gamma, axis=1) + ahead
+    mask = mx.array(stream_mask(anchors, trunk.shape[1], model.gamma))[:, None]
+    epsilon = model.stream_config.stream_id.epsilon
+    with model.context.rows_at(mx.array(positions.reshape(-1)), 0):
+        for layer, main in zip(model.layers[model.num_trunk_layers :], keys_values, strict=True):
+            cache: Any = RecordedKeysValues(main)
+            if epsilon is not None:
+                cache = ValueRotation(cache, mx.array(stream_numbers), epsilon)
+            hidden = layer(hidden, mask, cache)
+    return hidden
+
+
+def stream_mask(anchors: IntArray, num_main: int, gamma: int) -> BoolMatrix:
+    """What each stream row sees: (B, A * G, num_main + A * G), as drawn at the top of this module."""
+    num_anchors = anchors.shape[1]
+    sees_main = np.arange(num_main) <= np.repeat(anchors, gamma, axis=1)[:, :, None]
+    own = np.kron(np.eye(num_anchors, dtype=np.bool_), np.tri(gamma, dtype=np.bool_))
+    return np.concatenate([sees_main, np.broadcast_to(own, (len(anchors), *own.shape))], axis=2)
+
+
+def _plain(layer: nn.Module) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]:
+    def run(hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        cache = RecordedKeysValues()
+        out = layer(hidden, "causal", cache)
+        assert cache.keys_values is not None
+        return out, *cache.keys_values
+
+    return run
+
+
+def _checkpointed(layer: nn.Module) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]:
+    """The same, with keys and values as outputs of the checkpointed function, so that gradients reach them."""
+
+    def run(parameters: Any, hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        layer.update(parameters)
+        return _plain(layer)(hidden)
+
+    recomputed = mx.checkpoint(run)
+    return lambda hidden: recomputed(layer.trainable_parameters(), hidden)

@@ -1,0 +1,103 @@
+"""The log of a training, one JSON object a line, and its plot."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from specstream_mlx.errors import UsageError
+
+LOG = "training_log.jsonl"
+PLOT = "training.png"
+
+
+class TrainingLog:
+    """Appends events to ``DIRECTORY/training_log.jsonl`` as they happen; a context that closes the file."""
+
+    def __init__(self, directory: Path, done: int, report: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """Keep, of an earlier log, the events up to iteration ``done``.
+
+        Raises:
+            UsageError: the log cannot be written.
+        """
+        self.path = directory / LOG
+        self._report = report
+        kept = [event for event in read_log(self.path) if event.get("iteration", 0) <= done] if done else []
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("w", encoding="utf-8")
+            for event in kept:
+                self._write(event)
+        except OSError as error:
+            raise UsageError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+    def write(self, event: dict[str, Any]) -> None:
+        """Log an event and report it.
+
+        Raises:
+            UsageError: the log cannot be written.
+        """
+        event = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in event.items()}
+        try:
+            self._write(event)
+        except OSError as error:
+            raise UsageError(
+                f"{self.path}: cannot be written ({error.strerror}); what was saved before is as it was"
+            ) from error
+        if self._report is not None:
+            self._report(event)
+
+    def copy_to(self, directory: Path) -> None:
+        """Put the log, and its plot where matplotlib is installed, into ``directory``."""
+        (directory / LOG).write_bytes(self.path.read_bytes())
+        plot(read_log(self.path), directory / PLOT)
+
+    def _write(self, event: dict[str, Any]) -> None:
+        self._file.write(json.dumps(event, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The events of a log; a last line that was cut off is left out."""
+    events = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                break
+    return events
+
+
+def plot(events: list[dict[str, Any]], path: Path) -> bool:
+    """Draw loss and acceptance by depth to a PNG; False, and nothing written, where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        return False
+    steps = [event for event in events if event["event"] == "train"]
+    checks = [event for event in events if event["event"] == "validation"]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, acceptance = figure.subplots(1, 2)
+    losses.plot([e["iteration"] for e in steps], [e["loss"] for e in steps], label="training")
+    losses.plot([e["iteration"] for e in checks], [e["loss"] for e in checks], "o-", label="validation")
+    losses.set(xlabel="iteration", ylabel="loss")
+    for depth in range(len(checks[0]["acceptance"]) if checks else 0):
+        rates = [e["acceptance"][depth] for e in checks]
+        acceptance.plot([e["iteration"] for e in checks], rates, "o-", label=f"depth {depth + 1}")
+    acceptance.set(xlabel="iteration", ylabel="acceptance, validation", ylim=(0, 1))
+    for axes in (losses, acceptance):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    figure.savefig(path)
+    return True

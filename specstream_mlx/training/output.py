@@ -1,0 +1,264 @@
+"""What a training writes: the stream adapter that ``generate --adapter`` takes, and the PyTorch form that PEFT takes.
+
+Every file is written to a temporary directory beside its target, flushed to the disk, and renamed, so that a full
+disk or a lost process leaves what was there before.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from specstream_mlx.checkpoint import check_safetensors
+from specstream_mlx.config import (
+    CONFIG_NAME,
+    LORA_PREFIX,
+    PREFIX,
+    WEIGHTS_NAME,
+    StreamConfig,
+    read_json,
+)
+from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.fingerprint import fingerprint
+from specstream_mlx.model import SpecStreamModel
+
+ADAPTERS = "adapters/adapters.safetensors"
+CARD = "README.md"
+_PEFT_FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+"""Families whose modules have one name in mlx-lm and in transformers."""
+_BASE_KEYS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
+
+def describe_base(config: Mapping[str, Any], name: str, model: SpecStreamModel) -> dict[str, Any]:
+    """The ``base_model`` block of ``specstream_config.json``, with a fingerprint where the family has a tensor for it.
+
+    Args:
+        config: the base's ``config.json``.
+        name: repository id, or the directory's name.
+        model: the loaded base.
+    """
+    sizes = {key: model.family.size(config, key) for key in _BASE_KEYS}
+    base = {"name_or_path": name} | {key: value for key, value in sizes.items() if value is not None}
+    tensor = model.family.fingerprint_tensor(config)
+    if tensor is None:
+        return base
+    weight: mx.array = dict(tree_flatten(model.base.parameters()))[tensor]
+    return base | {"fingerprint": fingerprint(tensor, weight)}
+
+
+@contextlib.contextmanager
+def replaced_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty sibling of ``target`` that takes its place when the block succeeds.
+
+    Raises:
+        UsageError: it cannot be written; whatever ``target`` held is still there.
+    """
+    temporary = target.parent / f".{target.name[:80]}.partial-{secrets.token_hex(6)}"
+    old = target.parent / f".{target.name[:80]}.replaced-{secrets.token_hex(6)}"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                _flush(path)
+        if target.exists():
+            target.rename(old)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UsageError(f"{target}: cannot be written ({reason}); what was saved before is as it was") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_adapter(directory: Path, config: StreamConfig, tensors: Mapping[str, mx.array], num_layers: int) -> None:
+    """Write the files of a stream adapter into a directory that exists.
+
+    Args:
+        directory: where to.
+        config: of the streams; its ``lora`` block gives rank and scale.
+        tensors: as ``trained_tensors`` names them.
+        num_layers: blocks of the base.
+    """
+    assert config.lora is not None
+    lora = {name: value for name, value in tensors.items() if name.startswith(LORA_PREFIX)}
+    modules = sorted({name.removeprefix(LORA_PREFIX).rpartition(".")[0] for name in lora})
+    placement = "live" if config.mode == "shared" else "sidecar"
+    summary = config.lora | {"placement": placement, "num_modules": len(modules)}
+    beside = dict(tensors) if config.mode == "lossless" else {k: v for k, v in tensors.items() if k not in lora}
+    save_tensors(directory / WEIGHTS_NAME, beside)
+    write_json(directory / CONFIG_NAME, config.to_dict() | {"lora": summary})
+    if config.mode == "shared":
+        (directory / "adapters").mkdir()
+        save_tensors(directory / ADAPTERS, {name.removeprefix(LORA_PREFIX): value for name, value in lora.items()})
+        parameters = {"rank": config.lora["rank"], "scale": config.lora["scale"], "dropout": 0.0, "keys": modules}
+        live = {"fine_tune_type": "lora", "num_layers": num_layers, "lora_parameters": parameters}
+        write_json(directory / "adapters" / "adapter_config.json", live)
+    (directory / CARD).write_text(_card(config), encoding="utf-8")
+
+
+def read_adapter(directory: Path) -> tuple[StreamConfig, dict[str, mx.array]]:
+    """A stream adapter's configuration and its tensors as ``trained_tensors`` names them.
+
+    Raises:
+        InvalidInputError: a file is missing or damaged.
+    """
+    config = StreamConfig.from_dict(read_json(directory / CONFIG_NAME), str(directory / CONFIG_NAME))
+    tensors: dict[str, mx.array] = {}
+    files = [(directory / WEIGHTS_NAME, "")]
+    if config.mode == "shared":
+        files.append((directory / ADAPTERS, LORA_PREFIX))
+    for path, prefix in files:
+        check_safetensors(path)
+        loaded: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+        tensors |= {prefix + name: value for name, value in loaded.items()}
+    bad = [name for name, value in tensors.items() if not mx.isfinite(value).all().item()]
+    if bad:
+        raise InvalidInputError("\n".join(f"{directory}:{name}: holds NaN or infinite values" for name in bad))
+    return config, tensors
+
+
+def check_peft(model_type: str) -> None:
+    """Make sure that a fine-tune of this family can be written in PEFT's form.
+
+    Raises:
+        UnsupportedError: its modules have other names or orientations in transformers.
+    """
+    if model_type not in _PEFT_FAMILIES:
+        raise UnsupportedError(
+            f"--export-peft: modules of {model_type!r} have other names in transformers; supported: "
+            f"{', '.join(_PEFT_FAMILIES)}"
+        )
+
+
+def export_peft(
+    directory: Path, config: StreamConfig, tensors: Mapping[str, mx.array], num_layers: int, base_name: str
+) -> None:
+    """Write a PyTorch checkpoint of form A: what PEFT loads and ``convert`` reads, tensors bit for bit the same.
+
+    Args:
+        directory: to write.
+        config: of the streams.
+        tensors: as ``trained_tensors`` names them.
+        num_layers: blocks of the base.
+        base_name: where PEFT finds the base.
+
+    Raises:
+        UnsupportedError: see ``check_peft``.
+        UsageError: the directory cannot be written.
+    """
+    check_peft(str(config.base_model.get("model_type")))
+    assert config.lora is not None
+    renamed = {}
+    for name, value in tensors.items():
+        if name.startswith(PREFIX):
+            renamed["base_model.model." + name] = value
+        else:
+            module, _, leaf = name.removeprefix(LORA_PREFIX).rpartition(".")
+            renamed[f"base_model.model.{module}.lora_{leaf[-1].upper()}.weight"] = value.T
+    modules = sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in renamed if "lora_" in name})
+    layers = sorted({int(module.split(".")[2]) for module in modules})
+    adapter_config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": config.lora["rank"],
+        "lora_alpha": config.lora["scale"] * config.lora["rank"],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
+        "layers_to_transform": None if len(layers) == num_layers else layers,
+        "layers_pattern": None if len(layers) == num_layers else "layers",
+        "modules_to_save": ["specstream"],
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    with replaced_directory(directory) as temporary:
+        save_tensors(temporary / "adapter_model.safetensors", renamed, {"format": "pt"})
+        write_json(temporary / "adapter_config.json", adapter_config)
+        fields = config.to_dict()
+        fields.pop("lora", None)
+        write_json(temporary / CONFIG_NAME, fields)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; unlike ``mx.save_safetensors`` this fails when the disk is full."""
+    arrays = {name: np.ascontiguousarray(np.array(value)) for name, value in tensors.items()}
+    save_file(arrays, path, metadata=dict(metadata or {"format": "mlx"}))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON the same way every time."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def upload(directory: Path, repo: str) -> None:
+    """Upload a finished directory to a Hugging Face repository.
+
+    Raises:
+        UsageError: it failed; the directory stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repo_id=repo, exist_ok=True)
+        api.upload_folder(folder_path=str(directory), repo_id=repo, repo_type="model")
+    except Exception as error:  # the hub raises many kinds: offline, forbidden, bad name
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{directory} is complete, but uploading to {repo} failed: {reason}") from error
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _card(config: StreamConfig) -> str:
+    base = str(config.base_model.get("name_or_path", "the base model"))
+    front = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx", "- speculative-decoding"]
+    if "/" in base:
+        front.append(f"base_model: {base}")
+    lines = [
+        *front,
+        "---",
+        "",
+        f"# Speculative streams for {base}",
+        "",
+        f"{config.gamma} streams over the top {config.num_stream_layers} layers, mode `{config.mode}`, trained by "
+        "specstream-mlx (Speculative Streaming, arXiv 2402.11131).",
+    ]
+    if config.mode == "lossless":
+        lines += ["The answers are those of the base model; the LoRA acts on the draft streams only."]
+    else:
+        lines += ["The LoRA in `adapters/` changes the answers: it is a fine-tune of the base."]
+    lines += ["", "```bash", "pip install specstream-mlx"]
+    lines += [f'specstream-mlx generate --model {base} --adapter . --prompt "..."', "```", ""]
+    return "\n".join(lines)

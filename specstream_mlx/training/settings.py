@@ -1,0 +1,146 @@
+"""Every setting of a training run, checked before anything is loaded."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from specstream_mlx.config import MAX_GAMMA, Mode, Prune, StreamConfig, StreamId, StreamInit, StreamPosition
+from specstream_mlx.errors import UsageError
+
+Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
+_COUNTS = (
+    "num_stream_layers",
+    "stream_init_rank",
+    "prune_rank",
+    "rank",
+    "iters",
+    "batch_size",
+    "grad_accumulation_steps",
+    "max_anchors",
+    "rows_per_chunk",
+    "steps_per_report",
+    "steps_per_eval",
+    "save_every",
+)
+OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What decides the result of a training, model and data aside; names follow ``mlx_lm lora``.
+
+    Attributes:
+        num_stream_layers: ``N_s``; None for a quarter of the layers, at least 2 and at most 8.
+        stream_init_rank: rank of ``f_eta``; None for the identity.
+        prune_rank: rank of the early-exit pruner; None for none.
+        pruner_only: train the pruner and nothing else, on streams that are trained already.
+        rank, scale: of LoRA.
+        num_layers: shared mode: LoRA in so many blocks from the top, -1 for all.
+        learning_rate: peak of LoRA's; it rises over ``warmup`` updates and falls linearly to zero.
+        stream_lr_scale: the streams' learning rate, times LoRA's.
+        lr_schedule: mlx-lm's ``{name, arguments, warmup}`` instead of that schedule.
+        stream_weight, prune_weight, latent_weight: of the parts of the loss (``LossWeights``).
+        max_grad_norm: gradients are scaled down to it.
+        max_anchors: random anchors per sequence and step; None for all.
+        rows_per_chunk: most stream rows that pass at once.
+    """
+
+    mode: Mode = "lossless"
+    gamma: int = 4
+    num_stream_layers: int | None = None
+    value_rotation: float | None = None
+    stream_init_rank: int | None = None
+    stream_position: StreamPosition = "anchor_plus_j"
+    prune_rank: int | None = None
+    pruner_only: bool = False
+    rank: int = 32
+    scale: float = 2.0
+    num_layers: int = -1
+    iters: int = 1000
+    batch_size: int = 4
+    grad_accumulation_steps: int = 1
+    optimizer: Optimizer = "adamw"
+    optimizer_config: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float = 5e-4
+    stream_lr_scale: float = 1.0
+    warmup: int = 0
+    lr_schedule: dict[str, Any] | None = None
+    stream_weight: float = 0.1
+    prune_weight: float = 1.0
+    latent_weight: float = 0.0
+    max_grad_norm: float = 1.0
+    max_seq_length: int = 2048
+    max_anchors: int | None = None
+    rows_per_chunk: int = 1024
+    grad_checkpoint: bool = False
+    val_batches: int = 25
+    steps_per_report: int = 10
+    steps_per_eval: int = 200
+    save_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{_flag(name)}: got {value}, expected at least 1")
+        if not 1 <= self.gamma <= MAX_GAMMA:
+            problems.append(f"--gamma: got {self.gamma}, expected 1..{MAX_GAMMA}")
+        for name in ("scale", "learning_rate", "stream_lr_scale", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                problems.append(f"{_flag(name)}: got {getattr(self, name)}, expected a number above 0")
+        for name in ("stream_weight", "prune_weight", "latent_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                problems.append(f"{_flag(name)}: got {getattr(self, name)}, expected a number of at least 0")
+        if self.max_seq_length < 4:
+            problems.append(f"--max-seq-length: got {self.max_seq_length}, expected at least 4")
+        if self.val_batches < -1:
+            problems.append(f"--val-batches: got {self.val_batches}, expected -1 (all), 0 (none) or more")
+        if not 0 <= self.warmup < max(1, self.num_updates):
+            problems.append(f"--warmup: got {self.warmup}, expected less than the {self.num_updates} updates")
+        if self.optimizer not in OPTIMIZERS:
+            problems.append(f"--optimizer: got {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
+        if self.mode == "lossless" and self.num_layers != -1:
+            problems.append("--num-layers: has no meaning in lossless mode, where LoRA acts in the stream layers")
+        if self.pruner_only and self.prune_rank is None:
+            problems.append("--pruner-only: needs --prune-rank")
+        if problems:
+            raise UsageError("\n".join(problems))
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps of the run."""
+        return max(1, self.iters // max(1, self.grad_accumulation_steps))
+
+    def stream_config(self, num_layers: int, base_model: Mapping[str, Any]) -> StreamConfig:
+        """The streams' configuration for a base of ``num_layers`` blocks that ``base_model`` describes."""
+        num_stream_layers = self.num_stream_layers
+        if num_stream_layers is None:
+            num_stream_layers = min(num_layers, max(2, min(8, num_layers // 4)))
+        stream_id = StreamId("embedding")
+        if self.value_rotation is not None:
+            stream_id = StreamId("value_rotation", self.value_rotation)
+        stream_init = StreamInit("identity")
+        if self.stream_init_rank is not None:
+            stream_init = StreamInit("low_rank", self.stream_init_rank)
+        prune = None
+        if self.prune_rank is not None:
+            prune = Prune(self.prune_rank, num_layers - num_stream_layers)
+        return StreamConfig(
+            gamma=self.gamma,
+            num_stream_layers=num_stream_layers,
+            mode=self.mode,
+            stream_id=stream_id,
+            stream_init=stream_init,
+            stream_position=self.stream_position,
+            prune=prune,
+            base_model=dict(base_model),
+            training=asdict(self),
+            lora={"rank": self.rank, "scale": self.scale},
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,292 @@
+"""The training loop: batches, loss, optimizer, validation, log, restart points."""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_map
+from mlx_lm.tuner.utils import build_schedule
+from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.model import SpecStreamModel
+from specstream_mlx.training.batches import Example, iterate_batches, make_batch, mixed_seed
+from specstream_mlx.training.evaluation import Validation, validate
+from specstream_mlx.training.log import TrainingLog
+from specstream_mlx.training.loss import LossReport, LossWeights, loss_and_gradients
+from specstream_mlx.training.output import replaced_directory, write_adapter
+from specstream_mlx.training.restart import RestartPoints
+from specstream_mlx.training.settings import TrainSettings
+from specstream_mlx.training.trainable import trained_tensors
+
+Report = Callable[[dict[str, Any]], None]
+Schedule = Callable[[mx.array], mx.array]
+
+_OPTIMIZERS = {
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
+    "muon": optim.Muon,
+    "sgd": optim.SGD,
+    "adafactor": optim.Adafactor,
+}
+# Adam's first steps are far too long without the correction, and the streams do not recover quickly.
+_OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "adam": {"bias_correction": True},
+    "adamw": {"bias_correction": True, "weight_decay": 0.0},
+    "adafactor": {"relative_step": False, "scale_parameter": False},
+}
+_CACHE_LIMIT = 4 << 30  # bytes of freed buffers that may wait for reuse
+
+
+def train(
+    model: SpecStreamModel,
+    settings: TrainSettings,
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+    output: Path,
+    *,
+    resume: bool = False,
+    report: Report | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Validation | None:
+    """Train the streams and LoRA that ``attach`` gave ``model``, and write the adapter to ``output``.
+
+    Depends on the arguments alone: an interrupted run that is resumed ends with the same bits on one machine.
+
+    Args:
+        model: with streams and LoRA attached.
+        settings: of the run.
+        examples: to train on.
+        validation: to measure acceptance on; may be empty.
+        output: directory to write; restart points and the log are beside it, in ``OUTPUT.checkpoints``, until then.
+        resume: go on from the newest restart point, if there is one.
+        report: told every event that the log gets.
+        progress: told ``(stage, done, total)``.
+
+    Returns:
+        The last validation; None without validation examples.
+
+    Raises:
+        KeyboardInterrupt: after saving a restart point.
+        InvalidInputError: the loss is not a number any more.
+        UsageError: a file cannot be written, or the restart point does not fit the settings.
+    """
+    assert model.stream_config is not None
+    maybe_set_recommended_wired_limit()
+    weights = loss_weights(settings)
+    optimizer = make_optimizer(settings)
+    points = RestartPoints(output, settings, examples, model.stream_config.base_model)
+    newest = points.newest() if resume else None
+    done = points.restore(newest, model, optimizer) if newest is not None else 0
+    log = TrainingLog(points.directory, done, report)
+    source = iterate_batches(examples, settings.batch_size, settings.seed)
+    for _ in range(done):
+        next(source)
+    accumulated: Any = None
+    interval = _Interval()
+    last: Validation | None = None
+
+    def measure(iteration: int) -> Validation | None:
+        if not validation or settings.val_batches == 0:
+            return None
+        begin = time.perf_counter()
+        found = validate(
+            model,
+            validation,
+            weights,
+            batch_size=settings.batch_size,
+            num_batches=settings.val_batches,
+            rows_per_chunk=settings.rows_per_chunk,
+            progress=None if progress is None else lambda n, total: progress("validate", n, total),
+        )
+        log.write({"event": "validation", "iteration": iteration, **found.to_dict(), "seconds": _since(begin)})
+        return found
+
+    with log, _interruptible() as interrupted:
+        if done == 0:
+            measure(0)
+        for iteration in range(done + 1, settings.iters + 1):
+            rows = next(source)
+            batch = make_batch(
+                [examples[row] for row in rows],
+                settings.gamma,
+                max_anchors=settings.max_anchors,
+                seed=mixed_seed(settings.seed, iteration),
+            )
+            result, gradients = loss_and_gradients(
+                model,
+                batch,
+                weights,
+                rows_per_chunk=settings.rows_per_chunk,
+                checkpoint=settings.grad_checkpoint,
+            )
+            _check_finite(result.loss, "loss", iteration, points)
+            accumulated = gradients if accumulated is None else tree_map(mx.add, accumulated, gradients)
+            if iteration % settings.grad_accumulation_steps == 0:
+                _update(model, optimizer, accumulated, settings, iteration, points)
+                accumulated = None
+            interval.add(result, int(batch.answer_lengths.sum()))
+            if mx.get_cache_memory() > _CACHE_LIMIT:
+                mx.clear_cache()
+            if progress is not None:
+                progress("train", iteration, settings.iters)
+            if iteration % settings.steps_per_report == 0 or iteration == settings.iters:
+                log.write(interval.event(iteration, _learning_rate(optimizer)))
+                interval = _Interval()
+            if iteration % settings.steps_per_eval == 0 or iteration == settings.iters:
+                last = measure(iteration) or last
+            # Gradients that wait for their update are not saved, so a restart point lies where none do.
+            if accumulated is None and iteration < settings.iters:
+                if interrupted():
+                    points.save(iteration, model, optimizer)
+                    raise KeyboardInterrupt
+                if iteration % settings.save_every < settings.grad_accumulation_steps:
+                    saved = points.save(iteration, model, optimizer)
+                    log.write({"event": "saved", "iteration": iteration, "path": str(saved)})
+    with replaced_directory(output) as temporary:
+        write_adapter(temporary, model.stream_config, trained_tensors(model), len(model.layers))
+        log.copy_to(temporary)
+    points.remove()
+    return last
+
+
+def loss_weights(settings: TrainSettings) -> LossWeights:
+    """What the parts of the loss count in this mode."""
+    if settings.pruner_only:
+        return LossWeights(main=0.0, streams=0.0, prune=1.0)
+    main = 1.0 if settings.mode == "shared" else 0.0
+    return LossWeights(main, settings.stream_weight, settings.prune_weight, settings.latent_weight)
+
+
+def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
+    """mlx's optimizer for LoRA, and another of its kind, with its own learning rate, for the stream tensors.
+
+    Raises:
+        UsageError: mlx does not take the configuration.
+    """
+    schedule = _schedule(settings)
+    kind = _OPTIMIZERS[settings.optimizer]
+    options = _OPTIMIZER_DEFAULTS.get(settings.optimizer, {}) | settings.optimizer_config
+    try:
+        streams = kind(learning_rate=lambda step: settings.stream_lr_scale * schedule(step), **options)
+        lora = kind(learning_rate=schedule, **options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"optimizer_config: {settings.optimizer} refuses it ({error})") from error
+    return optim.MultiOptimizer([lora, streams], [lambda path, _: not path.startswith("streams.")])
+
+
+def _schedule(settings: TrainSettings) -> Schedule:
+    """Learning rate of LoRA by update: a linear rise and a linear fall to zero, or what ``lr_schedule`` asks for."""
+    if settings.lr_schedule is not None:
+        try:
+            return build_schedule(settings.lr_schedule)
+        except (KeyError, AttributeError, TypeError, IndexError, ValueError) as error:
+            raise UsageError(f"lr_schedule: mlx-lm cannot build it ({type(error).__name__}: {error})") from error
+    total, warmup = settings.num_updates, settings.warmup
+
+    def linear(step: mx.array) -> mx.array:
+        position = step.astype(mx.float32)
+        rise, fall = (position + 1) / (warmup + 1), (total - position) / max(1, total - warmup)
+        return settings.learning_rate * mx.minimum(rise, fall)
+
+    return linear
+
+
+def _update(
+    model: SpecStreamModel,
+    optimizer: optim.Optimizer,
+    gradients: Any,
+    settings: TrainSettings,
+    iteration: int,
+    points: RestartPoints,
+) -> None:
+    steps = settings.grad_accumulation_steps
+    mean = tree_map(lambda g: g / steps, gradients) if steps > 1 else gradients
+    clipped, norm = optim.clip_grad_norm(mean, settings.max_grad_norm)
+    _check_finite(norm.item(), "gradient", iteration, points)
+    optimizer.update(model, clipped)
+    mx.eval(model.trainable_parameters(), optimizer.state)
+
+
+def _check_finite(value: float, what: str, iteration: int, points: RestartPoints) -> None:
+    if not math.isfinite(value):
+        newest = points.newest()
+        kept = f"the last good state is {newest}" if newest is not None else "nothing was saved before"
+        raise InvalidInputError(
+            f"iteration {iteration}: the {what} is {value}, the training has diverged; {kept}. Lower "
+            "--learning-rate or --stream-lr-scale, or give --warmup"
+        )
+
+
+def _learning_rate(optimizer: Any) -> float:
+    rate: float = optimizer.learning_rate.item()
+    return rate
+
+
+def _since(begin: float) -> float:
+    return round(time.perf_counter() - begin, 3)
+
+
+class _Interval:
+    """Averages over the steps between two reports."""
+
+    def __init__(self) -> None:
+        self.results: list[LossReport] = []
+        self.tokens = 0
+        self.begin = time.perf_counter()
+
+    def add(self, result: LossReport, tokens: int) -> None:
+        self.results.append(result)
+        self.tokens += tokens
+
+    def event(self, iteration: int, learning_rate: float) -> dict[str, Any]:
+        seconds = time.perf_counter() - self.begin
+
+        def mean(values: list[float]) -> float:
+            return sum(values) / len(values)
+
+        counted = [result for result in self.results if result.stream_counts]
+        event: dict[str, Any] = {
+            "event": "train",
+            "iteration": iteration,
+            "loss": mean([result.loss for result in self.results]),
+            "stream_losses": [mean(list(column)) for column in zip(*(r.streams for r in counted), strict=True)],
+            "agreement": [mean(list(column)) for column in zip(*(r.agreement for r in counted), strict=True)],
+            "learning_rate": learning_rate,
+            "tokens_per_second": self.tokens / seconds,
+            "iterations_per_second": len(self.results) / seconds,
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        }
+        for name in ("main", "prune", "latent"):
+            value = mean([getattr(result, name) for result in self.results])
+            if not math.isnan(value):
+                event[f"{name}_loss"] = value
+        return event
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C only sets a flag; the second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    seen = False
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal seen
+        seen = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: seen
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,238 @@
+"""``specstream-mlx train`` from the shell's side: what it writes, says and refuses."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from specstream_cli.app import app
+from specstream_cli.train import _types_in_file, event_line
+from specstream_mlx import load
+from specstream_mlx.training.output import read_adapter
+from specstream_mlx.training.settings import TrainSettings
+from tests.training.training_cases import same, save_base, write_rows
+
+QUICK = ["--gamma", "2", "--rank", "2", "--iters", "6", "--batch-size", "4", "--steps-per-report", "2"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(save_base(tmp_path_factory.mktemp("tiny") / "base"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    return str(write_rows(tmp_path / "rows.jsonl", 24))
+
+
+@pytest.fixture
+def train(run, base, data, tmp_path):
+    """The command with a tiny model, data and settings; later words win."""
+
+    def invoke(*words, out="out", source=("--data", data)):
+        words = ["--model", base, *source, "--adapter-path", str(tmp_path / out), *QUICK, *words]
+        return run("train", *map(str, words))
+
+    return invoke
+
+
+def test_an_adapter_is_written_and_generates(run, train, base, tmp_path):
+    result = train("--json", "--export-peft", tmp_path / "peft")
+    assert result.code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["adapter_bytes"] == (tmp_path / "out" / "specstream.safetensors").stat().st_size
+    assert document["validation"]["num_answers"] == 1
+    assert "iter 6/6  loss" in result.stderr
+    assert "tokens per pass" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "specstream_config.json",
+    ]
+    words = ["generate", "--model", base, "-p", "w10 w11 w12", "-m", "8", "--json"]
+    plain = json.loads(run(*words, "--draft", "off").stdout)
+    drafted = json.loads(run(*words, "--adapter", str(tmp_path / "out"), "--draft", "chain").stdout)
+    assert drafted["token_ids"] == plain["token_ids"]
+    assert drafted["draft"]["gamma"] == 2
+    again = run(
+        "convert", "--adapter-path", str(tmp_path / "peft"), "--adapter-only", "--mlx-path", str(tmp_path / "b")
+    )
+    assert again.code == 0, again.stderr
+    assert same(read_adapter(tmp_path / "b")[1], read_adapter(tmp_path / "out")[1])
+
+
+def test_self_distillation_needs_no_data_and_keeps_answers(train, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"w{10 + i} w{20 + i}\n" for i in range(12)))
+    words = ["--self-distill", "--prompts", prompts, "--max-tokens", "6", "--samples", "1"]
+    first = train(*words, source=(), out="first")
+    assert first.code == 0, first.stderr
+    answers = tmp_path / "first.answers.jsonl"
+    assert len(answers.read_text().splitlines()) == 24
+    before = answers.stat().st_mtime_ns
+    second = train(*words, "--answers", answers, source=(), out="second")
+    assert second.code == 0, second.stderr
+    assert answers.stat().st_mtime_ns == before
+    assert same(read_adapter(tmp_path / "first")[1], read_adapter(tmp_path / "second")[1])
+
+
+def test_a_configuration_file_gives_what_the_command_line_does_not(train, data, base, run, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        f"model: {base}\ntrain: true\nfine_tune_type: lora\ndata: {data}\niters: 4\nlearning_rate: 1e-3\nmode: shared\n"
+        "lora_parameters: {rank: 3, scale: 4.0, dropout: 0.0}\n"
+        "lr_schedule: {name: cosine_decay, arguments: [1e-3, 4]}\noptimizer_config: {weight_decay: 0.1}\n"
+    )
+    result = run("train", "-c", str(file), "--iters", "3", "--gamma", "3", "--adapter-path", str(tmp_path / "out"))
+    assert result.code == 0, result.stderr
+    config, tensors = read_adapter(tmp_path / "out")
+    assert (config.mode, config.gamma, config.training["iters"]) == ("shared", 3, 3)
+    assert config.lora == {"rank": 3, "scale": 4.0, "placement": "live", "num_modules": 28}
+    assert config.training["optimizer_config"] == {"weight_decay": 0.1}
+    assert tensors["lora.model.layers.0.self_attn.q_proj.lora_a"].shape == (32, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("gama: 4", "gama: unknown; known: "),
+        ("gamma: four", "gamma: got 'four', expected int"),
+        ("self_distill: 1", "self_distill: got 1, expected bool"),
+        ("lora_parameters: {alpha: 3}", "lora_parameters.alpha: unknown"),
+        ("lora_parameters: {dropout: 0.1}", "lora_parameters.dropout: not supported"),
+        ("fine_tune_type: dora", "fine_tune_type: only lora is supported"),
+        ("- a\n- b", "expected 'key: value' lines"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_bad_configuration_file_is_one_line(text, reason, train, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    result = train("--config", file)
+    assert (result.code, result.stdout, result.stderr.count("\n")) == (3, "", 1)
+    assert f"{file}: {reason}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "reason"),
+    [
+        (["--gamma", "0"], 2, "--gamma: got 0, expected 1..32"),
+        (["--iters", "0"], 2, "--iters: got 0"),
+        (["--learning-rate", "-1"], 2, "--learning-rate: got -1.0"),
+        (["--warmup", "9"], 2, "--warmup: got 9"),
+        (["--num-stream-layers", "9"], 2, "--num-stream-layers: got 9, the model has 4 layers"),
+        (["--num-layers", "2"], 2, "--num-layers: has no meaning in lossless mode"),
+        (["--mode", "shared", "--num-layers", "9"], 2, "--num-layers: got 9, expected 1..4"),
+        (["--mode", "both"], 2, "--mode"),
+        (["--prune-rank", "2", "--num-stream-layers", "4"], 2, "--prune-rank: a pruner reads below"),
+        (["--pruner-only", "--prune-rank", "2"], 2, "--pruner-only: needs streams that are trained"),
+        (["--samples", "2"], 2, "--samples: has no effect without --self-distill"),
+        (["--self-distill", "--mode", "shared"], 2, "--self-distill: goes with --mode lossless"),
+        (["--self-distill", "--prompts", "x"], 2, "--prompts: --data gives the prompts already"),
+        (["--resume-adapter-file", "/nowhere"], 2, "--resume-adapter-file: /nowhere: no such directory"),
+        (["--data", "/nowhere/at/all"], 3, "--data: /nowhere/at/all: neither a file or directory nor a data set"),
+        (["--model", "/nowhere/at/all"], 3, "--model: /nowhere/at/all: no such directory"),
+        (["--upload-repo", "x y"], 2, "--upload-repo"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(words, code, reason, train, tmp_path):
+    result = train(*words)
+    assert (result.code, result.stdout, result.stderr.count("\n")) == (code, "", 1), result.stderr
+    assert reason in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_train_on_and_places_that_are_taken(train, base, run, tmp_path):
+    nothing = run("train", "--model", base)
+    assert (nothing.code, nothing.stderr.count("\n")) == (2, 1)
+    assert "give --data, or --self-distill" in nothing.stderr
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert "already exists" in train().stderr
+    foreign = train("--overwrite")
+    assert (foreign.code, "replaces only an earlier output" in foreign.stderr) == (2, True)
+    assert (tmp_path / "out" / "mine.txt").exists()
+    assert train(out="own").code == 0
+    assert train(out="own").code == 2
+    assert train("--overwrite", out="own").code == 0
+    assert "already exists" in train("--export-peft", tmp_path / "own", out="new").stderr
+
+
+def test_an_adapter_can_be_trained_further_and_gives_its_settings(run, train, base, data, tmp_path):
+    assert train("--scale", "3", "--mode", "shared").code == 0
+    more = ["--model", base, "--data", data, "--adapter-path", str(tmp_path / "more"), "--iters", "2"]
+    start = ["--resume-adapter-file", str(tmp_path / "out" / "specstream.safetensors")]
+    assert run("train", *more, *start).code == 0
+    config, tensors = read_adapter(tmp_path / "more")
+    assert (config.mode, config.gamma, config.lora["rank"], config.lora["scale"]) == ("shared", 2, 2, 3.0)
+    before = read_adapter(tmp_path / "out")[1]
+    moved = [abs(tensors[name] - before[name]).max().item() for name in before]
+    assert 0 < max(moved) < 0.01
+    other = run("train", *more, *start, "--scale", "2", "--overwrite")
+    assert (other.code, "--scale 2.0 differs from its 3.0" in other.stderr) == (2, True)
+
+
+def test_ctrl_c_saves_and_resume_goes_on(train, base, data, tmp_path):
+    words = ["--model", base, "--data", data, *QUICK, "--iters", "2000", "--seed", "4"]
+    command = [sys.executable, "-m", "specstream_cli.app", "train", *words, "--adapter-path", str(tmp_path / "out")]
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(str(root / name) for name in (".", "convert", "cli"))
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths}, text=True
+    )
+    checkpoints = tmp_path / "out.checkpoints"
+    assert process.stderr is not None
+    assert any(line.startswith("iter 2/2000  loss") for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr.endswith("interrupted\n")
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "out").exists()
+    (point,) = checkpoints.glob("step-*")
+    assert load(base, point)[0].gamma == 2
+    again = train("--iters", "2000", "--seed", "4")
+    assert (again.code, "--resume goes on" in again.stderr) == (2, True)
+    changed = train("--iters", "1999", "--seed", "4", "--resume")
+    assert (changed.code, "iters 2000 -> 1999" in changed.stderr) == (2, True)
+
+
+def test_options_of_the_file_are_options_of_the_command_line():
+    types = _types_in_file()
+    assert types["gamma"] is int
+    assert types["mode"] is str
+    assert types["self_distill"] is bool
+    assert not {"config", "overwrite", "resume", "debug", "as_json", "quiet", "upload_repo"} & types.keys()
+    only_in_file = {"optimizer_config", "lr_schedule"}
+    from dataclasses import fields
+
+    assert {field.name for field in fields(TrainSettings)} - types.keys() == only_in_file
+
+
+def test_the_walk_through_names_options_that_exist():
+    text = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
+    text = text.replace("\\\n", " ")  # a command over several lines
+    commands = get_command(app).commands
+    known = {option for command in commands.values() for p in command.params for option in [*p.opts, *p.secondary_opts]}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert len(named) > 25
+    assert named - known == set()
+    for line in re.findall(r"^specstream-mlx (.+)$", text, re.M):
+        words = shlex.split(line)
+        options = {option for parameter in commands[words[0]].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= options
+
+
+def test_events_read_well():
+    event = {"event": "train", "iteration": 3, "loss": None, "agreement": [0.5, 0.25], "learning_rate": 1e-4}
+    event |= {"tokens_per_second": 12.3, "peak_memory_gb": 0.5, "main_loss": 1.0}
+    assert event_line(event, 9) == (
+        "iter 3/9  loss nan  main 1.000  right by depth 0.500 0.250  lr 1.00e-04  12 tok/s  peak 0.50 GB"
+    )

@@ -1,0 +1,167 @@
+"""The model's own answers: they are its own, they are kept, and they are made once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specstream_mlx import load
+from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.training import distill
+from specstream_mlx.training.batches import Example
+from specstream_mlx.training.datasets import Dataset
+from specstream_mlx.training.distill import DistillSettings, base_identity, bundled_prompts, own_answers, read_prompts
+from tests.tiny import END_OF_TEXT, plain_tokens, random_prompt
+from tests.training.training_cases import save_base, words
+
+PROMPTS = [tuple(random_prompt(2 + i % 5, seed=i)) for i in range(13)]
+SETTINGS = DistillSettings(samples=1, max_tokens=12, batch_size=4, temp=1.0, seed=1)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    base = save_base(tmp_path_factory.mktemp("tiny") / "base")
+    return base, *load(base)
+
+
+def answered(
+    loaded: tuple[Path, Any, Any], file: Path, settings: DistillSettings = SETTINGS, **changes: Any
+) -> Dataset:
+    _, model, tokenizer = loaded
+    options = {"identity": "tiny", "max_seq_length": 64, "split_seed": 0} | changes
+    return own_answers(model, tokenizer, PROMPTS, settings, file, **options)
+
+
+def test_greedy_answers_are_mlx_lms_and_end_with_end_of_text(
+    loaded: tuple[Path, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when: batching changes an answer, end-of-text is lost, or answers go to other prompts."""
+    early = plain_tokens(loaded[1].base, PROMPTS[0], 5)[3]
+    monkeypatch.setattr(loaded[2], "_eos_token_ids", {END_OF_TEXT, early})
+    found = answered(loaded, tmp_path / "answers.jsonl", max_seq_length=14)
+    greedy = {
+        prompt: tuple(plain_tokens(loaded[1].base, prompt, min(12, 14 - len(prompt)), end_of_text=(END_OF_TEXT, early)))
+        for prompt in PROMPTS
+    }
+    assert len(found.valid) == 1
+    assert found.valid[0] == Example(found.valid[0].prompt, greedy[found.valid[0].prompt])
+    assert len(found.train) == 2 * 12
+    assert {example.prompt: example.answer for example in found.train[:12]} == {
+        prompt: greedy[prompt] for prompt in PROMPTS if prompt != found.valid[0].prompt
+    }
+    assert {answer[-1] in (END_OF_TEXT, early) for answer in greedy.values()} == {True, False}
+    sampled = {example.prompt: example.answer for example in found.train[12:]}
+    assert any(sampled[prompt] != greedy[prompt] for prompt in sampled)
+
+
+def test_answers_are_kept_and_an_interrupted_run_goes_on(
+    loaded: tuple[Path, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when: answers are made twice, change on resume, or a line that was cut off stops everything."""
+    whole = answered(loaded, tmp_path / "whole.jsonl")
+    real, calls = distill._answer, 0
+
+    def limited(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(distill, "_answer", limited)
+    file = tmp_path / "cut.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        answered(loaded, file)
+    with file.open("a") as out:
+        out.write('{"model": "half a li')
+    calls = -100
+    assert answered(loaded, file) == whole
+    assert calls == -100 + 2 * 4 - 3
+    assert answered(loaded, file) == whole
+    assert calls == -100 + 2 * 4 - 3
+    assert file.read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_answers_of_other_models_and_settings_are_not_used(
+    loaded: tuple[Path, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when: another model's answers are trained on."""
+    file = tmp_path / "answers.jsonl"
+    answered(loaded, file)
+    before = file.read_text()
+    other = answered(loaded, file, identity="another")
+    assert file.read_text().startswith(before)
+    assert len(file.read_text()) > 1.6 * len(before)
+    assert other.train
+    hotter = DistillSettings(samples=1, max_tokens=12, batch_size=4, temp=3.0, seed=1)
+    monkeypatch.setattr(distill, "_answer", lambda *a: [(7, 7)] * len(a[2]))
+    mixed = answered(loaded, file, hotter)
+    assert [example.answer == (7, 7) for example in mixed.train] == [False] * 12 + [True] * 12
+
+
+def test_models_whose_answers_differ_have_other_identities(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """Red when: a 4-bit copy, or another base of the same shape, is given the answers of the first."""
+    base = loaded[0]
+    described = {"name_or_path": "a", "fingerprint": {"sha256": "0"}}
+    one = base_identity(base, described)
+    assert one == base_identity(base, described | {"name_or_path": "b"})
+    assert one != base_identity(base, described | {"fingerprint": {"sha256": "1"}})
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((base / name).read_bytes())
+    assert one == base_identity(tmp_path, described)
+    (tmp_path / "model.safetensors").write_bytes(b"smaller")
+    assert one != base_identity(tmp_path, described)
+
+
+def test_bad_files_are_one_line(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """Red when: a damaged or foreign file gives a traceback."""
+    file = tmp_path / "answers.jsonl"
+    file.write_text('broken\n{"model": "x"}\n')
+    with pytest.raises(InvalidInputError, match=r"answers.jsonl:1: not JSON"):
+        answered(loaded, file)
+    file.write_text('{"text": "x"}\n')
+    with pytest.raises(InvalidInputError, match="not a file of answers"):
+        answered(loaded, file)
+    with pytest.raises(UsageError, match="cannot be read"):
+        answered(loaded, tmp_path)
+    with pytest.raises(InvalidInputError, match="leaves room"):
+        answered(loaded, tmp_path / "new.jsonl", max_seq_length=3)
+    with pytest.raises(UsageError, match="--max-tokens 1"):
+        DistillSettings(max_tokens=1)
+
+
+def test_prompts_come_from_text_and_jsonl(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """Red when: an answer gets into a prompt, or a prompt is asked twice."""
+    tokenizer = loaded[2]
+    expected = [(10, 11), (12,)]
+    text = tmp_path / "prompts.txt"
+    text.write_text("w10 w11\n\nw12\nw10 w11\n")
+    assert read_prompts(text, tokenizer) == expected
+    jsonl = tmp_path / "train.jsonl"
+    jsonl.write_text('{"prompt": "w10 w11", "completion": "w20"}\n{"prompt": "w12"}\n')
+    assert read_prompts(jsonl, tokenizer) == expected
+    assert read_prompts(tmp_path, tokenizer) == expected
+    jsonl.write_text('{"messages": [{"role": "user", "content": "w10"}, {"role": "assistant", "content": "w20"}]}\n')
+    with pytest.raises(InvalidInputError, match="need a chat template"):
+        read_prompts(jsonl, tokenizer)
+    tokenizer._tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}w30"
+    template, tokenizer.has_chat_template = tokenizer.has_chat_template, True
+    try:
+        assert read_prompts(jsonl, tokenizer) == [(10, 30)]
+        assert read_prompts(text, tokenizer) == [(10, 11, 30), (12, 30)]
+    finally:
+        tokenizer.has_chat_template = template
+    jsonl.write_text(json.dumps({"answer": words((10,))}) + "\n")
+    with pytest.raises(InvalidInputError, match="row 1 has no 'prompt'"):
+        read_prompts(jsonl, tokenizer)
+    text.write_text("\n")
+    with pytest.raises(InvalidInputError, match="holds no prompts"):
+        read_prompts(text, tokenizer)
+
+
+def test_the_bundled_prompts_are_many_and_different() -> None:
+    """Red when: the list is missing from the package or repeats itself."""
+    prompts = bundled_prompts()
+    assert len(prompts) == len(set(prompts)) >= 150
+    assert all(10 < len(prompt) < 250 for prompt in prompts)

@@ -1,0 +1,224 @@
+"""The loop: interrupted, diverged, out of disk, resumed; and that streams do learn."""
+
+import errno
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.training import trainer
+from specstream_mlx.training.datasets import Dataset
+from specstream_mlx.training.log import LOG, plot, read_log
+from specstream_mlx.training.output import read_adapter, replaced_directory
+from tests.training.training_cases import prepared, rows, same, save_base
+
+DATA = Dataset(rows(11), rows(5))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+def whole(base: Path, target: Path, **changes: Any) -> dict[str, mx.array]:
+    """The tensors of a run that nothing interrupts."""
+    prepared(base, target, **changes).train(DATA)
+    return read_adapter(target)[1]
+
+
+@pytest.mark.parametrize("mode", ["shared", "lossless"])
+def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(base: Path, mode: str, tmp_path: Path) -> None:
+    """Red when: the optimizer's state, the schedule, the batches' order or the chosen anchors start over."""
+    changes = {"mode": mode, "grad_accumulation_steps": 2, "iters": 12, "prune_rank": 2, "stream_init_rank": 2}
+    expected = whole(base, tmp_path / "whole", **changes)
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["event"] == "train" and event["iteration"] == 5:
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C in mid-accumulation
+
+    target = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        prepared(base, target, **changes).train(DATA, report=interrupt)
+    assert not target.exists()
+    points = target.with_name("cut.checkpoints")
+    assert sorted(path.name for path in points.glob("step-*")) == ["step-0000004", "step-0000006"]
+    events: list[dict[str, Any]] = []
+    prepared(base, target, **changes).train(DATA, resume=True, report=events.append)
+    assert next(e["iteration"] for e in events if e["event"] == "train") == 7
+    assert same(read_adapter(target)[1], expected)
+    assert not points.exists()
+
+    def curve(directory: Path) -> list[tuple[int, float]]:
+        return [(e["iteration"], e["loss"]) for e in read_log(directory / LOG) if e["event"] == "train"]
+
+    assert curve(target) == curve(tmp_path / "whole")
+    assert [iteration for iteration, _ in curve(target)] == list(range(1, 13))
+
+
+def test_a_restart_point_is_an_adapter_and_wants_the_same_run(base: Path, tmp_path: Path) -> None:
+    """Red when: other data or settings are mixed into a run, or a restart point cannot be used by itself."""
+    target = tmp_path / "out"
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["event"] == "saved":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared(base, target).train(DATA, report=interrupt)
+    point = target.with_name("out.checkpoints") / "step-0000002"
+    from specstream_mlx import load
+
+    assert load(base, point)[0].gamma == 3
+    with pytest.raises(UsageError, match=r"learning_rate 0.005 -> 0.01"):
+        prepared(base, target, learning_rate=0.01).train(DATA, resume=True)
+    with pytest.raises(UsageError, match="other data"):
+        prepared(base, target).train(Dataset(DATA.train[1:], []), resume=True)
+    other = save_base(tmp_path / "other", num_hidden_layers=5)
+    with pytest.raises(UsageError, match="other base"):
+        prepared(other, target).train(DATA, resume=True)
+    weights = point / "specstream.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(InvalidInputError, match=r"specstream.safetensors: damaged"):
+        prepared(base, target).train(DATA, resume=True)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(
+    base: Path, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when: NaN reaches the parameters, or the message does not say where the good state is."""
+    real, calls = trainer.loss_and_gradients, 0
+
+    def poisoned(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        report, gradients = real(*arguments, **options)
+        calls += 1
+        if calls == 6 and what == "loss":
+            report.loss = float("nan")
+        elif calls == 6:
+            gradients["streams"]["stream_embeddings"] *= float("nan")
+        return report, gradients
+
+    monkeypatch.setattr(trainer, "loss_and_gradients", poisoned)
+    run = prepared(base, tmp_path / "out")
+    with pytest.raises(InvalidInputError, match=rf"iteration 6: the {what} is nan.*step-0000004.*--learning-rate"):
+        run.train(DATA)
+    tensors = read_adapter(tmp_path / "out.checkpoints" / "step-0000004")[1]
+    assert all(mx.isfinite(value).all().item() for value in tensors.values())
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red when: a save destroys the one before, leaves pieces, or fails with more than a line."""
+    target = tmp_path / "out"
+    points = target.with_name("out.checkpoints")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(event: dict[str, Any]) -> None:
+        if event["event"] == "saved" and event["iteration"] == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # the log still fits, tensors do not
+
+    try:
+        with pytest.raises(UsageError, match=r"step-0000006: cannot be written .*what was saved before is as it was"):
+            prepared(base, target).train(DATA, report=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in points.iterdir() if path.is_dir()) == ["step-0000002", "step-0000004"]
+    prepared(base, target).train(DATA, resume=True)
+    assert same(read_adapter(target)[1], whole(base, tmp_path / "whole"))
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = read_adapter(target)[1]
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UsageError, match="No space left on device"), replaced_directory(target) as temporary:
+        (temporary / "half").write_text("written")
+    assert same(read_adapter(target)[1], before)
+    monkeypatch.undo()
+    rename = Path.rename
+
+    def refuse_new(path: Path, goal: Path) -> Path:
+        if ".partial-" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, goal)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(UsageError, match="No space left on device"), replaced_directory(target) as temporary:
+        (temporary / "whole").write_text("written")
+    assert same(read_adapter(target)[1], before)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_streams_learn_a_rule_that_the_answers_follow(base: Path, tmp_path: Path) -> None:
+    """Red when: gradients have the wrong sign, targets are shifted, or the validation measures something else."""
+    from specstream_mlx.training.batches import Example
+
+    counting = [Example((10 + i,), tuple(10 + (i + k) % 20 for k in range(1, 12))) for i in range(20)]
+    run = prepared(base, tmp_path / "out", iters=150, batch_size=10, rank=8, stream_lr_scale=10.0, learning_rate=2e-2)
+    found = run.train(Dataset(counting, counting))
+    assert found is not None
+    checks = [event for event in read_log(tmp_path / "out" / LOG) if event["event"] == "validation"]
+    assert checks[0]["tokens_per_pass"] < 1.2
+    assert found.tokens_per_pass > 2.5
+    assert min(found.acceptance) > 0.8
+    assert checks[-1]["tokens_per_pass"] == found.tokens_per_pass
+
+
+def test_the_pruner_can_be_trained_afterwards_alone(base: Path, tmp_path: Path) -> None:
+    """Red when: training the pruner moves a stream or a LoRA tensor, or moves nothing."""
+    for mode in ("lossless", "shared"):
+        first = whole(base, tmp_path / f"streams-{mode}", mode=mode)
+        start = tmp_path / f"streams-{mode}"
+        changes = {"mode": mode, "prune_rank": 2, "pruner_only": True, "optimizer_config": {"weight_decay": 0.1}}
+        run = prepared(base, tmp_path / f"pruned-{mode}", start, **changes)
+        run.train(DATA)
+        config, tensors = read_adapter(tmp_path / f"pruned-{mode}")
+        assert config.prune is not None
+        assert same({name: tensors[name] for name in first}, first)
+        assert mx.abs(tensors["specstream.prune.up.weight"]).max().item() > 0
+        assert tensors.keys() - first.keys() == {"specstream.prune.down.weight", "specstream.prune.up.weight"}
+
+
+def test_resume_without_a_restart_point_starts_and_latent_consistency_pulls(base: Path, tmp_path: Path) -> None:
+    """Red when: the latent part has no gradient, or is not what the report says."""
+    distances = []
+    for weight in (1e-9, 30.0):
+        events: list[dict[str, Any]] = []
+        run = prepared(base, tmp_path / str(weight), latent_weight=weight, iters=40, max_anchors=None)
+        run.train(DATA, resume=True, report=events.append)
+        distances.append([event["latent_loss"] for event in events if event["event"] == "train"])
+    assert distances[0][0] == pytest.approx(distances[1][0], rel=1e-5)
+    assert distances[1][-1] < 0.9 * distances[0][-1]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon", "sgd", "adafactor"])
+def test_every_optimizer_of_mlx_lm_resumes_to_the_same_bits(base: Path, optimizer: str, tmp_path: Path) -> None:
+    """Red when: an optimizer's state does not survive the file."""
+    schedule = {"name": "cosine_decay", "arguments": [1e-3, 7], "warmup": 2}
+    changes = {"optimizer": optimizer, "lr_schedule": schedule, "iters": 5}
+    expected = whole(base, tmp_path / "whole", **changes)
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["event"] == "saved":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared(base, tmp_path / "cut", **changes).train(DATA, report=interrupt)
+    prepared(base, tmp_path / "cut", **changes).train(DATA, resume=True)
+    assert same(read_adapter(tmp_path / "cut")[1], expected)
+
+
+def test_the_log_is_json_and_the_plot_needs_matplotlib(base: Path, tmp_path: Path) -> None:
+    """Red when: a NaN gets into the log, or a missing matplotlib stops a training."""
+    whole(base, tmp_path / "out")
+    lines = (tmp_path / "out" / LOG).read_text().splitlines()
+    events = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
+    assert [event["iteration"] for event in events if event["event"] == "validation"] == [0, 4, 7]
+    drawn = plot(events, tmp_path / "plot.png")
+    assert drawn == (tmp_path / "plot.png").exists() == (tmp_path / "out" / "training.png").exists()
