@@ -206,7 +206,9 @@ def test_interrupt_before_the_first_token_prints_nothing(run, library, model):
 
 def test_the_text_arrives_piece_by_piece_and_ctrl_c_ends_it(child, tmp_path):
     """Catches a missing flush: the first piece must be readable while the process is still generating."""
-    code = RUN.format(pause=30, script="None")
+    # A parent that ignores Ctrl-C, as a background job does, hands that down; here it must not.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += RUN.format(pause=30, script="None")
     with child(code, "generate", "--model", str(tmp_path), "-p", "hi") as process:
         assert os.read(process.stdout.fileno(), 100) == b"SELECT "
         assert process.poll() is None

@@ -190,17 +190,23 @@ def open_base(
     )
 
 
+def lazy_model(config: Mapping[str, Any]) -> nn.Module:
+    """The model that ``config`` describes, its weights random and not computed."""
+    model_class, args_class = model_classes(dict(config))
+    model: nn.Module = model_class(args_class.from_dict(dict(config)))
+    mx.eval(mx.random.state)  # or the lazy keys of every model built so far would stay in memory
+    return model
+
+
 def _module_tree(
     config: dict[str, Any], where: Path
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
     """Parameter shapes, linear layers and embeddings of mlx-lm's model; its arrays are lazy and never computed."""
     try:
-        model_class, args_class = model_classes(config)
-        model = model_class(args_class.from_dict(config))
+        model = lazy_model(config)
     except _CANNOT_BUILD as error:
         reason = escaped(" ".join(str(error).split()))
         raise InvalidInputError(f"{where}: mlx-lm cannot build the model ({reason}); restore config.json") from error
-    mx.eval(mx.random.state)  # or the lazy keys of every model described so far would stay in memory
     parameters = {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}
 
     def shapes(kind: type[nn.Module]) -> dict[str, tuple[int, int]]:

@@ -13,7 +13,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from mlx_lm.utils import load_adapters, load_model
 
 from specstream_convert.base.layouts import LAYOUTS
-from specstream_convert.base.model import Base
+from specstream_convert.base.model import Base, lazy_model
 from specstream_convert.files.safetensors_io import row_blocks
 from specstream_convert.verification.comparison import Comparison
 from specstream_convert.verification.reference import Array
@@ -36,6 +36,7 @@ def output_logits(directory: Path, tokens: Array, *, live: bool, done: Callable[
     except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise VerificationError(f"the output is wrong: mlx-lm does not open it ({reason})") from error
+    mx.eval(mx.random.state)  # as in lazy_model
     model.eval()
     if sum(value.size for _, value in tree_flatten(model.parameters())) * 4 <= WHOLE_MODEL_BYTES:
         model.set_dtype(mx.float32)
@@ -45,8 +46,7 @@ def output_logits(directory: Path, tokens: Array, *, live: bool, done: Callable[
 
 def reference_logits(base: Base, comparison: Comparison, tokens: Array) -> Array:
     """Logits (L, V) of the reference in float32; every tensor of the output is compared with it on the way."""
-    model_class, args_class = model_classes(base.config)
-    model = model_class(args_class.from_dict(base.config))
+    model = lazy_model(base.config)
     model.eval()
     return _by_parts(model, base.model_type, tokens, _Compared(model, base.model_type, comparison))
 

@@ -16,10 +16,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import MAX_FILE_SIZE_GB, quantize_model
 
+from specstream_convert.base.model import lazy_model
 from specstream_convert.files.safetensors_io import Entry, TensorOut, mlx_dtype
 from specstream_convert.writing.outputs import OutputTensor
 from specstream_mlx.errors import UsageError
-from specstream_mlx.families import model_classes
 
 PARTS = ("weight", "scales", "biases")  # of a quantised layer
 MAX_FILE_BYTES = MAX_FILE_SIZE_GB << 30
@@ -63,8 +63,7 @@ def plan_quantization(
         UsageError: MLX cannot quantise so, or no layer's size is a multiple of the group size.
     """
     held = {output.name: output for output in outputs}
-    model_class, args_class = model_classes(dict(config))
-    model = model_class(args_class.from_dict(dict(config)))
+    model = lazy_model(config)
     model.load_weights([(name, mx.zeros(out.shape, mlx_dtype(out.dtype))) for name, out in held.items()])
     try:
         with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints a line on stdout
