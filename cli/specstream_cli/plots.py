@@ -38,6 +38,7 @@ def draw(path: Path, panels: Sequence[Mapping[str, Any]], title: str) -> None:
         UsageError: the file cannot be written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
     for place, panel in enumerate(panels, start=1):
@@ -48,7 +49,7 @@ def draw(path: Path, panels: Sequence[Mapping[str, Any]], title: str) -> None:
             axes.plot(x, y, marker="*", markersize=12, linestyle="none", label=label)
         axes.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
         axes.set_ylim(bottom=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)

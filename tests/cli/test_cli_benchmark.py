@@ -208,3 +208,11 @@ def test_passes_of_mlx_lms_speculative_decoding_are_counted(monkeypatch):
     monkeypatch.setattr("mlx_lm.stream_generate", lambda *_, **__: iter(responses))
     steps = list(engine.stock_arm("draft-model", None, None, 0, 5).start([1]))
     assert steps[-1].passes == 3
+
+
+def test_quality_of_answers():
+    """Exact match counts trimmed equality; ROUGE is a mean of F scores, 100 for equal texts and 0 for disjoint ones."""
+    from specstream_cli.quality import quality
+
+    found = quality(["SELECT a\n", "x y"], ["SELECT a", "p q"])
+    assert found == {"exact_match": 50.0, "rouge1": 50.0, "rougeLsum": 50.0}
