@@ -23,7 +23,7 @@ from specstream_cli.plots import check_plot, draw
 from specstream_cli.quality import quality
 from specstream_cli.tables import table
 from specstream_cli.terminal import Progress, answer, progress_bar, quieten_libraries, to_stderr
-from specstream_cli.validation import invalid_input, is_repo_id, tree_spec, usage_error, within
+from specstream_cli.validation import any_repo_id, invalid_input, tree_spec, usage_error, within
 
 Insertion = Literal["deferred", "parallel"]
 DRAFT_MODES = ("auto", "tree", "chain", "off")
@@ -111,12 +111,7 @@ def benchmark(
     if random_weights is not None and model is not None:
         raise usage_error("--random-weights: contradicts --model; drop one")
     check_plot(plot)
-    remote = [
-        is_repo_id(value, option)
-        for option, value in (("--model", model), ("--draft-model", draft_model))
-        if value is not None
-    ]
-    quieten_libraries(offline=not any(remote), debug=debug)
+    quieten_libraries(offline=not any_repo_id({"--model": model, "--draft-model": draft_model}), debug=debug)
 
     def remark(line: str) -> None:
         if not quiet:

@@ -8,7 +8,7 @@ import typer
 from specstream_cli.plots import check_plot, draw
 from specstream_cli.tables import table
 from specstream_cli.terminal import answer, progress_bar, quieten_libraries, to_stderr
-from specstream_cli.validation import is_repo_id, within
+from specstream_cli.validation import any_repo_id, within
 
 
 def calibrate(
@@ -42,10 +42,7 @@ def calibrate(
     for length in context or []:
         within(1)(length)
     check_plot(plot)
-    remote = [
-        is_repo_id(value, option) for option, value in (("--model", model), ("--adapter", adapter)) if value is not None
-    ]
-    quieten_libraries(offline=not any(remote), debug=debug)
+    quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
     with answer() as out:
         from specstream_mlx import load
         from specstream_mlx.calibration.measure import encode_prompt, find_samples, measure, read_prompts

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from specstream_cli.terminal import Answer, Progress, ReaderGone, answer, progress_bar, quieten_libraries, to_stderr
-from specstream_cli.validation import invalid_input, is_repo_id, tree_spec, usage_error, utf8, utf8_each, within
+from specstream_cli.validation import any_repo_id, invalid_input, tree_spec, usage_error, utf8, utf8_each, within
 
 DraftMode = Literal["auto", "tree", "chain", "off"]
 Insertion = Literal["deferred", "parallel"]
@@ -99,10 +99,7 @@ def generate(
     if model is not None and prompt is None:
         raise usage_error("--prompt: missing; --model needs a prompt ('-' reads standard input)")
     question = _read_prompt(prompt)
-    remote = [
-        is_repo_id(value, option) for option, value in (("--model", model), ("--adapter", adapter)) if value is not None
-    ]
-    quieten_libraries(offline=not any(remote), debug=debug)
+    quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
     with answer() as out:
         from specstream_mlx import DraftOptions, load, stream_generate
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import typer
@@ -106,3 +106,9 @@ def is_repo_id(value: str, option: str) -> bool:
     raise invalid_input(
         f"{option}: {value}: no such directory; give a model directory, or a repository id such as org/name"
     )
+
+
+def any_repo_id(values: Mapping[str, str | None]) -> bool:
+    """Whether one of the given values, by option, is a repository id; every one is checked by `is_repo_id`."""
+    found = [is_repo_id(value, option) for option, value in values.items() if value is not None]
+    return any(found)

@@ -4,7 +4,7 @@ Everything depends on the seed and the step alone, so an interrupted training go
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,7 +88,7 @@ def make_batch(
     return Batch(tokens, targets[:, 1 : length + 1], table, stream_targets, lengths)
 
 
-def iterate_batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[int]]:
+def iterate_batches(examples: Sequence[Sized], batch_size: int, seed: int) -> Iterator[list[int]]:
     """Yield row indices for ever, epoch after epoch: shuffled, then batched with rows of like length."""
     epoch = 0
     while True:

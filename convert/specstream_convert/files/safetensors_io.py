@@ -317,7 +317,7 @@ class TensorOut:
     """Tensors to be written that are made together: their header entries now, their values when their turn comes.
 
     Attributes:
-        entries: one, or the parts of a quantised weight.
+        entries: one, the parts of a quantised weight, or the two factors of a LoRA.
         blocks: blocks of rows from the first to the last, each a tuple of arrays in the order of ``entries``.
     """
 

@@ -13,15 +13,16 @@ import argparse
 import contextlib
 import json
 import math
-import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from specstream_mlx.training.batches import iterate_batches, mixed_seed
 
 from .checkpoint import (
     add_lora,
@@ -158,7 +159,7 @@ def finetune(
         optimizer.zero_grad(set_to_none=True)
         for _ in range(config.accumulate):
             rows = next(source)
-            generator = torch.Generator().manual_seed(_mix(config.seed, iteration))
+            generator = torch.Generator().manual_seed(mixed_seed(config.seed, iteration))
             batch = make_batch(
                 [examples[row] for row in rows],
                 config.gamma,
@@ -230,23 +231,6 @@ def encode_example(tokenizer: Any, prompt: str, answer: str, *, chat_template: b
     return Example(tuple(prompt_ids), (*answer_ids, tokenizer.eos_token_id))
 
 
-def iterate_batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Yield row indices for ever, epoch after epoch: shuffled, then batched with rows of like length."""
-    epoch = 0
-    while True:
-        shuffle = random.Random(_mix(seed, epoch))
-        order = list(range(len(examples)))
-        shuffle.shuffle(order)
-        pool = 50 * batch_size  # sorted by length within a pool: little padding, still random company
-        batches = []
-        for start in range(0, len(order), pool):
-            rows = sorted(order[start : start + pool], key=lambda row: len(examples[row]))
-            batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        shuffle.shuffle(batches)
-        yield from batches
-        epoch += 1
-
-
 def _parameter_groups(model: Any, config: FinetuneConfig) -> list[dict[str, Any]]:
     """LoRA first, then the stream tensors: a vector per stream moves further than a weight in a product."""
     streams = list(stream_module(model).parameters())
@@ -297,11 +281,6 @@ def _within(examples: Sequence[Example], max_length: int) -> tuple[list[Example]
     if not kept:
         raise ValueError(f"no example of {len(examples)} has at most {max_length} tokens")
     return kept, len(examples) - len(kept)
-
-
-def _mix(seed: int, number: int) -> int:
-    """Return a seed of its own for each (seed, number)."""
-    return (seed * 1_000_003 + number) % 2**31
 
 
 def _newest_checkpoint(directory: Path) -> Path | None:

@@ -118,12 +118,12 @@ def _write_live_adapter(plan: Plan, directory: Path) -> None:
 
 
 def _live(loras: LoraSet, prefix: str = "") -> list[TensorOut]:
-    """LoRA and DoRA of every module, each tensor made when written: padded, they may be many times the input."""
+    """LoRA and DoRA of every module, each module made when written: padded, they may be many times the input."""
     outs = []
     for item in loras.items:
-        for i, side in enumerate(("lora_a", "lora_b")):
-            entry = Entry(f"{prefix}{item.module}.{side}", "F32", loras.live_shapes(item)[i])
-            outs.append(TensorOut((entry,), lambda item=item, i=i: [(loras.live(item)[i],)]))  # type: ignore[misc]
+        sides = zip(("lora_a", "lora_b"), loras.live_shapes(item), strict=True)
+        entries = tuple(Entry(f"{prefix}{item.module}.{side}", "F32", shape) for side, shape in sides)
+        outs.append(TensorOut(entries, lambda item=item: [loras.live(item)]))  # type: ignore[misc]
         if item.magnitude is not None:
             outs.append(TensorOut.of(f"{prefix}{item.module}.m", item.magnitude.read_float32()))
     return outs
