@@ -26,7 +26,7 @@ from specstream_mlx.config import (
     read_json,
 )
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
-from specstream_mlx.families import check_supported, family_of, model_classes
+from specstream_mlx.families import FAMILIES, check_supported, family_of, model_classes
 from specstream_mlx.families.decoder import DecoderFamily
 from specstream_mlx.fingerprint import is_marked
 from specstream_mlx.model import SpecStreamModel
@@ -66,7 +66,8 @@ def load(
         raise InvalidInputError(f"{path}: a PEFT adapter, not a model; run specstream-mlx convert on it first")
     config = read_json(path / "config.json")
     check_supported(config.get("model_type"), f"{path / 'config.json'}: model_type")
-    if "rope_parameters" in config and "rope_theta" not in config and config["model_type"] != "qwen3":
+    theta = FAMILIES[config["model_type"]].size(config, "rope_theta")
+    if "rope_parameters" in config and theta is None and config["model_type"] != "qwen3":
         # mlx-lm reads rope_parameters for qwen3 alone and would fall back to a default base elsewhere.
         raise UnsupportedError(
             f"{path / 'config.json'}: rope_parameters (transformers 5), which mlx-lm does not read for this family, so "

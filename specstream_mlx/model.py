@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from specstream_mlx.calibration.times import PassTimes
 from specstream_mlx.config import StreamConfig
@@ -31,12 +31,14 @@ from specstream_mlx.tree import DraftTree
 from specstream_mlx.tree_attention import (
     BoolMatrix,
     PassContext,
+    Reach,
     ValueRotation,
-    attention_mask,
-    check_caches,
+    WindowView,
     commit_rows,
     drop_rows,
     install,
+    reach,
+    windows_of,
     with_streams,
 )
 
@@ -90,7 +92,7 @@ class SpecStreamModel(nn.Module):
         self.family = family_of(base, model_type)
         self.pass_times = PassTimes()
         self.context = PassContext()  # what the modules wrapped by the seam read; stream-only LoRA layers share it
-        check_caches(self.make_cache())
+        self.windows = windows_of(make_prompt_cache(base))
         install(self.family, self.context)
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
@@ -154,9 +156,13 @@ class SpecStreamModel(nn.Module):
             )
 
     def make_cache(self) -> list[Any]:
-        """A fresh prompt cache, one mlx-lm cache per layer."""
-        caches: list[Any] = make_prompt_cache(self.base)
-        return caches
+        """A fresh prompt cache, one of mlx-lm's plain caches per layer, also where a window limits what it sees."""
+        return [KVCache() for _ in self.layers]
+
+    def reaches(self, start: int, depths: np.ndarray[Any, Any], visible: BoolMatrix) -> dict[int | None, Reach]:
+        """What the rows of a pass see, for each window that a layer has; as ``reach`` takes them."""
+        named = self.family.NAMED_MASKS
+        return {window: reach(start, depths, visible, window, named=named) for window in set(self.windows)}
 
     def verify(
         self,
@@ -268,7 +274,7 @@ class SpecStreamModel(nn.Module):
             return hidden
         consecutive = np.array_equal(depths, np.arange(len(depths)))
         positions = None if consecutive else mx.array(depths + start)
-        mask = attention_mask(start, visible)
+        reaches = self.reaches(start, depths, visible)
         epsilon = self.stream_config.stream_id.epsilon if self.stream_config is not None else None
         stream_index: mx.array | None = None
         if num_main_rows is not None and epsilon is not None:
@@ -276,10 +282,11 @@ class SpecStreamModel(nn.Module):
             stream_index = mx.array([0] * num_main_rows + [1 + row % self.gamma for row in range(num_streams)])
         with self.context.rows_at(positions, num_main_rows):
             for index in layers:
-                cache = caches[index]
+                seen = reaches[self.windows[index]]
+                cache = WindowView(caches[index], seen.first) if seen.first else caches[index]
                 if stream_index is not None and epsilon is not None:
                     cache = ValueRotation(cache, stream_index, epsilon)
-                hidden = self.layers[index](hidden, mask, cache)
+                hidden = self.layers[index](hidden, seen.mask, cache)
         return hidden
 
     def _stream_depths(self) -> np.ndarray[Any, Any]:
