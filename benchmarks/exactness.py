@@ -26,6 +26,7 @@ from recipes.text_to_sql.heldout import HELDOUT
 from specstream_mlx import DraftOptions, load
 from tests.tiny import (
     END_OF_TEXT,
+    EVERY_FAMILY,
     FAMILIES,
     NumberTokenizer,
     drafter,
@@ -55,9 +56,11 @@ class Arm:
 
 
 def tiny_arm(family: str, num_prompts: int) -> Arm:
-    """A random model; prompts of 1 to 80 tokens."""
-    prompts = [random_prompt(1 + (37 * index) % 80, seed=index) for index in range(num_prompts)]
-    return Arm(family, make_model(family, seed=1), NumberTokenizer(), prompts, (END_OF_TEXT,), 16)
+    """A random model; prompts of 1 to 80 tokens, as far as its context holds them."""
+    model = make_model(family, seed=1)
+    longest = min(80, (model.context_length or 512) - 1)
+    prompts = [random_prompt(1 + (37 * index) % longest, seed=index) for index in range(num_prompts)]
+    return Arm(family, model, NumberTokenizer(), prompts, (END_OF_TEXT,), 16)
 
 
 def bundled_arm(num_prompts: int) -> Arm:
@@ -108,7 +111,7 @@ def main() -> int:
     """Run and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--prompts", type=int, default=200, help="prompts per model")
-    parser.add_argument("--models", nargs="+", default=[*FAMILIES, "bundled"], choices=[*FAMILIES, "bundled"])
+    parser.add_argument("--models", nargs="+", default=[*FAMILIES, "bundled"], choices=[*EVERY_FAMILY, "bundled"])
     arguments = parser.parse_args()
     report: dict[str, Any] = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__, "models": {}}
     different = 0

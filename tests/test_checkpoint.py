@@ -260,12 +260,17 @@ def test_damaged_directories_are_named(copy, damage, message):
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "no_such_family"])
-def test_unsupported_families(copy, model_type):
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("no_such_family", "is not supported; supported: cohere, "),
+        ("mamba", "has layers that fold the past into one state, from which rejected tokens cannot be taken back"),
+        ("qwen3_next", "has layers that fold the past into one state"),
+    ],
+)
+def test_unsupported_families(copy, model_type, reason):
     change_json(copy / "config.json", model_type=model_type)
-    with pytest.raises(
-        UnsupportedError, match=f"config.json: model_type: '{model_type}' is not supported; supported: "
-    ):
+    with pytest.raises(UnsupportedError, match=f"config.json: model_type: '{model_type}' {reason}"):
         load(copy)
 
 

@@ -1,10 +1,13 @@
 """Families of our own and the seam they share with mlx-lm's: OPT's shape, learned positions and where they end."""
 
 import json
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import mlx_lm.models.llama
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -14,7 +17,7 @@ from mlx_lm.utils import load_model, quantize_model
 from specstream_mlx import DraftOptions, load, stream_generate
 from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
-from specstream_mlx.families import FAMILIES, model_classes
+from specstream_mlx.families import FAMILIES, RECURRENT, model_classes
 from specstream_mlx.families.learned_positions import OPTFamily
 from specstream_mlx.fingerprint import tensor_sha256
 from specstream_mlx.tree import DraftTree
@@ -65,6 +68,15 @@ def test_opt_gives_the_logits_of_transformers(shape, tmp_path):
     expected = theirs(torch.tensor([tokens])).logits[0].detach().numpy()
     assert np.abs(np.array(ours(mx.array([tokens]))[0]) - expected).max() <= 1e-4
     assert np.abs(expected).max() > 0.5, "logits too small to prove anything"
+
+
+def test_recurrent_models_are_told_from_unknown_ones():
+    """Names the models of mlx-lm that keep a recurrent state now, and the supported ones that do from now on."""
+    sources = {path.stem: path.read_text() for path in Path(mlx_lm.models.llama.__file__).parent.glob("*.py")}
+    users = {name for name, text in sources.items() if re.search(r"\bArraysCache\(", text)} - {"cache", "gear"}
+    heirs = {"falcon_mamba", "gear", "lfm2-vl", "longcat_flash_ngram", "prism_hadamard_qwen35", "qwen3_5_moe"}
+    assert users | heirs == RECURRENT
+    assert not RECURRENT & FAMILIES.keys()
 
 
 def test_other_activations_are_refused():
@@ -163,6 +175,8 @@ def test_the_tensor_of_the_fingerprint():
         "opt": "model.decoder.final_layer_norm.weight",
         "opt-post-norm": "model.decoder.layers.3.final_layer_norm.weight",
         "gpt2": "model.ln_f.weight",
+        "gpt_neox": "model.final_layer_norm.weight",
+        "phi": "model.final_layernorm.weight",
         "llama": "model.norm.weight",
     }
     for family, name in names.items():

@@ -21,7 +21,7 @@ from specstream_mlx.streams import Streams
 
 ROTARY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 WINDOW = 12  # of the models that have one; shorter than most texts of the tests
-_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # Rotary models and variants that differ from those above in a setting, and what tells them apart.
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama-linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         }
     },
     "llama-yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
-    "llama-dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 512},
+    "llama-dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 28},
     "llama-sliding": {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
         "sliding_window": WINDOW,

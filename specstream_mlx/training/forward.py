@@ -107,8 +107,11 @@ def forward_streams(model: SpecStreamModel, trunk: mx.array, keys_values: KeysVa
     ahead = stream_numbers if model.stream_config.stream_position == "anchor_plus_j" else np.zeros_like(stream_numbers)
     positions = np.repeat(anchors, model.gamma, axis=1) + ahead
     windows = model.windows[model.num_trunk_layers :]
+    seen = stream_mask(anchors, trunk.shape[1], model.gamma)
+    main_positions = np.broadcast_to(np.arange(trunk.shape[1]), trunk.shape[:2])
+    columns = np.concatenate([main_positions, positions], axis=1)
     masks = {
-        window: model.family.over_heads(mx.array(stream_mask(anchors, trunk.shape[1], model.gamma, positions, window)))
+        window: model.family.over_heads(mx.array(seen if window is None else seen & within(window, positions, columns)))
         for window in set(windows)
     }
     epsilon = model.stream_config.stream_id.epsilon
@@ -121,23 +124,12 @@ def forward_streams(model: SpecStreamModel, trunk: mx.array, keys_values: KeysVa
     return hidden
 
 
-def stream_mask(
-    anchors: IntArray, num_main: int, gamma: int, positions: IntArray, window: int | None = None
-) -> BoolMatrix:
-    """What each stream row sees: (B, A * G, num_main + A * G), as drawn at the top of this module.
-
-    Args:
-        anchors: (B, A).
-        positions: (B, A * G) of the stream rows; a layer's window, where it has one, counts back from them.
-    """
+def stream_mask(anchors: IntArray, num_main: int, gamma: int) -> BoolMatrix:
+    """What each stream row sees: (B, A * G, num_main + A * G), as drawn at the top of this module."""
     num_anchors = anchors.shape[1]
     sees_main = np.arange(num_main) <= np.repeat(anchors, gamma, axis=1)[:, :, None]
     own = np.kron(np.eye(num_anchors, dtype=np.bool_), np.tri(gamma, dtype=np.bool_))
-    seen = np.concatenate([sees_main, np.broadcast_to(own, (len(anchors), *own.shape))], axis=2)
-    if window is not None:
-        main = np.broadcast_to(np.arange(num_main), (len(anchors), num_main))
-        seen &= within(window, positions, np.concatenate([main, positions], axis=1))
-    return seen
+    return np.concatenate([sees_main, np.broadcast_to(own, (len(anchors), *own.shape))], axis=2)
 
 
 def _plain(layer: nn.Module, mask: Any) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]:
