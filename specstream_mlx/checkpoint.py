@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model, load_tokenizer
@@ -97,7 +98,7 @@ def load(
             {"trust_remote_code": trust_remote_code} | (tokenizer_config or {}),
             eos_token_ids=config.get("eos_token_id"),
         )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise _load_error(path, error, "tokenizer files") from error
     if not lazy:
         mx.eval(model.parameters())
@@ -264,7 +265,8 @@ def _attach_stream_lora(
         elif match is None or int(match[1]) < model.num_trunk_layers:
             problems.append(f"{where}:{LORA_PREFIX}{path}: lies below the stream layers, it would never act")
         elif not isinstance(linear, nn.Linear | nn.QuantizedLinear):
-            problems.append(f"{where}:{LORA_PREFIX}{path}: the base has no linear layer of this name")
+            has = "no layer of this name" if linear is None else f"a {type(linear).__name__} here"
+            problems.append(f"{where}:{LORA_PREFIX}{path}: LoRA on stream rows needs a linear layer, the base has {has}")
         elif a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or (a.shape[0], b.shape[1]) != _dims(linear):
             problems.append(f"{where}:{LORA_PREFIX}{path}: shapes {a.shape} and {b.shape} do not fit {_dims(linear)}")
         else:

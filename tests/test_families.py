@@ -126,17 +126,18 @@ def test_quantised_opt_keeps_its_positions_and_its_text(tmp_path):
     assert our_tokens(loaded, prompt, 20, draft="tree", tokenizer=NumberTokenizer()) == expected
 
 
-@pytest.mark.parametrize("family", LEARNED)
+@pytest.mark.parametrize("family", [*LEARNED, "gemma2", "gemma3_text", "gpt_neox", "gpt_oss", "phi", "qwen3_moe"])
 def test_directories_come_back(family, tmp_path):
     """Red when: a size is read under llama's name, the norm of the fingerprint is not found, or LoRA paths differ."""
     model = make_model(family, seed=7)
     path = save_directory(model, tmp_path / "model")
     layers = model.family.LAYERS
-    module = "self_attn.q_proj" if model.model_type == "opt" else "mlp.c_fc"
-    width = 32 if model.model_type == "opt" else 128
+    linears = ((name, part) for name, part in model.layers[3].named_modules() if isinstance(part, nn.Linear))
+    module, linear = min(linears, key=lambda found: found[0])
+    width = linear.weight.shape[0]
     tensors = mx.load(str(path / WEIGHTS_NAME))
     tensors |= {
-        f"lora.{layers}.3.{module}.lora_a": mx.random.normal((32, 2), key=mx.random.key(1)),
+        f"lora.{layers}.3.{module}.lora_a": mx.random.normal((linear.weight.shape[1], 2), key=mx.random.key(1)),
         f"lora.{layers}.3.{module}.lora_b": mx.random.normal((2, width), key=mx.random.key(2)),
     }
     mx.eval(tensors)
@@ -166,6 +167,22 @@ def test_directories_come_back(family, tmp_path):
         load(path)
     record(fingerprint=digest | {"sha256": "0" * 64})
     with pytest.raises(InvalidInputError, match=f"fingerprint of {tensor} differs"):
+        load(path)
+
+
+def test_stream_lora_on_experts_is_refused_by_name(tmp_path):
+    model = make_model("mixtral", seed=7)
+    path = save_directory(model, tmp_path / "model")
+    name = "lora.model.layers.3.block_sparse_moe.switch_mlp.up_proj"
+    tensors = mx.load(str(path / WEIGHTS_NAME))
+    tensors |= {f"{name}.lora_a": mx.zeros((32, 2)), f"{name}.lora_b": mx.zeros((2, 64))}
+    mx.eval(tensors)
+    (path / WEIGHTS_NAME).unlink()
+    mx.save_safetensors(str(path / WEIGHTS_NAME), tensors)
+    lossless = {"mode": "lossless", "lora_rows": "streams", "lora": {"rank": 2, "scale": 2.0}}
+    config = json.loads((path / CONFIG_NAME).read_text())
+    (path / CONFIG_NAME).write_text(json.dumps(config | lossless))
+    with pytest.raises(InvalidInputError, match=f"{name}: LoRA on stream rows needs a linear layer, .* a SwitchLinear"):
         load(path)
 
 
@@ -283,4 +300,13 @@ def test_unsupported_settings_are_named_on_loading(tmp_path):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"activation_function": "gelu"}))
     with pytest.raises(UnsupportedError, match="activation_function 'gelu' is not supported"):
+        load(path)
+
+
+def test_settings_that_transformers_refuses_are_one_line(tmp_path):
+    """Red when: its error, which is none of the usual ones, comes through as a bug of ours."""
+    path = save_directory(make_model("gemma2", seed=8), tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"query_pre_attn_scalar": 8.5}))
+    with pytest.raises(InvalidInputError, match=r"tokenizer files cannot be loaded .*query_pre_attn_scalar"):
         load(path)

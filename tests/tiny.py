@@ -43,8 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cohere": {"layer_norm_eps": 1e-5, "logit_scale": 0.25, "use_qk_norm": True},
     "cohere2": {"layer_norm_eps": 1e-5, "logit_scale": 0.25, "sliding_window": WINDOW},
     "gemma": {},
-    "gemma2": {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8.0},
-    "gemma3_text": {"query_pre_attn_scalar": 8.0, "sliding_window": WINDOW, "sliding_window_pattern": 3},
+    "gemma2": {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": WINDOW, "sliding_window_pattern": 3},
     "glm": {},
     "glm4": {"attention_bias": True, "partial_rotary_factor": 0.5},
     "gpt_neox": {
