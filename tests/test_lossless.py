@@ -366,8 +366,9 @@ def test_sampled_text_depends_on_the_seed_alone(sampling, draft):
     for seed in (0, 1):
         expected = plain_tokens(model.base, prompt, 24, seed=seed, sampler=sampler)
         with drafter(model, expected, len(prompt), 0.8, seed=seed):
-            more = options(tree, "deferred") if tree else None
-            assert our_tokens(model, prompt, 24, sampler=sampler, seed=seed, draft=mode, draft_options=more) == expected
+            for more in [options(tree, insertion) for insertion in ("leaf", "deferred")] if tree else [None]:
+                tokens = our_tokens(model, prompt, 24, sampler=sampler, seed=seed, draft=mode, draft_options=more)
+                assert tokens == expected
 
 
 def test_without_a_seed_the_global_random_state_goes_on_as_in_mlx_lm():
