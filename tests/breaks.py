@@ -65,8 +65,8 @@ BREAKS = (
     Break(
         "main rows see stream rows",
         "specstream_mlx/tree_attention.py",
-        "[tree_mask, np.zeros((size, size * gamma), dtype=np.bool_)],",
-        "[tree_mask, np.ones((size, size * gamma), dtype=np.bool_)],",
+        "[tree_mask, np.zeros((size, rows), dtype=np.bool_)],",
+        "[tree_mask, np.ones((size, rows), dtype=np.bool_)],",
         LOSSLESS + "test_tokens_equal_mlx_lm_for_every_kind_of_stream",
     ),
     Break(
@@ -86,7 +86,7 @@ BREAKS = (
     Break(
         "the trunk is not pruned along",
         "specstream_mlx/model.py",
-        "trunk[:, rows] if layer > trunk_layer else trunk",
+        "trunk[:, selected] if layer > trunk_layer else trunk",
         "trunk",
         "tests/test_model.py::test_streams_after_pruning_are_those_of_the_surviving_path",
     ),
@@ -296,10 +296,10 @@ BREAKS = (
     Break(
         "a stream of a model with learned positions is given one",
         "specstream_mlx/model.py",
-        "        hidden = self.streams(verified.trunk[:, node : node + 1])[:, :count]\n",
-        "        hidden = self.streams(verified.trunk[:, node : node + 1])[:, :count]\n"
+        "        hidden = self.streams(verified.trunk[:, node : node + 1], count)\n",
+        "        hidden = self.streams(verified.trunk[:, node : node + 1], count)\n"
         "        if not self.family.ROTARY and self.model_type == 'gpt2':\n"
-        "            hidden = hidden + self.base.model.wpe(mx.array(self._stream_depths()[:count]))\n",
+        "            hidden = hidden + self.base.model.wpe(mx.array(self._stream_depths[:count]))\n",
         FAMILIES + "test_stream_position_has_no_effect",
     ),
     Break(
