@@ -7,7 +7,7 @@ from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.tree import DraftTree
 from tests.tiny import random_prompt
 
-TREE = DraftTree.from_paths([(0, 0, 0), (0, 1), (1, 0), (2,)])
+TREE = DraftTree.from_paths([(0, 0), (0, 1), (1, 0), (2,)])
 TOLERANCE = 5e-5  # float32, logits up to 15, other orders of summation
 
 
@@ -41,24 +41,26 @@ def tree_error(model: SpecStreamModel, prompt_length: int) -> float:
 
 
 def insertion_error(model: SpecStreamModel, prompt_length: int) -> float:
-    """Stream logits of parallel insertion against deferred insertion, at every node, and the main logits of the two.
+    """Stream and main logits of the other insertions against those of deferred insertion, at every node.
 
     Deferred insertion leaves the caches as they were.
     """
     worst = 0.0
+    assert TREE.leaf not in (0, TREE.size - 1)
     for node in range(TREE.size):
         results = []
-        for insert_streams in (True, False):
+        for insertion in ("deferred", "leaf", "parallel"):
             caches = model.make_cache()
             model(mx.array([random_prompt(prompt_length, seed=1)]), cache=caches)
-            node_tokens = mx.array(random_prompt(TREE.size, seed=2))
-            verified = model.verify(node_tokens, TREE, caches, insert_streams=insert_streams)
+            verified = model.verify(mx.array(random_prompt(TREE.size, seed=2)), TREE, caches, insertion=insertion)
+            inserted = insertion == "parallel" or (insertion == "leaf" and node == TREE.leaf)
+            assert model.has_streams_of(verified, node, model.gamma) is inserted
             model.commit(verified, TREE.ancestors(node), caches)
             offsets = [cache.offset for cache in caches]
             results.append((model.stream_logits(verified, node, caches), verified.logits))
             assert [cache.offset for cache in caches] == offsets
-        (parallel, main), (deferred, main_deferred) = results
-        worst = max(worst, difference(parallel, deferred), difference(main, main_deferred))
+        for streams, main in results[1:]:
+            worst = max(worst, difference(streams, results[0][0]), difference(main, results[0][1]))
     return worst
 
 

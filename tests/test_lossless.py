@@ -8,6 +8,7 @@ import copy
 import functools
 import random
 import sys
+from typing import get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +22,7 @@ from benchmarks.exactness import bundled_arm, cases, tiny_arm
 from specstream_mlx import DraftOptions, stream_generate
 from specstream_mlx.calibration.calibration import Calibration
 from specstream_mlx.calibration.planner import Curve, PassCosts, candidate_trees
-from specstream_mlx.drafting import make_plan
+from specstream_mlx.drafting import Insertion, make_plan
 from specstream_mlx.generate import Loop
 from specstream_mlx.tree import DraftTree
 from tests import tiny
@@ -44,7 +45,7 @@ DRAFTS = {
     "best-first": ("tree", "best-first:12"),
     "auto": ("auto", None),
 }
-INSERTIONS = ("deferred", "parallel")
+INSERTIONS = get_args(Insertion)
 VARIANTS = {
     "anchor": {"stream_position": "anchor"},
     "value-rotation": {"stream_id": {"type": "value_rotation", "epsilon": 0.3}},
@@ -100,13 +101,14 @@ def test_tokens_equal_mlx_lm_in_every_variant_of_a_family(name):
     model = make_model(name, seed=3)
     tokenizer = NumberTokenizer(end_of_text=())
     prompt = random_prompt(19, seed=1)
-    for temp, tree, insertion in ((0.0, "chain:4", "deferred"), (0.8, "best-first:8", "parallel")):
-        sampler = make_sampler(temp)
-        more = {"seed": 7, "sampler": sampler, "prefill_step_size": 5}
+    trees = {0.0: [("chain:4", "leaf"), ("best-first:8", "deferred")], 0.8: [("best-first:8", "parallel")]}
+    for temp, drafts in trees.items():
+        more = {"seed": 7, "sampler": make_sampler(temp), "prefill_step_size": 5}
         expected = plain_tokens(model.base, prompt, 20, end_of_text=(), **more)
-        with drafter(model, expected, len(prompt), 0.7, seed=1):
-            drafting = {"draft": "tree", "draft_options": options(tree, insertion), "tokenizer": tokenizer}
-            assert our_tokens(model, prompt, 20, **drafting, **more) == expected
+        for tree, insertion in drafts:
+            with drafter(model, expected, len(prompt), 0.7, seed=1):
+                drafting = {"draft": "tree", "draft_options": options(tree, insertion), "tokenizer": tokenizer}
+                assert our_tokens(model, prompt, 20, **drafting, **more) == expected
 
 
 @pytest.mark.parametrize("draft", ["off", "tree"])
@@ -197,7 +199,10 @@ def calibration_for(tree, insertion, plain=1.0):
     cheap = Curve(tuple((rows, 0.5 if rows == tree.size else 50.0) for rows in range(1, MAX_ROWS + 1)))
     kind = "parallel" if insertion == "parallel" else "chain" if tree.is_chain else "tree"
     curves = {name: cheap if name == kind else dear for name in ("chain", "tree", "parallel")}
-    return Calibration({}, ((0, PassCosts(plain=plain, streams=0.1, **curves)),), RATES, (9, 9, 9, 9), "made up")
+    more = {"deferred": 0.1 if insertion == "deferred" else 1.0, "leaf": 0.0 if insertion == "leaf" else 1.0}
+    for name, extra in more.items():
+        curves[name] = Curve(tuple((rows, seconds + extra) for rows, seconds in curves["chain"].points))
+    return Calibration({}, ((0, PassCosts(plain=plain, **curves)),), RATES, (9, 9, 9, 9), "made up")
 
 
 @pytest.mark.parametrize("insertion", INSERTIONS)
@@ -236,6 +241,11 @@ class Erratic:
     @property
     def stays_plain(self):
         return self.plain_left > 1
+
+    @property
+    def stays_drafting(self):
+        """No promise that the next choice is the same, which only costs the pass that was built for nothing."""
+        return False
 
     def choose(self, context):
         if not self.plain_left and self.rng.random() < 0.3:
@@ -407,8 +417,9 @@ def test_sampled_text_depends_on_the_seed_alone(sampling, draft):
     for seed in (0, 1):
         expected = plain_tokens(model.base, prompt, 24, seed=seed, sampler=sampler)
         with drafter(model, expected, len(prompt), 0.8, seed=seed):
-            more = options(tree, "deferred") if tree else None
-            assert our_tokens(model, prompt, 24, sampler=sampler, seed=seed, draft=mode, draft_options=more) == expected
+            for more in [options(tree, insertion) for insertion in ("leaf", "deferred")] if tree else [None]:
+                tokens = our_tokens(model, prompt, 24, sampler=sampler, seed=seed, draft=mode, draft_options=more)
+                assert tokens == expected
 
 
 def test_without_a_seed_the_global_random_state_goes_on_as_in_mlx_lm():

@@ -1,10 +1,13 @@
 """Streams on a model: both insertions give the same numbers, and the main stream never sees them."""
 
+from typing import get_args
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import RotatingKVCache
 
+from specstream_mlx.drafting import Insertion
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.tree import DraftTree
@@ -26,12 +29,12 @@ VARIANTS = {
 }
 
 
-def verified(model, tree, insert_streams, seed=1):
+def verified(model, tree, insertion, seed=1):
     prompt = random_prompt(9, seed=seed)
     caches = model.make_cache()
     model(mx.array([prompt]), cache=caches)
     node_tokens = mx.array(random_prompt(tree.size, seed=seed + 1))
-    return model.verify(node_tokens, tree, caches, insert_streams=insert_streams), caches
+    return model.verify(node_tokens, tree, caches, insertion=insertion), caches
 
 
 @pytest.mark.parametrize(
@@ -41,7 +44,7 @@ def verified(model, tree, insert_streams, seed=1):
         *((family, variant) for family in tiny.VARIANTS for variant in ("default", "rotation-at-anchor")),
     ],
 )
-def test_parallel_and_deferred_insertion_give_the_same_stream_logits(family, variant):
+def test_all_insertions_give_the_same_stream_logits(family, variant):
     """Red when: a stream sees another node's streams, sits at another position, or its own node is hidden from it."""
     assert insertion_error(make_model(family, seed=2, **VARIANTS[variant]), 9) <= TOLERANCE
 
@@ -81,7 +84,7 @@ def test_streams_differ_from_one_another_and_from_main():
     for variant in VARIANTS.values():
         model = make_model("llama", seed=2, **variant)
         tree = DraftTree.chain(0)
-        run, caches = verified(model, tree, insert_streams=False)
+        run, caches = verified(model, tree, "deferred")
         model.commit(run, [0], caches)
         rows = np.array(mx.concatenate([run.logits, model.stream_logits(run, 0, caches)]))
         for i in range(len(rows)):
@@ -89,12 +92,12 @@ def test_streams_differ_from_one_another_and_from_main():
                 assert np.abs(rows[i] - rows[j]).max() > 1e-2
 
 
-@pytest.mark.parametrize("insert_streams", [False, True])
+@pytest.mark.parametrize("insertion", get_args(Insertion))
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_first_streams_alone_are_the_first_of_all(variant, insert_streams):
+def test_the_first_streams_alone_are_the_first_of_all(variant, insertion):
     """Red when a stream is numbered, placed or masked by how many streams are run."""
     model = make_model("llama", seed=5, **VARIANTS[variant])
-    run, caches = verified(model, DraftTree.cartesian([2, 1]), insert_streams)
+    run, caches = verified(model, DraftTree.cartesian([2, 1]), insertion)
     model.commit(run, [0, 1], caches)
     whole = model.stream_logits(run, 1, caches)
     for count in range(1, model.gamma + 1):
@@ -115,8 +118,8 @@ def test_float16_stays_float16():
         for dtype in (mx.float16, mx.bfloat16):
             model.set_dtype(dtype)
             tree = DraftTree.cartesian([2, 1])
-            for insert_streams in (False, True):
-                run, caches = verified(model, tree, insert_streams)
+            for insertion in get_args(Insertion):
+                run, caches = verified(model, tree, insertion)
                 model.commit(run, [0], caches)
                 arrays = [
                     run.logits,
@@ -142,8 +145,9 @@ def test_unknown_families_are_refused():
 
 def test_pruning_is_checked_against_the_model():
     with pytest.raises(UsageError, match="no early-exit pruner"):
-        make_model(prune=None).check_pruning(insert_streams=False)
+        make_model(prune=None).check_pruning("deferred")
     high = make_model(prune={"type": "low_rank", "rank": 4, "layer": 3})
-    with pytest.raises(UnsupportedError, match="deferred"):
-        high.check_pruning(insert_streams=True)
-    high.check_pruning(insert_streams=False)
+    for insertion in ("leaf", "parallel"):
+        with pytest.raises(UnsupportedError, match=f"{insertion} insertion cannot prune there, use deferred"):
+            high.check_pruning(insertion)
+    high.check_pruning("deferred")

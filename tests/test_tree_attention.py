@@ -145,7 +145,7 @@ def test_a_plain_step_beyond_the_window_needs_no_mask():
     one, root = np.ones((1, 1), dtype=bool), np.zeros(1, dtype=np.int32)
     assert reach(30, root, one, 12) == Reach(19, None)
     assert reach(11, root, one, 12) == Reach(0, None)
-    assert reach(7, np.arange(3, dtype=np.int32), np.tri(3, dtype=bool), 12) == Reach(0, "causal")
+    assert reach(7, np.arange(3, dtype=np.int32), None, 12) == Reach(0, "causal")
 
 
 def test_layers_that_keep_the_past_otherwise_are_refused():
@@ -174,7 +174,9 @@ def test_blocks_built_otherwise_are_refused(family, message):
 
 
 def test_the_mask_drawn_in_the_module():
-    assert with_streams(DraftTree.chain(1).ancestor_mask, 2).astype(int).tolist() == [
+    mask = DraftTree.chain(1).ancestor_mask
+    assert with_streams(mask, [1], 2).astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert with_streams(mask, [0, 1], 2).astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 0, 1, 0, 0, 0],
@@ -185,9 +187,9 @@ def test_the_mask_drawn_in_the_module():
 
 
 def test_masks_over_cached_rows():
-    assert attention_mask(5, np.ones((1, 1), dtype=bool)) is None
-    assert attention_mask(5, np.tri(3, dtype=bool)) == "causal"
-    mask = attention_mask(2, DraftTree.cartesian([2]).ancestor_mask)
+    assert attention_mask(5, 1, None) is None
+    assert attention_mask(5, 3, None) == "causal"
+    mask = attention_mask(2, 3, DraftTree.cartesian([2]).ancestor_mask)
     assert np.array(mask).astype(int).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]
 
 

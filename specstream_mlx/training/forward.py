@@ -70,10 +70,9 @@ def forward_main(model: SpecStreamModel, tokens: mx.array, *, checkpoint: bool =
         tokens: (B, L) ids; padding on the right is harmless, since no earlier row sees it.
         checkpoint: keep the input of each block only, and compute the rest again for the gradient.
     """
-    length = tokens.shape[1]
-    positions = np.arange(length, dtype=np.int32)
+    positions = np.arange(tokens.shape[1], dtype=np.int32)
     hidden = model.family.embed(tokens, positions)
-    reaches = model.reaches(0, positions, np.tri(length, dtype=np.bool_))
+    reaches = model.reaches(0, positions, None)
     trunk, keys_values = hidden, []
     for index, layer in enumerate(model.layers):
         if index == model.num_trunk_layers:
