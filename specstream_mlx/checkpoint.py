@@ -67,8 +67,9 @@ def load(
         raise InvalidInputError(f"{path}: a PEFT adapter, not a model; run specstream-mlx convert on it first")
     config = read_json(path / "config.json")
     check_supported(config.get("model_type"), f"{path / 'config.json'}: model_type")
-    theta = FAMILIES[config["model_type"]].size(config, "rope_theta")
-    if "rope_parameters" in config and theta is None and config["model_type"] != "qwen3":
+    family = FAMILIES[config["model_type"]]
+    overlooked = family.size(config, "rope_parameters") is not None and family.size(config, "rope_theta") is None
+    if overlooked and config["model_type"] != "qwen3":
         # mlx-lm reads rope_parameters for qwen3 alone and would fall back to a default base elsewhere.
         raise UnsupportedError(
             f"{path / 'config.json'}: rope_parameters (transformers 5), which mlx-lm does not read for this family, so "
@@ -266,7 +267,9 @@ def _attach_stream_lora(
             problems.append(f"{where}:{LORA_PREFIX}{path}: lies below the stream layers, it would never act")
         elif not isinstance(linear, nn.Linear | nn.QuantizedLinear):
             has = "no layer of this name" if linear is None else f"a {type(linear).__name__} here"
-            problems.append(f"{where}:{LORA_PREFIX}{path}: LoRA on stream rows needs a linear layer, the base has {has}")
+            problems.append(
+                f"{where}:{LORA_PREFIX}{path}: LoRA on stream rows needs a linear layer, the base has {has}"
+            )
         elif a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or (a.shape[0], b.shape[1]) != _dims(linear):
             problems.append(f"{where}:{LORA_PREFIX}{path}: shapes {a.shape} and {b.shape} do not fit {_dims(linear)}")
         else:

@@ -94,7 +94,7 @@ class TreeRope(nn.Module):
         batch, heads, length, size = x.shape
         rows = x.transpose(0, 2, 1, 3).reshape(batch * length, heads, 1, size)
         if by_row:
-            places = range(offset, offset + length) if positions is None else positions.tolist()
+            places: Any = range(offset, offset + length) if positions is None else positions.tolist()
             rows = mx.concatenate([self._rope(rows[i : i + 1], offset=place) for i, place in enumerate(places)])
         else:
             rows = self._rope(rows, offset=positions)

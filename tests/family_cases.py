@@ -1,9 +1,11 @@
 """What is checked of every family, by tests and by the table of docs/families.md."""
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from specstream_mlx.model import SpecStreamModel
+from specstream_mlx.training.forward import forward_main, forward_streams
 from specstream_mlx.tree import DraftTree
 from tests.tiny import random_prompt
 
@@ -62,6 +64,31 @@ def insertion_error(model: SpecStreamModel, prompt_length: int) -> float:
         for streams, main in results[1:]:
             worst = max(worst, difference(streams, results[0][0]), difference(main, results[0][1]))
     return worst
+
+
+def training_error(model: SpecStreamModel) -> float:
+    """Main and stream logits of the training forward against inference, at some anchors of a text."""
+    tokens = random_prompt(17, seed=3)
+    anchors = [0, 6, 16]
+    main = forward_main(model, mx.array([tokens]))
+    hidden = forward_streams(model, main.trunk, main.keys_values, np.array([anchors], dtype=np.int32))
+    streams = np.array(model.family.head(model.family.norm(hidden))).reshape(len(anchors), model.gamma, -1)
+    logits = np.array(model.family.head(model.family.norm(main.hidden)))[0]
+    worst = 0.0
+    for place, anchor in enumerate(anchors):
+        expected_main, expected = inference_logits(model, tokens, anchor)
+        worst = max(worst, np.abs(logits[anchor] - expected_main).max(), np.abs(streams[place] - expected).max())
+    return float(worst)
+
+
+def inference_logits(model: SpecStreamModel, tokens: list[int], anchor: int) -> tuple[np.ndarray, np.ndarray]:
+    """Main and stream logits at one anchor, as generation computes them."""
+    caches = model.make_cache()
+    if anchor:
+        model(mx.array([tokens[:anchor]]), cache=caches)
+    verified = model.verify(mx.array(tokens[anchor : anchor + 1]), DraftTree.chain(0), caches)
+    model.commit(verified, [0], caches)
+    return np.array(verified.logits[0]), np.array(model.stream_logits(verified, 0, caches))
 
 
 def difference(one: mx.array, other: mx.array) -> float:

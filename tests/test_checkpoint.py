@@ -280,6 +280,10 @@ def test_rotary_settings_that_mlx_lm_would_overlook_are_refused(copy):
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedError, match=r"rope_parameters .* put its rope_theta"):
         load(copy)
+    nested = {"model_type": "gemma3", "text_config": {"rope_parameters": config["rope_parameters"]}}
+    (copy / "config.json").write_text(json.dumps(nested))
+    with pytest.raises(UnsupportedError, match=r"rope_parameters .* put its rope_theta"):
+        load(copy)
 
 
 def test_code_in_a_checkpoint_is_not_run(copy):

@@ -126,7 +126,7 @@ def test_quantised_opt_keeps_its_positions_and_its_text(tmp_path):
     assert our_tokens(loaded, prompt, 20, draft="tree", tokenizer=NumberTokenizer()) == expected
 
 
-@pytest.mark.parametrize("family", [*LEARNED, "gemma2", "gemma3_text", "gpt_neox", "gpt_oss", "phi", "qwen3_moe"])
+@pytest.mark.parametrize("family", [*LEARNED, "gemma2", "gemma3", "gpt_neox", "gpt_oss", "phi", "qwen3_moe"])
 def test_directories_come_back(family, tmp_path):
     """Red when: a size is read under llama's name, the norm of the fingerprint is not found, or LoRA paths differ."""
     model = make_model(family, seed=7)

@@ -45,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gemma": {},
     "gemma2": {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
     "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": WINDOW, "sliding_window_pattern": 3},
+    "gemma3": {},
     "glm": {},
     "glm4": {"attention_bias": True, "partial_rotary_factor": 0.5},
     "gpt_neox": {
@@ -77,14 +78,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 64,
     },
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 32} | _EXPERTS,
-    "qwen3_moe": {"num_experts": 4, "decoder_sparse_step": 2, "mlp_only_layers": [], "norm_topk_prob": True}
-    | _EXPERTS,
+    "qwen3_moe": {"num_experts": 4, "decoder_sparse_step": 2, "mlp_only_layers": [], "norm_topk_prob": True} | _EXPERTS,
     "seed_oss": {},
     "smollm3": {"no_rope_layer_interval": 3},
     "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5, "qk_layernorm": True},
     "starcoder2": {},
 }
-WINDOWED = ("llama-sliding", "cohere2", "gemma3_text", "gpt_oss", "olmo3")
+WINDOWED = ("llama-sliding", "cohere2", "gemma3", "gemma3_text", "gpt_oss", "olmo3")
 # Learned positions: models, and what tells the variants of one model_type apart.
 LEARNED = {
     "opt": {"model_type": "opt"},
@@ -103,6 +103,9 @@ def base_config(family: str, **changes: Any) -> dict[str, Any]:
     if family == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_ctx": 512, "n_positions": 512, "layer_norm_epsilon": 1e-5}
         return {"vocab_size": VOCAB_SIZE} | sizes | LEARNED[family] | changes
+    if family == "gemma3":  # the language model is a part of it
+        text = base_config("gemma3_text", **changes)
+        return {"model_type": family, "vocab_size": VOCAB_SIZE, "text_config": text}
     config = {
         "model_type": family.partition("-")[0],
         "hidden_size": 32,

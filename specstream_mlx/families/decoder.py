@@ -68,9 +68,7 @@ class DecoderFamily:
         """The LM head on normed hidden states, (B, L, D) -> (B, L, V) logits."""
         owner, _, name = self.HEAD.rpartition(".")
         module = at(self._base, owner)
-        logits: mx.array = (
-            module[name](normed) if name in module else at(self._base, self.EMBEDDING).as_linear(normed)
-        )
+        logits: mx.array = module[name](normed) if name in module else at(self._base, self.EMBEDDING).as_linear(normed)
         return logits
 
     def over_heads(self, mask: mx.array) -> mx.array:

@@ -49,6 +49,24 @@ class Gemma3Family(DecoderFamily):
         return hidden * mx.array(self.args.hidden_size**0.5, mx.bfloat16).astype(hidden.dtype)
 
 
+class Gemma3VisionFamily(Gemma3Family):
+    """The language model of a checkpoint that sees; mlx-lm leaves the eyes out."""
+
+    EMBEDDING: ClassVar[str] = "language_model.model.embed_tokens"
+    LAYERS: ClassVar[str] = "language_model.model.layers"
+    NORM: ClassVar[str] = "language_model.model.norm"
+    HEAD: ClassVar[str] = "language_model.lm_head"
+
+    def __init__(self, base: Any) -> None:
+        super().__init__(base)
+        self.args = base.language_model.args
+
+    @classmethod
+    def size(cls, config: Mapping[str, Any], name: str) -> Any:
+        """The size that llama calls ``name``, from the language model's part of the configuration."""
+        return config[name] if name in config else config.get("text_config", {}).get(name)
+
+
 class GPTNeoXFamily(DecoderFamily):
     """Parallel blocks (they are mlx-lm's own) under other names."""
 

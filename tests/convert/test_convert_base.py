@@ -64,7 +64,9 @@ def test_phi3_longrope() -> None:
 
 def test_families_that_run_but_do_not_convert() -> None:
     """The message says what to do instead; a family that nobody runs is named as such."""
-    with pytest.raises(UnsupportedError, match="'gemma2' runs, but fine-tunes of it are not converted; make its .* train"):
+    with pytest.raises(
+        UnsupportedError, match=r"'gemma2' runs, but fine-tunes of it are not converted; make its .* train"
+    ):
         mlx_config(SIZES | {"model_type": "gemma2"}, WHERE)
     with pytest.raises(UnsupportedError, match="'mamba' is not supported; supported: llama"):
         mlx_config(SIZES | {"model_type": "mamba"}, WHERE)

@@ -9,8 +9,8 @@ from mlx.utils import tree_flatten
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training.forward import forward_main, forward_streams, stream_mask
 from specstream_mlx.training.trainable import attach, trained_tensors
-from specstream_mlx.tree import DraftTree
 from tests import tiny
+from tests.family_cases import inference_logits
 from tests.tiny import FAMILIES, make_model, random_prompt, stream_config
 
 ATOL = 2e-5  # float32, logits around 10, other orders of summation
@@ -35,16 +35,6 @@ def with_lora(model: SpecStreamModel) -> SpecStreamModel:
 
     set_trained_tensors(model, noise)
     return model
-
-
-def inference_logits(model: SpecStreamModel, tokens: list[int], anchor: int) -> tuple[np.ndarray, np.ndarray]:
-    """Main and stream logits at one anchor, as generation computes them."""
-    caches = model.make_cache()
-    if anchor:
-        model(mx.array([tokens[:anchor]]), cache=caches)
-    verified = model.verify(mx.array(tokens[anchor : anchor + 1]), DraftTree.chain(0), caches)
-    model.commit(verified, [0], caches)
-    return np.array(verified.logits[0]), np.array(model.stream_logits(verified, 0, caches))
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ def mlx_config(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[s
     if model_type not in LAYOUTS:
         if model_type in FAMILIES:
             raise UnsupportedError(
-                f"{where}: model_type {model_type!r} runs, but fine-tunes of it are not converted; make its streams with "
-                f"`specstream-mlx train`, or convert one of {', '.join(LAYOUTS)}"
+                f"{where}: model_type {model_type!r} runs, but fine-tunes of it are not converted; make its streams "
+                f"with `specstream-mlx train`, or convert one of {', '.join(LAYOUTS)}"
             )
         raise UnsupportedError(
             f"{where}: model_type {escaped(repr(model_type))} is not supported; supported: {', '.join(LAYOUTS)}"
