@@ -80,15 +80,15 @@ class TreeRope(nn.Module):
         self._context = context
         # MLX's CPU backend makes cosines and sines anew in every call: a quarter of a small model's step.
         self._shares_rotation = type(rope) is nn.RoPE and not rope.traditional
-        # Its base grows with the length of the text, token by token in plain decoding.
-        self._by_row = type(rope) is DynamicNTKScalingRoPE
+        # The base of this one grows with the length of the text, token by token in plain decoding.
+        self.one_offset = type(rope) is DynamicNTKScalingRoPE
 
     def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
         """Rotate ``x`` of shape (1, H, L, D_h); ``offset`` counts only when no positions are set."""
         positions = self._context.positions
         if self._shares_rotation and self._context.in_pass and x.shape[0] == 1 and runs_on_cpu():
             return self._rotate(x, offset)
-        by_row = self._by_row and self._context.in_pass
+        by_row = self.one_offset and self._context.in_pass
         if positions is None and not by_row:
             return self._rope(x, offset=offset)
         batch, heads, length, size = x.shape
@@ -170,6 +170,12 @@ def install(family: DecoderFamily, context: PassContext) -> None:
             )
         if family.ROTARY and not isinstance(rope, TreeRope):
             attention.rope = TreeRope(rope, context)
+
+
+def runs_batches(family: DecoderFamily) -> bool:
+    """Whether mlx-lm itself can run several texts of unequal length at once."""
+    ropes = (getattr(getattr(layer, family.ATTENTION), "rope", None) for layer in family.layers)
+    return family.BATCHES and not any(isinstance(rope, TreeRope) and rope.one_offset for rope in ropes)
 
 
 def windows_of(caches: Sequence[Any]) -> list[int | None]:

@@ -93,8 +93,8 @@ BREAKS = (
     Break(
         "a rotary embedding that grows with the text is asked for a whole pass at once",
         "specstream_mlx/tree_attention.py",
-        "by_row = self._by_row and self._context.in_pass",
-        "by_row = self._by_row and positions is not None",
+        "by_row = self.one_offset and self._context.in_pass",
+        "by_row = self.one_offset and positions is not None",
         LOSSLESS + "test_tokens_equal_mlx_lm_in_every_variant_of_a_family and dynamic",
     ),
     Break(

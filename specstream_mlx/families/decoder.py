@@ -21,6 +21,7 @@ class DecoderFamily:
             embedding of a token: there are no more of them than ``max_position_embeddings``, and ``stream_position``
             has no effect, because a stream starts from a hidden state and never passes the embedding.
         NAMED_MASKS: whether blocks understand the mask "causal"; otherwise they want arrays.
+        BATCHES: whether mlx-lm itself can run texts of unequal length at once.
         SIZES: this family's names for the sizes that others call as in llama's ``config.json``.
         layers: the blocks, N of them.
     """
@@ -32,6 +33,7 @@ class DecoderFamily:
     ATTENTION: ClassVar[str] = "self_attn"
     ROTARY: ClassVar[bool] = True
     NAMED_MASKS: ClassVar[bool] = True
+    BATCHES: ClassVar[bool] = True
     SIZES: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, base: Any) -> None:

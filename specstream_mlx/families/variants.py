@@ -28,6 +28,7 @@ class Gemma2Family(GemmaFamily):
     """Logits are capped. Attention is written out, because its scores are capped too, and wants masks as arrays."""
 
     NAMED_MASKS: ClassVar[bool] = False
+    BATCHES: ClassVar[bool] = False  # it spreads a batch's masks over the wrong axis
 
     def head(self, normed: mx.array) -> mx.array:
         """(B, L, D) -> (B, L, V) logits."""
