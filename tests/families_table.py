@@ -7,6 +7,7 @@ Without ``--write`` it goes to stdout. Every figure is what this run found; it t
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
 import mlx.core as mx
@@ -42,14 +43,14 @@ scripts/with-openblas python -m tests.families_table --write docs/families.md
 
 """
 NOTES = """
-A window is what mlx-lm itself gives the layers of a model: `gemma3_text`, `cohere2`, `olmo3`, `gpt_oss`, and `llama`
-or `mistral` with `layer_types`. Such layers get a full cache here and a mask for the window, so that rejected tokens
-can be taken back; their memory grows with the text, as that of the other layers does. A stream sees what lies within
-the window of the position it is rotated to. `mistral`, `phi3`, `qwen2`, `starcoder2` and `gemma2` with
-`sliding_window` run without it, because mlx-lm runs them so.
+A window is what mlx-lm itself gives the layers of a model: `gemma3`, `gemma3_text`, `cohere2`, `olmo3`, `gpt_oss`,
+and `llama` or `mistral` with `layer_types`. Such layers get a full cache here and a mask for the window, so that
+rejected tokens can be taken back; their memory grows with the text, as that of the other layers does. A stream sees
+what lies within the window of the position it is rotated to. `mistral`, `phi3`, `qwen2`, `starcoder2` and `gemma2`
+with `sliding_window` run without it, because mlx-lm runs them so.
 
-Mixtures of experts: streams, stream LoRA on the attention's and router's linear layers; LoRA of stream rows on
-experts is refused by name.
+Mixtures of experts: LoRA of stream rows acts on the linear layers of attention and router; on experts it is refused
+by name.
 
 Refused, because their layers fold the past into a state from which rejected tokens cannot be taken back:
 {recurrent}.
@@ -96,7 +97,7 @@ def document(rows: dict[str, tuple[str, ...]]) -> str:
     assert len(TEMPERATURES) == 2
     lines = ["| model | tree = path | insertions | training | generations | convert | twin |", "|---" * 7 + "|"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in sorted(rows.items())]
-    recurrent = ", ".join(f"`{name}`" for name in sorted(RECURRENT))
+    recurrent = textwrap.fill(", ".join(f"`{name}`" for name in sorted(RECURRENT)), 120, break_on_hyphens=False)
     return head + "\n".join(lines) + "\n" + NOTES.format(recurrent=recurrent)
 
 

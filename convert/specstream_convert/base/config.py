@@ -91,6 +91,12 @@ def mlx_config(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[s
             f"mlx-lm runs {model_type} without its sliding window of {window} tokens: "
             "longer prompts differ from PyTorch"
         )
+    layer_types = config.get("layer_types")
+    if model_type in ("llama", "mistral") and isinstance(layer_types, list) and "sliding_attention" in layer_types:
+        warnings.append(
+            f"mlx-lm gives layers of {model_type} a sliding window of {window} tokens, as layer_types says: "
+            "longer prompts differ from PyTorch, which has none or one for all"
+        )
     scaling = config.get("rope_scaling") or {}
     if scaling.get("rope_type", scaling.get("type")) in ("longrope", "su"):
         warnings.append(
