@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import generation_stream, wired_limit
+from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from specstream_mlx.caches import CacheGrowth, check_caches, is_full
 from specstream_mlx.control import Control, steer
 from specstream_mlx.drafting import DraftMode, DraftOptions, DraftPlan, DraftReport, Insertion
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.model import SpecStreamModel, VerificationPass
 from specstream_mlx.sampling import LogitsProcessor, Sampler, TargetSampler
 from specstream_mlx.tree import DraftTree
-from specstream_mlx.tree_attention import check_caches
 from specstream_mlx.verification import accept
 
 _CLEAR_CACHE_EVERY = 64  # passes
@@ -94,12 +94,13 @@ class Loop:
     """The state of one generation between passes."""
 
     model: SpecStreamModel
-    caches: Sequence[Any]
+    caches: list[Any]
     plan: DraftPlan
     control: Control | None  # None: the plan's tree in every pass, or plain decoding
     sampler: TargetSampler
     history: list[int] | None = None  # every id before the root, kept only for logits processors
     keeps_cache: bool = False  # whether somebody goes on with the caches afterwards
+    growth: CacheGrowth = field(default_factory=CacheGrowth)
     watch: Callable[[int, mx.array], None] | None = None  # told the tokens so far and (gamma, V) stream logits
     statistics: DraftStatistics = field(init=False)
     choice: tuple[DraftTree | None, Insertion] | None = None  # how the next tree is drafted; None: plain decoding
@@ -109,9 +110,14 @@ class Loop:
         self.statistics = DraftStatistics([0] * self.model.gamma, [0] * self.model.gamma)
         self.choose()
 
+    @property
+    def may_draft(self) -> bool:
+        """Whether rejected rows can be taken back, and streams may be used at all."""
+        return self.plan.drafts and not is_full(self.caches)
+
     def choose(self) -> None:
         """Decide how to draft the next tree."""
-        if not self.plan.drafts:
+        if not self.may_draft:
             self.choice = None
         elif self.control is None:
             self.choice = (self.plan.tree, self.plan.insertion)
@@ -122,7 +128,7 @@ class Loop:
 
     def goes_on_plainly(self, launched: _Launched) -> bool:
         """Whether the pass after this one is plain decoding too, so that it can start before this one is read back."""
-        stays = not self.plan.drafts or (self.control is not None and self.control.stays_plain and not self.drafted)
+        stays = not self.may_draft or (self.control is not None and self.control.stays_plain and not self.drafted)
         return stays and launched.verified.tree.size == 1 and self.history is None
 
     def launch(self, tree: DraftTree, node_tokens: mx.array) -> _Launched:
@@ -144,7 +150,9 @@ class Loop:
     ) -> tuple[DraftTree, mx.array]:
         """The next tree, from the streams anchored at the last accepted node."""
         self.choose()
-        max_depth = remaining - 1 if self.plan.mode == "auto" and remaining is not None else None
+        max_depth = self.growth.max_depth(self.caches)
+        if self.plan.mode == "auto" and remaining is not None:
+            max_depth = remaining - 1 if max_depth is None else min(max_depth, remaining - 1)
         self.drafted = self.choice is not None and max_depth != 0
         if self.choice is None or not self.drafted:
             return DraftTree.chain(0), mx.array([root])
@@ -206,7 +214,7 @@ def generate_tokens(
     prompt and every token yielded, as mlx-lm leaves them.
     """
     model, caches = loop.model, loop.caches
-    prefill(model, prompt[:-1], caches, prefill_step_size, progress, len(prompt))
+    prefill(model, prompt[:-1], caches, prefill_step_size, progress, len(prompt), loop.growth)
     if loop.history is not None:
         loop.history = prompt[:-1]
     launched: _Launched | None = None
@@ -222,6 +230,7 @@ def generate_tokens(
                 launched, ahead = ahead or loop.launch(tree, node_tokens), None
                 if remaining != 1 and loop.goes_on_plainly(launched):
                     loop.sampler.advance(1)
+                    loop.growth.advance(caches)
                     ahead = loop.launch(DraftTree.chain(0), launched.drawn)
             if tokens:
                 away = time.perf_counter()
@@ -248,6 +257,7 @@ def generate_tokens(
                 loop.sampler.advance(len(tokens))
                 with mx.stream(generation_stream):
                     model.commit(verified, accepted.nodes, caches)
+                    loop.growth.advance(caches)
                     launched = None
                     if not finished:
                         left = None if remaining is None else remaining - len(tokens)
@@ -259,22 +269,24 @@ def generate_tokens(
         if ahead is not None:  # it has fed the last token already
             loop.sampler.advance(0)
         elif loop.keeps_cache:
-            prefill(model, [root], caches, prefill_step_size, None, 1)
+            prefill(model, [root], caches, prefill_step_size, None, 1, loop.growth)
         launched = None
         yield tokens
     finally:
         if launched is not None:  # closed while passes were under way: the first one's root has been yielded, no more
             model.commit(launched.verified, [0], caches)
             loop.sampler.advance(0 if ahead is None else -1)
+        loop.growth.advance(caches)
 
 
 def prefill(
     model: SpecStreamModel,
     tokens: list[int],
-    caches: Sequence[Any],
+    caches: list[Any],
     step_size: int,
     progress: Callable[[int, int], None] | None,
     total: int,
+    growth: CacheGrowth | None = None,
 ) -> None:
     """Run the prompt but its last token through the base in chunks, as mlx-lm does."""
     with mx.stream(generation_stream):
@@ -282,6 +294,8 @@ def prefill(
             if progress is not None:
                 progress(begin, total)
             model(mx.array(tokens[begin : begin + step_size])[None], cache=caches)
+            if growth is not None:
+                growth.advance(caches)
             mx.eval([cache.state for cache in caches])
             mx.clear_cache()
 
@@ -295,8 +309,12 @@ def stream_generate(
     logits_processors: Sequence[LogitsProcessor] | None = None,
     draft: DraftMode = "auto",
     seed: int | None = None,
-    prompt_cache: Sequence[Any] | None = None,
+    prompt_cache: list[Any] | None = None,
     *,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START,
+    max_kv_size: int | None = None,
     draft_options: DraftOptions | None = None,
     stop: Sequence[str] = (),
     prefill_step_size: int = 2048,
@@ -314,6 +332,8 @@ def stream_generate(
         draft: "auto", "tree", "chain" or "off".
         seed: makes sampled text repeatable; equal to mlx-lm's text after ``mx.random.seed(seed)``.
         prompt_cache: caches of an earlier call, changed in place; ``prompt`` then holds the new tokens only.
+        kv_bits, kv_group_size, quantized_kv_start: quantise the cache from so many tokens on, as mlx-lm does.
+        max_kv_size: most tokens that the cache holds; longer texts forget, and decode plainly from there.
         draft_options: a tree, an insertion or a pruning threshold of one's own.
         stop: strings that end the text; the text stops before them.
         prefill_step_size: prompt tokens per prefill pass.
@@ -322,7 +342,7 @@ def stream_generate(
     Raises:
         InvalidInputError: empty or over-long prompt, ids outside the vocabulary.
         UsageError: contradicting options, or drafting asked of a model without streams.
-        UnsupportedError: a prompt cache that cannot take back rows.
+        UnsupportedError: caches that cannot take back rows, or that this model cannot have.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
@@ -337,10 +357,13 @@ def stream_generate(
     if plan.prune_threshold is not None:
         model.check_pruning(plan.insertion == "parallel")
     ids = _prompt_ids(tokenizer, prompt, vocab_size)
-    caches = model.make_cache() if prompt_cache is None else prompt_cache
-    check_caches(caches)
+    growth = CacheGrowth(kv_bits, kv_group_size, quantized_kv_start, max_kv_size)
+    if prompt_cache is not None:
+        check_caches(prompt_cache)
+    caches = growth.make_caches(model, len(ids) - 1) if prompt_cache is None else prompt_cache
     _check_context(model, caches[0].offset, len(ids))
     max_tokens = model.tokens_within_context(max_tokens, caches[0].offset + len(ids))
+    growth.check(model, prompt_cache, len(ids) + max_tokens if max_tokens > 0 else None)
     loop = Loop(
         model,
         caches,
@@ -349,6 +372,7 @@ def stream_generate(
         TargetSampler(sampler, logits_processors, vocab_size, seed),
         history=[] if logits_processors else None,
         keeps_cache=prompt_cache is not None,
+        growth=growth,
     )
     stop_tokens = set(tokenizer.eos_token_ids)
     detokenizer = tokenizer.detokenizer

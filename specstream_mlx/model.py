@@ -22,6 +22,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from specstream_mlx.caches import check_caches, commit_rows, drop_rows
 from specstream_mlx.calibration.times import PassTimes
 from specstream_mlx.config import StreamConfig
 from specstream_mlx.errors import UnsupportedError, UsageError
@@ -33,9 +34,6 @@ from specstream_mlx.tree_attention import (
     PassContext,
     ValueRotation,
     attention_mask,
-    check_caches,
-    commit_rows,
-    drop_rows,
     install,
     with_streams,
 )

@@ -1,4 +1,4 @@
-"""The seam to stock mlx-lm blocks: positions, masks and the KV cache of a pass over a tree.
+"""The seam to stock mlx-lm blocks: positions and masks of a pass over a tree.
 
 A stock block is called as ``layer(h, mask, cache)``. Three things make it verify a tree:
 
@@ -6,9 +6,7 @@ A stock block is called as ``layer(h, mask, cache)``. Three things make it verif
   that embedding and, inside ``rows_at``, gives every row its own position by treating rows as batch entries (a family
   with learned positions has none: its rows get theirs with the token embedding, and attention knows no position);
 * mask: a boolean (T, S + T) array, prefix then ancestors; a chain needs no more than the causal mask;
-* cache: a pass appends all its rows; ``commit_rows`` keeps the accepted ones, ``drop_rows`` none.
-
-Caches are mlx-lm's own objects, so prompt caches stay interchangeable with mlx-lm.
+* cache: a pass appends all its rows to mlx-lm's own caches, and takes back the rejected ones (``caches.py``).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +17,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
-from mlx_lm.models.cache import KVCache
 
 from specstream_mlx.errors import UnsupportedError
 from specstream_mlx.families.decoder import DecoderFamily
@@ -145,22 +142,6 @@ def install(family: DecoderFamily, context: PassContext) -> None:
             attention.rope = TreeRope(rope, context)
 
 
-def check_caches(caches: Sequence[Any]) -> None:
-    """Refuse caches whose rows cannot be taken back one by one.
-
-    Raises:
-        UnsupportedError: a cache is not mlx-lm's plain ``KVCache``, or layers disagree about their length.
-    """
-    for index, cache in enumerate(caches):
-        if type(cache) is not KVCache:
-            raise UnsupportedError(
-                f"cache of layer {index}: {type(cache).__name__} cannot take back rejected rows; models with sliding "
-                "windows, recurrent state or a size-limited cache are not supported"
-            )
-    if len({cache.offset for cache in caches}) > 1:
-        raise UnsupportedError("prompt cache: layers hold different numbers of tokens; make a fresh cache")
-
-
 def attention_mask(start: int, visible: BoolMatrix) -> mx.array | str | None:
     """The mask of a pass whose L rows follow ``start`` cached ones.
 
@@ -206,24 +187,3 @@ def with_streams(tree_mask: BoolMatrix, gamma: int) -> BoolMatrix:
             [np.repeat(tree_mask, gamma, axis=0), own],
         ]
     )
-
-
-def commit_rows(cache: Any, start: int, rows: Sequence[int]) -> None:
-    """Keep, of the rows appended after ``start``, just ``rows`` (rising), moved together; drop the others.
-
-    Rows that already lie in place are not touched, so committing a chain moves nothing.
-    """
-    in_place = 0
-    while in_place < len(rows) and rows[in_place] == in_place:
-        in_place += 1
-    end = start + len(rows)
-    if in_place < len(rows):
-        source = mx.array([start + row for row in rows[in_place:]])
-        cache.keys[..., start + in_place : end, :] = mx.take(cache.keys, source, axis=2)
-        cache.values[..., start + in_place : end, :] = mx.take(cache.values, source, axis=2)
-    cache.offset = end
-
-
-def drop_rows(cache: Any, start: int) -> None:
-    """Forget every row appended after ``start``."""
-    commit_rows(cache, start, ())

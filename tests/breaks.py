@@ -50,14 +50,14 @@ BREAKS = (
     ),
     Break(
         "commit keeps the first rows whatever was accepted",
-        "specstream_mlx/tree_attention.py",
+        "specstream_mlx/caches.py",
         "    if in_place < len(rows):",
         "    if False:",
         LOSSLESS + "test_tokens_equal_mlx_lm_in_every_family",
     ),
     Break(
         "commit leaves one rejected row in the cache",
-        "specstream_mlx/tree_attention.py",
+        "specstream_mlx/caches.py",
         "    cache.offset = end",
         "    cache.offset = end + 1",
         LOSSLESS + "test_tokens_equal_mlx_lm_in_every_family",
