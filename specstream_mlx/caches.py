@@ -152,7 +152,7 @@ class CacheGrowth:
             )
 
     def make_caches(self, model: Any, num_prefilled: int) -> list[Any]:
-        """Fresh caches for a prompt of which ``num_prefilled`` tokens, all but the last, are run ahead of the passes."""
+        """Fresh caches for a prompt of which ``num_prefilled`` tokens, all but the last, are run at first."""
         outgrown = self.max_kv_size is not None and num_prefilled > self.max_kv_size
         caches: list[Any] = make_prompt_cache(model.base, self.max_kv_size) if outgrown else model.make_cache()
         return caches

@@ -9,7 +9,7 @@ A stock block is called as ``layer(h, mask, cache)``. Three things make it verif
 * cache: a pass appends all its rows to mlx-lm's own caches, and takes back the rejected ones (``caches.py``).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 

@@ -5,6 +5,7 @@ that turns the test red.
 """
 
 import inspect
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm.models.cache as mlx_caches
@@ -23,9 +24,10 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.sample_utils import make_sampler
 
-from specstream_mlx import DraftOptions, PrefixCache, stream_generate
+from specstream_mlx import DraftOptions, PrefixCache, prompt_cache, stream_generate
 from specstream_mlx.caches import REFUSED, SUPPORTED, CacheGrowth, arrays_of, check_caches, commit_rows, drop_rows
-from specstream_mlx.errors import UnsupportedError, UsageError
+from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.generate import prefill
 from tests.tiny import NumberTokenizer, drafter, make_model, our_tokens, plain_tokens, random_prompt
 
 KINDS = {
@@ -107,7 +109,7 @@ steps = st.lists(
 @settings(max_examples=8, deadline=None)
 @given(start=st.one_of(st.integers(0, 12), st.integers(250, 260)), steps=steps)
 def test_the_cache_contract(tmp_path_factory, kind, start, steps):
-    """Whatever was appended, committed, dropped, trimmed, saved and loaded, a cache equals a fresh one of the rows left.
+    """After any appends, commits, drops, trims and reloads a cache equals a fresh one of the rows left.
 
     Red when: rows are misplaced, one of a quantised cache's arrays is forgotten, or an offset is off.
     """
@@ -426,3 +428,133 @@ def test_a_kept_quantised_prefix_is_trimmed_like_mlx_lms():
         plain_tokens(model.base, ids[14:], 6, end_of_text=(), prompt_cache=theirs, **more),
         3,
     )
+
+
+METADATA = {"model": "somewhere", "tokenizer_config": "{}"}
+
+
+def filled(model, prompt, **growth):
+    growth = CacheGrowth(**growth)
+    caches = growth.make_caches(model, len(prompt))
+    prefill(model, prompt, caches, 2048, None, len(prompt), growth)
+    return caches
+
+
+@pytest.mark.parametrize("quantised", [{}, {**QUANTISED, "quantized_kv_start": 0}], ids=["full", "quantised"])
+@pytest.mark.parametrize("writer", ["ours", "mlx-lm"])
+def test_prompt_caches_are_mlx_lms_in_both_directions(tmp_path, writer, quantised):
+    """Red when: a file of ours cannot be read by mlx-lm or the other way round, or goes on otherwise."""
+    model, prompt, query = wide_model(seed=11), random_prompt(21, seed=1), random_prompt(5, seed=2)
+    file = tmp_path / "prompt.safetensors"
+    caches = filled(model, prompt, **quantised)
+    if writer == "ours":
+        prompt_cache.save_prompt_cache(file, caches, prompt, METADATA)
+        prompt_cache.save_prompt_cache(file, caches, prompt, METADATA)  # replaces the earlier one
+    else:
+        save_prompt_cache(str(file), caches, METADATA)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    theirs, metadata = load_prompt_cache(str(file), return_metadata=True)
+    assert {name: metadata[name] for name in METADATA} == METADATA
+    assert {name: prompt_cache.read_metadata(file)[name] for name in METADATA} == METADATA
+    expected = plain_tokens(model.base, query, 12, end_of_text=(), prompt_cache=theirs)
+    for draft in ("off", "tree"):
+        ours = prompt_cache.load_prompt_cache(file, model)
+        tokenizer = NumberTokenizer(end_of_text=())
+        assert our_tokens(model, query, 12, tokenizer=tokenizer, draft=draft, prompt_cache=ours) == expected
+
+
+def test_an_unfinished_prompt_cache_is_never_left_behind(tmp_path, monkeypatch):
+    """Red when: a full disk leaves a file, or destroys the earlier one."""
+    model, prompt = make_model("llama"), random_prompt(9, seed=1)
+    file = tmp_path / "prompt.safetensors"
+    prompt_cache.save_prompt_cache(file, filled(model, prompt), prompt, METADATA)
+    before = file.read_bytes()
+
+    def cut_short(name, *arguments):
+        save_prompt_cache(name, *arguments)
+        Path(name).write_bytes(before[:3000])
+
+    monkeypatch.setattr(prompt_cache, "save_stock", cut_short)
+    with pytest.raises(UsageError, match="prompt.safetensors: cannot be written"):
+        prompt_cache.save_prompt_cache(file, filled(model, prompt), prompt, METADATA)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert file.read_bytes() == before
+
+
+def test_only_a_prompt_cache_is_replaced(tmp_path):
+    model = make_model("llama")
+    weights = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(weights), {"weight": mx.zeros(3)})
+    for path, message in (
+        (weights, "exists and is no prompt cache"),
+        (tmp_path / "cache.bin", "name ends in .safetensors"),
+        (tmp_path / "missing" / "cache.safetensors", "no directory"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            prompt_cache.save_prompt_cache(path, model.make_cache(), [], METADATA)
+
+
+def test_prompt_caches_that_do_not_fit_are_refused(tmp_path):
+    """Red when: one of them is accepted, and the text goes on from rows that mean nothing."""
+    model, prompt = wide_model(seed=11), random_prompt(21, seed=1)
+    file = tmp_path / "prompt.safetensors"
+    prompt_cache.save_prompt_cache(file, filled(model, prompt), prompt, METADATA)
+    prompt_cache.load_prompt_cache(file, model)
+    whole = file.read_bytes()
+    other_weights = wide_model(seed=12)
+    tuned = wide_model(seed=11)
+    tuned.layers[0].self_attn.v_proj.weight = tuned.layers[0].self_attn.v_proj.weight * 1.5
+    half = wide_model(seed=11)
+    half.base.set_dtype(mx.float16)
+    cases = [
+        (other_weights, "compute other keys and values for its first 8 tokens"),
+        (tuned, "compute other keys and values"),
+        (half, "layer 0 is float32, this model makes float16"),
+        (make_model("llama"), r"layer 0 has heads \(1, 1\) of \(32, 32\) numbers, this model \(2, 2\) of \(8, 8\)"),
+        (make_model("llama", base_changes={"num_hidden_layers": 2}, num_stream_layers=1), "caches of 4 layers, this"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(InvalidInputError, match=message):
+            prompt_cache.load_prompt_cache(file, wrong)
+    for content, message in (
+        (whole[:-100], "damaged safetensors file"),
+        (whole[:40], "damaged safetensors file"),
+        (b"", "empty file"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(InvalidInputError, match=message):
+            prompt_cache.load_prompt_cache(file, model)
+    with pytest.raises(InvalidInputError, match="not a regular file"):
+        prompt_cache.load_prompt_cache(tmp_path / "missing.safetensors", model)
+
+
+def test_files_of_other_formats_and_kinds_are_refused(tmp_path):
+    model, file = make_model("llama"), str(tmp_path / "prompt.safetensors")
+    row = mx.ones((1, 2, 1, 8))
+
+    def written(*caches):
+        save_prompt_cache(file, list(caches), METADATA)
+        return Path(file)
+
+    rotating, full, wrong, batch = RotatingKVCache(9), KVCache(), KVCache(), KVCache()
+    for cache in (rotating, full, wrong):
+        cache.update_and_fetch(row, row)
+    batch.update_and_fetch(mx.ones((2, 2, 1, 8)), mx.ones((2, 2, 1, 8)))
+    with pytest.raises(UnsupportedError, match="cache of layer 0: RotatingKVCache cannot take back"):
+        prompt_cache.load_prompt_cache(written(rotating), model)
+    wrong.offset = 999
+    uneven = KVCache()
+    uneven.update_and_fetch(row, row)
+    uneven.update_and_fetch(row, row)
+    with pytest.raises(UnsupportedError, match="different numbers of tokens"):
+        prompt_cache.load_prompt_cache(written(full, full, full, uneven), model)
+    for caches in ([wrong] * 4, [batch] * 4):
+        with pytest.raises(InvalidInputError, match="not a prompt cache"):
+            prompt_cache.load_prompt_cache(written(*caches), model)
+    for first in ("[", '["a"]', "[96, 97]", "[1, 2]", "{}"):
+        save_prompt_cache(file, [full] * 4, {prompt_cache.FIRST_TOKENS: first})
+        with pytest.raises(InvalidInputError, match="not a prompt cache"):
+            prompt_cache.load_prompt_cache(Path(file), model)
+    mx.save_safetensors(file, {"weight": mx.zeros(3)}, {"format": "mlx"})
+    with pytest.raises(InvalidInputError, match="not a prompt cache"):
+        prompt_cache.load_prompt_cache(Path(file), model)
