@@ -300,6 +300,29 @@ def prefill(
             mx.clear_cache()
 
 
+def cache_tokens(
+    model: SpecStreamModel,
+    tokens: list[int],
+    growth: CacheGrowth,
+    *,
+    prefill_step_size: int = 2048,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Any]:
+    """Caches that hold ``tokens``, as mlx-lm leaves them when it is asked for no further one.
+
+    Raises:
+        InvalidInputError: more tokens than the model's context holds.
+        UsageError, UnsupportedError: as ``CacheGrowth.check``.
+    """
+    growth.check(model, None, len(tokens))
+    check_context(model, 0, len(tokens))
+    caches = growth.make_caches(model, len(tokens))
+    for part in (tokens[:-1], tokens[-1:]):
+        prefill(model, part, caches, prefill_step_size, progress, len(tokens), growth)
+        progress = None
+    return caches
+
+
 def stream_generate(
     model: SpecStreamModel,
     tokenizer: Any,
@@ -356,12 +379,12 @@ def stream_generate(
     plan, control = steer(draft, model, draft_options or DraftOptions())
     if plan.prune_threshold is not None:
         model.check_pruning(plan.insertion == "parallel")
-    ids = _prompt_ids(tokenizer, prompt, vocab_size)
+    ids = prompt_ids(tokenizer, prompt, vocab_size)
     growth = CacheGrowth(kv_bits, kv_group_size, quantized_kv_start, max_kv_size)
     if prompt_cache is not None:
         check_caches(prompt_cache)
     caches = growth.make_caches(model, len(ids) - 1) if prompt_cache is None else prompt_cache
-    _check_context(model, caches[0].offset, len(ids))
+    check_context(model, caches[0].offset, len(ids))
     max_tokens = model.tokens_within_context(max_tokens, caches[0].offset + len(ids))
     growth.check(model, prompt_cache, len(ids) + max_tokens if max_tokens > 0 else None)
     loop = Loop(
@@ -490,7 +513,7 @@ def to_list(ids: mx.array) -> list[int]:
     return ids.tolist()  # type: ignore[return-value]
 
 
-def _prompt_ids(tokenizer: TokenizerWrapper, prompt: str | Sequence[int] | mx.array, vocab_size: int) -> list[int]:
+def prompt_ids(tokenizer: TokenizerWrapper, prompt: str | Sequence[int] | mx.array, vocab_size: int) -> list[int]:
     """Ids of a prompt, with special tokens as mlx-lm adds them.
 
     Raises:
@@ -509,7 +532,7 @@ def _prompt_ids(tokenizer: TokenizerWrapper, prompt: str | Sequence[int] | mx.ar
     return ids
 
 
-def _check_context(model: SpecStreamModel, cached: int, new: int) -> None:
+def check_context(model: SpecStreamModel, cached: int, new: int) -> None:
     """Raise InvalidInputError when the prompt leaves no room for a token in the model's context."""
     context = model.context_length
     if context is not None and cached + new >= context:

@@ -78,7 +78,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise InvalidInputError(f"{path}: a prompt cache's name ends in {SUFFIX}; give the file itself")
     check_safetensors(path)
     try:
-        written: Any = mx.load(str(path), return_metadata=True)[1]
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        written: dict[str, str] = loaded[1]
         metadata, kinds, _ = tree_unflatten(list(written.items()))
         kinds = [str(kind) for kind in kinds]
         metadata = {str(name): str(value) for name, value in metadata.items()}
@@ -88,6 +89,23 @@ def read_metadata(path: Path) -> dict[str, str]:
         if kind not in {supported.__name__ for supported in SUPPORTED}:
             raise UnsupportedError(f"{path}: cache of layer {index}: {refusal(kind)}")
     return metadata
+
+
+def model_of(path: Path, model: str | None) -> str:
+    """The model that a prompt cache was made with, or ``model`` when it names none.
+
+    Raises:
+        InvalidInputError: ``model`` is another one, or there is no name at all; and as ``read_metadata``.
+    """
+    made_with = read_metadata(path).get("model", model)
+    if made_with is None:
+        raise InvalidInputError(f"{path}: does not name its model; give the model too")
+    if model is None or model == made_with:
+        return made_with
+    places = [Path(name).expanduser() for name in (model, made_with)]
+    if all(place.is_dir() for place in places) and places[0].samefile(places[1]):
+        return model
+    raise InvalidInputError(f"{path}: made with model {made_with}, not {model}; leave the model out, or make it again")
 
 
 def load_prompt_cache(path: Path, model: Any) -> list[Any]:
@@ -111,8 +129,8 @@ def load_prompt_cache(path: Path, model: Any) -> list[Any]:
         raise _other_format(path)
     if tokens and not _computes(model, tokens, caches):
         raise InvalidInputError(
-            f"{path}: this model and adapter compute other keys and values for its first {len(tokens)} tokens; make the "
-            "cache again with them"
+            f"{path}: this model and adapter compute other keys and values for its first {len(tokens)} tokens; make "
+            "the cache again with them"
         )
     return caches
 
@@ -175,8 +193,11 @@ def _computes(model: Any, tokens: list[int], caches: Sequence[Any]) -> bool:
 
 def _rows(cache: Any, count: int) -> list[mx.array]:
     """The first rows' keys and values as F32."""
-    halves = [cache.keys, cache.values]
-    if isinstance(cache, QuantizedKVCache):
-        parts = [[array[..., :count, :] for array in half] for half in halves]
-        halves = [mx.dequantize(*part, group_size=cache.group_size, bits=cache.bits) for part in parts]
-    return [half[..., :count, :].astype(mx.float32).flatten() for half in halves]
+    if not isinstance(cache, QuantizedKVCache):
+        return [half[..., :count, :].astype(mx.float32).flatten() for half in (cache.keys, cache.values)]
+    rows = []
+    for half in (cache.keys, cache.values):
+        data, scales, biases = (array[..., :count, :] for array in half)
+        numbers = mx.dequantize(data, scales, biases, group_size=cache.group_size, bits=cache.bits)
+        rows.append(numbers.astype(mx.float32).flatten())
+    return rows

@@ -475,7 +475,7 @@ def test_an_unfinished_prompt_cache_is_never_left_behind(tmp_path, monkeypatch):
         Path(name).write_bytes(before[:3000])
 
     monkeypatch.setattr(prompt_cache, "save_stock", cut_short)
-    with pytest.raises(UsageError, match="prompt.safetensors: cannot be written"):
+    with pytest.raises(UsageError, match="cannot be written"):
         prompt_cache.save_prompt_cache(file, filled(model, prompt), prompt, METADATA)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     assert file.read_bytes() == before
