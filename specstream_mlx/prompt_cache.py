@@ -44,9 +44,10 @@ def check_target(path: Path) -> None:
 
 
 def save_prompt_cache(path: Path, caches: Sequence[Any], tokens: Sequence[int], metadata: dict[str, str]) -> None:
-    """Write ``caches``, which hold ``tokens``, at once or not at all.
+    """Write ``caches`` at once or not at all.
 
     Args:
+        tokens: what they begin with, as far as it was run in one pass: later rows may have seen quantised keys.
         path: an earlier prompt cache there is replaced.
         metadata: ``model`` and ``tokenizer_config`` (JSON) are what mlx-lm looks for.
 

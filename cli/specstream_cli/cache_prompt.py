@@ -54,6 +54,6 @@ def cache_prompt(
             report = prompt_progress(progress, prefill_step_size)
             caches = cache_tokens(target, ids, growth, prefill_step_size=prefill_step_size, progress=report)
         metadata = {"model": model or str(default_model_path()), "tokenizer_config": "{}"}
-        save_prompt_cache(target_file, caches, ids, metadata)
+        save_prompt_cache(target_file, caches, ids[:-1][:prefill_step_size], metadata)
     if not quiet:
         to_stderr(f"{target_file}: {len(ids)} tokens, {target_file.stat().st_size / 1e6:.1f} MB")
