@@ -160,15 +160,26 @@ class CacheGrowth:
     def advance(self, caches: list[Any]) -> None:
         """Change the caches' kind after a pass, in place, where they have come to that point."""
         maybe_quantize_kv_cache(caches, self.quantized_kv_start, self.kv_group_size, self.kv_bits)
-        if self.max_kv_size is not None and caches[0].offset >= self.max_kv_size and not is_full(caches):
+        if self.max_kv_size is not None and self.changes(caches, caches[0].offset):
             caches[:] = [_size_limited(cache, self.max_kv_size) for cache in caches]
 
-    def max_depth(self, caches: Sequence[Any]) -> int | None:
-        """How far below its root a tree may reach before the caches change their kind; None: as far as it likes."""
-        points = [] if self.max_kv_size is None else [self.max_kv_size]
+    def changes(self, caches: Sequence[Any], num_rows: int) -> bool:
+        """Whether the caches change their kind when they come to ``num_rows`` rows."""
+        change = self._next_change(caches)
+        return change is not None and num_rows >= change
+
+    def max_depth(self, caches: Sequence[Any], num_rows: int) -> int | None:
+        """How far a tree may reach below its root, which follows ``num_rows`` rows; None: as far as it likes."""
+        if is_full(caches):
+            return 0
+        change = self._next_change(caches)
+        return None if change is None else max(change - num_rows - 1, 0)
+
+    def _next_change(self, caches: Sequence[Any]) -> int | None:
+        """The number of rows at which the caches change their kind; None when they never do any more."""
         if self.kv_bits is not None and not isinstance(caches[0], QuantizedKVCache):
-            points.append(self.quantized_kv_start)
-        return max(min(points) - caches[0].offset - 1, 0) if points else None
+            return self.quantized_kv_start
+        return None if is_full(caches) else self.max_kv_size
 
 
 def is_full(caches: Sequence[Any]) -> bool:

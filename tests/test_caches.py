@@ -170,8 +170,10 @@ DRAFTS = {
     ("family", "draft", "insertion"),
     [
         ("llama", "cartesian", "parallel"),
-        ("llama", "auto", "deferred"),
+        ("llama", "auto", "leaf"),
+        ("llama", "chain", "leaf"),
         ("qwen3", "best-first", "deferred"),
+        ("qwen3", "cartesian", "leaf"),
         ("phi3", "chain", "parallel"),
         ("phi3", "off", "deferred"),
         ("opt", "cartesian", "deferred"),
@@ -264,7 +266,7 @@ def test_value_rotation_over_a_quantised_cache():
     for start in (0, 15):
         kept = {**QUANTISED, "quantized_kv_start": start}
         expected = plain_tokens(model.base, prompt, 24, **kept)
-        for insertion in ("deferred", "parallel"):
+        for insertion in ("deferred", "parallel", "leaf"):
             options = DraftOptions(tree="best-first:6", insertion=insertion)
             with drafter(model, expected, len(prompt), 0.7):
                 assert our_tokens(model, prompt, 24, draft="tree", draft_options=options, **kept) == expected
@@ -288,7 +290,7 @@ def test_a_size_limited_cache_forgets_as_mlx_lms_does(draft, temp):
                 seed=3,
                 tokenizer=NumberTokenizer(end_of_text=()),
                 draft=mode,
-                draft_options=DraftOptions(tree=tree),
+                draft_options=DraftOptions(tree=tree, insertion="leaf" if length == 9 else None),
                 **limited,
             )
         assert tokens == expected, (length, size)
