@@ -375,7 +375,8 @@ def test_a_kept_prefix_is_not_run_again(draft):
         assert {cache.offset for cache in kept.caches} == {len(kept.tokens)} == {len(ids) + 9}
 
 
-def test_a_kept_prefix_outlives_an_interrupted_pass():
+@pytest.mark.parametrize("call", [2, 30], ids=["prompt", "answer"])
+def test_a_kept_prefix_outlives_an_interrupted_pass(call):
     """Red when: rows that only some layers got are believed."""
     model = make_model("qwen3", seed=8)
     kept = PrefixCache(model)
@@ -387,7 +388,7 @@ def test_a_kept_prefix_outlives_an_interrupted_pass():
 
     def interrupt(*arguments):
         calls.append(0)
-        if len(calls) == 30:
+        if len(calls) == call:
             raise Interrupted
         return original(*arguments)
 
