@@ -175,10 +175,9 @@ class Loop:
             if not stays or tree.size > 1 or current.drafted:
                 return None
         else:
-            stays = self.control is None or self.control.stays_drafting
-            fixed = self.choice[0] is not None and self.plan.prune_threshold is None
-            num_streams = self._num_streams(left, cached)
-            if not stays or not fixed or not self.model.has_streams_of(verified, tree.leaf, num_streams):
+            self.choose()
+            fixed = self.choice is not None and self.choice[0] is not None and self.plan.prune_threshold is None
+            if not fixed or not self.model.has_streams_of(verified, tree.leaf, self._num_streams(left, cached)):
                 return None
             if tree.size > 1 and self.growth.changes(self.caches, cached):  # which could not be taken back
                 return None
