@@ -143,6 +143,10 @@ class CacheGrowth:
                     f"kv_bits {self.kv_bits} and kv_group_size {self.kv_group_size}: the prompt cache has "
                     f"{cache.bits} bits in groups of {cache.group_size}; give its values, or none"
                 )
+        if any(type(cache) is RotatingKVCache for cache in make_prompt_cache(model.base)):
+            raise UnsupportedError(
+                "kv_bits: mlx-lm cannot quantise the cache of a layer with a sliding window; drop it"
+            )
         sizes = {size for layer in layout(model) for size in layer.sizes}
         odd = [size for size in sorted(sizes) if size % self.kv_group_size]
         if odd:

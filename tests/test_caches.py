@@ -333,6 +333,14 @@ def test_caches_that_cannot_be_are_refused(arguments, error, message):
         our_tokens(wide_model(), [7, 8], 3, **arguments)
 
 
+def test_windows_are_not_quantised(monkeypatch):
+    """mlx-lm raises NotImplementedError in mid-text; red when we go on with a cache of another kind."""
+    model = wide_model()
+    monkeypatch.setattr(type(model.base), "make_cache", lambda base: [KVCache(), RotatingKVCache(8)] * 2)
+    with pytest.raises(UnsupportedError, match="kv_bits: mlx-lm cannot quantise the cache of a layer with a sliding"):
+        CacheGrowth(**QUANTISED).check(model, None, 9)
+
+
 def test_a_prompt_cache_and_the_arguments_must_agree():
     model = wide_model()
     caches = [QuantizedKVCache(32, 8) for _ in model.layers]
