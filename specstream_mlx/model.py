@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from specstream_mlx.caches import commit_rows, drop_rows
 from specstream_mlx.calibration.times import PassTimes
 from specstream_mlx.config import StreamConfig
 from specstream_mlx.drafting import Insertion
@@ -37,8 +38,6 @@ from specstream_mlx.tree_attention import (
     Reach,
     ValueRotation,
     WindowView,
-    commit_rows,
-    drop_rows,
     install,
     reach,
     windows_of,

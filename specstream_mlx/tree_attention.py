@@ -1,4 +1,4 @@
-"""The seam to stock mlx-lm blocks: positions, masks and the KV cache of a pass over a tree.
+"""The seam to stock mlx-lm blocks: positions and masks of a pass over a tree.
 
 A stock block is called as ``layer(h, mask, cache)``. Three things make it verify a tree:
 
@@ -6,11 +6,11 @@ A stock block is called as ``layer(h, mask, cache)``. Three things make it verif
   that embedding and, inside ``rows_at``, gives every row its own position by treating rows as batch entries (a family
   with learned positions has none: its rows get theirs with the token embedding, and attention knows no position);
 * mask: a boolean (T, S + T) array, prefix then ancestors; a chain needs no more than the causal mask;
-* cache: a pass appends all its rows; ``commit_rows`` keeps the accepted ones, ``drop_rows`` none.
+* cache: a pass appends all its rows to mlx-lm's own caches, and takes back the rejected ones (``caches.py``).
 
-Caches are mlx-lm's own objects, so prompt caches stay interchangeable with mlx-lm. Where mlx-lm gives a layer with a
-sliding window a rotating cache, which overwrites rows that a rejected draft would need back, that layer gets a plain
-one here, and its rows see what lies within the window by their positions (``reach``): the same rows as in mlx-lm.
+Where mlx-lm gives a layer with a sliding window a rotating cache, which overwrites rows that a rejected draft would
+need back, that layer gets a plain one here, and its rows see what lies within the window by their positions
+(``reach``): the same rows as in mlx-lm.
 """
 
 from collections.abc import Iterator, Sequence
@@ -198,22 +198,6 @@ def windows_of(caches: Sequence[Any]) -> list[int | None]:
     return windows
 
 
-def check_caches(caches: Sequence[Any]) -> None:
-    """Refuse caches whose rows cannot be taken back one by one.
-
-    Raises:
-        UnsupportedError: a cache is not mlx-lm's plain ``KVCache``, or layers disagree about their length.
-    """
-    for index, cache in enumerate(caches):
-        if type(cache) is not KVCache:
-            raise UnsupportedError(
-                f"cache of layer {index}: {type(cache).__name__} cannot take back rejected rows; pass what "
-                "model.make_cache() gives"
-            )
-    if len({cache.offset for cache in caches}) > 1:
-        raise UnsupportedError("prompt cache: layers hold different numbers of tokens; make a fresh cache")
-
-
 @dataclass(frozen=True)
 class Reach:
     """What the rows of a pass see in a layer: cached rows from ``first`` on and one another, under ``mask``."""
@@ -303,24 +287,3 @@ def with_streams(tree_mask: BoolMatrix, anchors: Sequence[int], num_streams: int
             [np.repeat(tree_mask[list(anchors)], num_streams, axis=0), own],
         ]
     )
-
-
-def commit_rows(cache: Any, start: int, rows: Sequence[int]) -> None:
-    """Keep, of the rows appended after ``start``, just ``rows`` (rising), moved together; drop the others.
-
-    Rows that already lie in place are not touched, so committing a chain moves nothing.
-    """
-    in_place = 0
-    while in_place < len(rows) and rows[in_place] == in_place:
-        in_place += 1
-    end = start + len(rows)
-    if in_place < len(rows):
-        source = mx.array([start + row for row in rows[in_place:]])
-        cache.keys[..., start + in_place : end, :] = mx.take(cache.keys, source, axis=2)
-        cache.values[..., start + in_place : end, :] = mx.take(cache.values, source, axis=2)
-    cache.offset = end
-
-
-def drop_rows(cache: Any, start: int) -> None:
-    """Forget every row appended after ``start``."""
-    commit_rows(cache, start, ())

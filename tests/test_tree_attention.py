@@ -7,8 +7,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 from specstream_mlx.errors import UnsupportedError
@@ -21,9 +19,6 @@ from specstream_mlx.tree_attention import (
     TreeRope,
     ValueRotation,
     attention_mask,
-    check_caches,
-    commit_rows,
-    drop_rows,
     reach,
     windows_of,
     with_streams,
@@ -193,39 +188,6 @@ def test_masks_over_cached_rows():
     assert np.array(mask).astype(int).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]
 
 
-rows_of = st.lists(st.integers(0, 7), unique=True, max_size=8).map(sorted)
-
-
-@settings(max_examples=30, deadline=None)
-@given(start=st.integers(0, 260), rows=rows_of)
-def test_the_cache_contract(start, rows):
-    """After a commit the next append gives what a fresh cache of the kept rows gives; red when rows are misplaced."""
-    noise = mx.random.normal((1, 2, start + 8 + 3, 4), key=mx.random.key(start))
-    cache, fresh = KVCache(), KVCache()
-    if start:
-        cache.update_and_fetch(noise[..., :start, :], noise[..., :start, :] + 1)
-    cache.update_and_fetch(noise[..., start : start + 8, :], noise[..., start : start + 8, :] + 1)
-    commit_rows(cache, start, rows)
-    assert cache.offset == start + len(rows)
-    keys, values = cache.update_and_fetch(noise[..., -3:, :], noise[..., -3:, :] + 1)
-    order = [*range(start), *(start + row for row in rows), *range(start + 8, start + 11)]
-    expected = mx.take(noise, mx.array(order), axis=2)
-    fresh_keys, fresh_values = fresh.update_and_fetch(expected, expected + 1)
-    assert mx.array_equal(keys, fresh_keys)
-    assert mx.array_equal(values, fresh_values)
-
-
-def test_committing_a_chain_moves_nothing():
-    cache = KVCache()
-    rows = mx.ones((1, 2, 6, 4))
-    cache.update_and_fetch(rows, rows)
-    keys = cache.keys
-    commit_rows(cache, 2, [0, 1])
-    assert cache.keys is keys
-    drop_rows(cache, 1)
-    assert (cache.keys is keys, cache.offset) == (True, 1)
-
-
 def test_value_rotation_turns_stream_rows_only():
     cache = ValueRotation(KVCache(), mx.array([0, 1, 2]), epsilon=0.5)
     values = mx.random.normal((1, 2, 3, 4), key=mx.random.key(0))
@@ -235,16 +197,3 @@ def test_value_rotation_turns_stream_rows_only():
     assert np.allclose(np.array(turned)[..., :2], expected.real, atol=1e-6)
     assert np.allclose(np.array(turned)[..., 2:], expected.imag, atol=1e-6)
     assert cache.offset == 3
-
-
-@pytest.mark.parametrize("cache", [RotatingKVCache(max_size=8), QuantizedKVCache()], ids=lambda c: type(c).__name__)
-def test_other_caches_are_refused_by_name(cache):
-    with pytest.raises(UnsupportedError, match=f"cache of layer 1: {type(cache).__name__}"):
-        check_caches([KVCache(), cache])
-
-
-def test_caches_of_unequal_length_are_refused():
-    longer = KVCache()
-    longer.offset = 3
-    with pytest.raises(UnsupportedError, match="different numbers of tokens"):
-        check_caches([KVCache(), longer])

@@ -1,14 +1,15 @@
 """``specstream-mlx generate``: stream the answer to one prompt."""
 
-import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from specstream_cli.chat_template import ChatTemplate
 from specstream_cli.terminal import Answer, Progress, ReaderGone, answer, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.validation import any_repo_id, invalid_input, tree_spec, usage_error, utf8, utf8_each, within
 
@@ -42,6 +43,9 @@ def generate(
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Give the model the raw prompt.")
     ] = False,
+    prefill_response: Annotated[
+        str | None, typer.Option(callback=utf8, help="Beginning of the answer, which the model goes on with.")
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", callback=within(1), help="Most tokens to generate.")
     ] = 256,
@@ -92,16 +96,31 @@ def generate(
     prefill_step_size: Annotated[
         int, typer.Option(callback=within(1), help="Prompt tokens per prefill pass; less needs less memory.")
     ] = 2048,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="Quantise the key-value cache to so many bits: 2, 3, 4, 5, 6 or 8.")
+    ] = None,
+    kv_group_size: Annotated[int, typer.Option(help="Numbers that share a scale in the quantised cache.")] = 64,
+    quantized_kv_start: Annotated[
+        int, typer.Option(callback=within(0), help="With --kv-bits, tokens after which the cache is quantised.")
+    ] = 5000,
+    max_kv_size: Annotated[
+        int | None,
+        typer.Option(callback=within(5), help="Most tokens in the cache; a longer text forgets all but the first 4."),
+    ] = None,
+    prompt_cache_file: Annotated[
+        str | None, typer.Option(help="Go on from a prompt cache of cache_prompt or mlx-lm; --prompt is what follows.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No statistics on standard error.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
 ) -> None:
     """Answer a prompt, printing the text as it is made."""
-    _refuse_contradictions(draft, tree, insertion, prune_threshold)
-    chat = _Chat.of(system_prompt, chat_template_config, ignore_chat_template)
-    if model is not None and prompt is None:
-        raise usage_error("--prompt: missing; --model needs a prompt ('-' reads standard input)")
-    question = _read_prompt(prompt)
+    refuse_contradictions(draft, tree, insertion, prune_threshold)
+    chat = ChatTemplate.of(system_prompt, chat_template_config, ignore_chat_template, prefill_response)
+    if prompt is None and (model is not None or prompt_cache_file is not None):
+        option = "--model" if model is not None else "--prompt-cache-file"
+        raise usage_error(f"--prompt: missing; {option} needs a prompt ('-' reads standard input)")
+    question = None if prompt is None else read_prompt(prompt)
     quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
     with answer() as out:
         from specstream_mlx import DraftOptions, load, stream_generate
@@ -112,35 +131,35 @@ def generate(
             question = sample_prompt()
             if not quiet:
                 to_stderr(question)
-        target, tokenizer = load(model, adapter=adapter)
-        _add_eos_tokens(tokenizer, extra_eos_token or [])
-        sampler = None
-        if temp > 0:
-            from mlx_lm.sample_utils import make_sampler
+        caches = None
+        if prompt_cache_file is None:
+            target, tokenizer = load(model, adapter=adapter)
+        else:
+            from specstream_mlx.prompt_cache import load_prompt_cache, model_of
 
-            special = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids] if xtc_probability > 0 else []
-            sampler = make_sampler(
-                temp,
-                top_p=top_p,
-                min_p=min_p,
-                top_k=top_k,
-                xtc_probability=xtc_probability,
-                xtc_threshold=xtc_threshold,
-                xtc_special_tokens=special,
-            )
+            cache_file = Path(prompt_cache_file).expanduser()
+            target, tokenizer = load(model_of(cache_file, model), adapter=adapter)
+            caches = load_prompt_cache(cache_file, target)
+        add_eos_tokens(tokenizer, extra_eos_token or [])
+        sampler = sampler_of(tokenizer, temp, top_p, top_k, min_p, xtc_probability, xtc_threshold)
         with progress_bar(quiet=quiet) as progress:
             responses = stream_generate(
                 target,
                 tokenizer,
-                chat.apply(tokenizer, question),
+                chat.prompt(tokenizer, question, cached=caches is not None),
                 max_tokens=max_tokens,
                 sampler=sampler,
                 draft=draft,
                 draft_options=DraftOptions(tree=tree, insertion=insertion, prune_threshold=prune_threshold),
                 seed=seed,
+                prompt_cache=caches,
+                kv_bits=kv_bits,
+                kv_group_size=kv_group_size,
+                quantized_kv_start=quantized_kv_start,
+                max_kv_size=max_kv_size,
                 stop=tuple(stop or ()),
                 prefill_step_size=prefill_step_size,
-                prompt_progress_callback=_prompt_progress(progress, prefill_step_size),
+                prompt_progress_callback=prompt_progress(progress, prefill_step_size),
             )
             first = next(iter(responses), None)
         if first is not None and first.draft.note:
@@ -184,55 +203,28 @@ class _Run:
             self.out.write_json(to_json("".join(self.texts), self.token_ids, self.last))
 
 
-@dataclass(frozen=True)
-class _Chat:
-    """How a question becomes the model's prompt."""
+def sampler_of(
+    tokenizer: Any, temp: float, top_p: float, top_k: int, min_p: float, xtc_probability: float, xtc_threshold: float
+) -> Callable[[Any], Any] | None:
+    """mlx-lm's sampler, or None for greedy text."""
+    if temp == 0:
+        return None
+    from mlx_lm.sample_utils import make_sampler
 
-    system_prompt: str | None
-    template_arguments: Mapping[str, Any]
-    ignored: bool
-
-    @classmethod
-    def of(cls, system_prompt: str | None, config: str | None, ignored: bool) -> "_Chat":
-        arguments: Any = {}
-        if config is not None:
-            try:
-                arguments = json.loads(config)
-            except (ValueError, RecursionError) as error:
-                raise usage_error(f"--chat-template-config: not valid JSON ({error}); give an object") from None
-            if not isinstance(arguments, dict):
-                raise usage_error(f"--chat-template-config: got {config}, expected a JSON object")
-        for option, value in (("--system-prompt", system_prompt), ("--chat-template-config", config)):
-            if ignored and value is not None:
-                raise usage_error(f"{option}: contradicts --ignore-chat-template; drop one")
-        return cls(system_prompt, arguments, ignored)
-
-    def apply(self, tokenizer: Any, question: str) -> str | list[int]:
-        """The prompt as text, or as ids where the template has already written the special tokens.
-
-        Raises:
-            UsageError: an option needs a chat template and the tokenizer has none.
-            InvalidInputError: the template refuses the messages.
-        """
-        if self.ignored or not tokenizer.has_chat_template:
-            if self.system_prompt is not None or self.template_arguments:
-                option = "--system-prompt" if self.system_prompt is not None else "--chat-template-config"
-                raise usage_error(f"{option}: this tokenizer has no chat template; put everything into --prompt")
-            return question
-        messages = [{"role": "user", "content": question}]
-        if self.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.template_arguments
-            )
-        except Exception as error:  # the template is a program of the model's author and may raise anything
-            reason = " ".join(str(error).split())
-            raise invalid_input(f"chat template: refused the messages ({reason})") from error
-        return list(tokenizer.encode(text, add_special_tokens=False))
+    special = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids] if xtc_probability > 0 else []
+    sampler: Callable[[Any], Any] = make_sampler(
+        temp,
+        top_p=top_p,
+        min_p=min_p,
+        top_k=top_k,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        xtc_special_tokens=special,
+    )
+    return sampler
 
 
-def _prompt_progress(progress: Progress | None, step_size: int) -> Callable[[int, int], None] | None:
+def prompt_progress(progress: Progress | None, step_size: int) -> Callable[[int, int], None] | None:
     """Show the prompt's progress where it takes more than one pass."""
     if progress is None:
         return None
@@ -244,7 +236,7 @@ def _prompt_progress(progress: Progress | None, step_size: int) -> Callable[[int
     return report
 
 
-def _refuse_contradictions(
+def refuse_contradictions(
     draft: DraftMode, tree: str | None, insertion: Insertion | None, prune_threshold: float | None
 ) -> None:
     given = {"--tree": tree, "--insertion": insertion, "--prune-threshold": prune_threshold}
@@ -254,10 +246,8 @@ def _refuse_contradictions(
             raise usage_error(f"{option}: has no meaning with --draft {draft}; drop one")
 
 
-def _read_prompt(prompt: str | None) -> str | None:
+def read_prompt(prompt: str) -> str:
     """The text of ``--prompt``; ``-`` is standard input, taken as it is."""
-    if prompt is None:
-        return None
     if prompt != "-":
         text = prompt.replace("\\n", "\n").replace("\\t", "\t")  # as mlx-lm does
     elif sys.stdin is None:
@@ -274,7 +264,7 @@ def _read_prompt(prompt: str | None) -> str | None:
     return text
 
 
-def _add_eos_tokens(tokenizer: Any, tokens: list[str]) -> None:
+def add_eos_tokens(tokenizer: Any, tokens: list[str]) -> None:
     """Add end-of-text tokens given as text or id; those the tokenizer does not know are reported together."""
     if not tokens:
         return

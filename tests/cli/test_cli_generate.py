@@ -86,6 +86,7 @@ def test_every_flag_reaches_the_library(run, library, model, tmp_path):
     words += " --insertion parallel --prune-threshold 0.25 --stop ; --stop END --prefill-step-size 16"
     words += " --extra-eos-token END --extra-eos-token 2 --temp 0.5 --top-p 0.9 --top-k 5 --min-p 0.1"
     words += " --xtc-probability 0.5 --xtc-threshold 0.2"
+    words += " --kv-bits 4 --kv-group-size 32 --quantized-kv-start 9 --max-kv-size 50"
     assert run(*words.split()).code == 0
     assert library.loaded == (model, str(adapter))
     assert library.prompt == "hi"
@@ -99,6 +100,11 @@ def test_every_flag_reaches_the_library(run, library, model, tmp_path):
         "seed": 3,
         "stop": (";", "END"),
         "prefill_step_size": 16,
+        "prompt_cache": None,
+        "kv_bits": 4,
+        "kv_group_size": 32,
+        "quantized_kv_start": 9,
+        "max_kv_size": 50,
         "prompt_progress_callback": None,
     }
 
@@ -152,7 +158,7 @@ def test_a_template_that_refuses_is_one_line(run, library, model):
 def test_template_options_need_a_template(run, model, option, value):
     result = run("generate", "--model", model, "-p", "hi", option, value)
     assert result.code == 2
-    line = f"error: {option}: this tokenizer has no chat template; put everything into --prompt\n"
+    line = f"error: {option}: this tokenizer has no chat template; put everything into the prompt\n"
     assert result.stderr.endswith(line)
 
 
@@ -270,6 +276,7 @@ def test_help_and_version_import_nothing_heavy(child):
     code = (
         "import sys; from specstream_cli.app import main\n"
         "for words in (['--help'], ['generate', '--help'], ['convert', '--help'], ['inspect', '--help'],"
+        " ['chat', '--help'], ['cache_prompt', '--help'],"
         " ['generate', '--temp', 'x']): main(words)\n"
         "heavy = {'mlx', 'mlx_lm', 'transformers', 'torch', 'numpy', 'specstream_convert', 'specstream_mlx.model'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
