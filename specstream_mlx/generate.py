@@ -104,10 +104,24 @@ class Loop:
     statistics: DraftStatistics = field(init=False)
     choice: tuple[DraftTree | None, Insertion] | None = None  # how the next tree is drafted; None: plain decoding
     drafted: bool = False  # whether streams were run for the pass under way
+    adapter: str | None = field(init=False)  # of the model, when the generation began
 
     def __post_init__(self) -> None:
+        self.adapter = self.model.adapter
         self.statistics = DraftStatistics([0] * self.model.gamma, [0] * self.model.gamma)
         self.choose()
+
+    def check_adapter(self) -> None:
+        """Refuse to go on with another adapter than the text so far was made with.
+
+        Raises:
+            UsageError: the model's adapter was switched.
+        """
+        if self.model.adapter != self.adapter:
+            raise UsageError(
+                f"the adapter was switched from {self.adapter!r} to {self.model.adapter!r} in the middle of a "
+                "generation; finish or close it first"
+            )
 
     def choose(self) -> None:
         """Decide how to draft the next tree."""
@@ -227,6 +241,7 @@ def generate_tokens(
                 away = time.perf_counter()
                 yield tokens
                 clock.left(time.perf_counter() - away)
+                loop.check_adapter()
             elif progress is not None:
                 progress(len(prompt), len(prompt))
             verified = launched.verified
