@@ -107,15 +107,18 @@ class AdapterShelf:
         self._in_place, self.name = adapter, name
         return adapter
 
-    @contextmanager
-    def bare_base(self, name: str) -> Iterator[None]:
-        """Within the block the base is bare, to read the adapter ``name`` for it.
+    def check_free(self, name: str) -> None:
+        """Make sure that nothing is called so.
 
         Raises:
             UsageError: the name is taken.
         """
         if name in self.resident:
             raise UsageError(f"adapter {name!r} is loaded already; give another name, or unload it first")
+
+    @contextmanager
+    def bare_base(self) -> Iterator[None]:
+        """Within the block no adapter is in place."""
         before = self.name
         self.put(None)
         try:

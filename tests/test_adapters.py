@@ -318,7 +318,7 @@ def test_a_stored_calibration_belongs_to_the_adapter_it_was_made_with(base_path,
     curve = Curve(((1, 0.01), (8, 0.02)))
     rates = ((0.5,),) * model.gamma
     calibration = Calibration(
-        calibration_key(model), ((128, PassCosts(0.01, curve, curve, curve, 0.001)),), rates, (9,) * model.gamma, "text"
+        calibration_key(model), ((128, PassCosts(0.01, *[curve] * 5)),), rates, (9,) * model.gamma, "text"
     )
     save(calibration)
     for name in [*kinds, None, "lossless"]:

@@ -4,9 +4,10 @@ What is equal, bit for bit, in every dtype:
 
 * with deferred insertion a verification pass runs the same rows through the same layers as the bare base does, so
   logits and committed keys and values are the base's;
-* with parallel insertion the top layers multiply more rows at once. A kernel may sum in another order for another
-  number of rows, so there the main rows are compared with a pass of as many rows: streams of zeros without any LoRA.
-  Neither LoRA nor the contents of stream rows may change a bit of them. Below the stream layers they are the base's.
+* with leaf and parallel insertion the top layers multiply more rows at once. A kernel may sum in another order for
+  another number of rows, so there the main rows are compared with a pass of as many rows: streams of zeros without any
+  LoRA. Neither LoRA nor the contents of stream rows may change a bit of them. Below the stream layers they are the
+  base's.
 """
 
 from typing import Any
@@ -22,6 +23,7 @@ from specstream_mlx.tree import DraftTree
 from tests.adapter_cases import save_adapter
 from tests.tiny import FAMILIES, make_base, our_tokens, plain_tokens, random_prompt
 
+INSERTIONS = ("leaf", "parallel", "deferred")
 PROMPT = random_prompt(9, seed=2)
 TREE = DraftTree.from_paths([(0, 0), (0, 1), (1, 0), (2,)])
 NODES = random_prompt(TREE.size, seed=3)
@@ -66,7 +68,7 @@ def main_stream(model: SpecStreamModel, tree: DraftTree, nodes: list[int], inser
     """Logits of the prompt and of a pass, and the caches with the accepted rows, layer after layer from the first."""
     caches = model.make_cache()
     prompt = model(mx.array([PROMPT]), cache=caches)
-    run = model.verify(mx.array(nodes), tree, caches, insert_streams=insertion == "parallel")
+    run = model.verify(mx.array(nodes), tree, caches, insertion=insertion)
     model.commit(run, ACCEPTED if tree is TREE else range(tree.size), caches)
     return [prompt, run.logits, *cached(caches)]
 
@@ -92,11 +94,13 @@ def test_the_main_stream_is_the_untouched_base_bit_for_bit(family, kind, tmp_pat
     bare = main_stream(model, TREE, NODES, "deferred")
     model.use_adapter("lossless")
     assert all(equal(main_stream(model, TREE, NODES, "deferred"), bare))
-    inserted = main_stream(model, TREE, NODES, "parallel")
-    model.use_adapter("zeros")
-    assert all(equal(main_stream(model, TREE, NODES, "parallel"), inserted))
     trunk = 2 + 2 * (len(model.layers) - NUM_STREAM_LAYERS)
-    assert all(equal(inserted[2:trunk], bare[2:trunk]))
+    for insertion in ("leaf", "parallel"):
+        model.use_adapter("lossless")
+        inserted = main_stream(model, TREE, NODES, insertion)
+        model.use_adapter("zeros")
+        assert all(equal(main_stream(model, TREE, NODES, insertion), inserted))
+        assert all(equal(inserted[2:trunk], bare[2:trunk]))
     assert len(bare) == 2 + 2 * len(model.layers)
     model.use_adapter("lossless")
     chain = main_stream(model, DraftTree.chain(3), NODES[:4], "deferred")
@@ -109,26 +113,26 @@ def test_the_main_stream_is_the_untouched_base_bit_for_bit(family, kind, tmp_pat
 
 @pytest.mark.parametrize(("family", "kind"), [*((family, "float32") for family in FAMILIES), ("llama", "4-bit")])
 def test_lora_acts_on_the_streams(family, kind, tmp_path):
-    """Guards the tests above, which a LoRA without any effect would pass too; both insertions agree about it."""
+    """Guards the tests above, which a LoRA without any effect would pass too; all insertions agree about it."""
     model = with_adapters(family, kind, tmp_path)
     model.use_adapter("lossless")
     found = []
     for scale in (1, 0):
         for layer in model.adapters["lossless"].layers:
             layer.adapted.lora_b = layer.adapted.lora_b * scale
-        for insertion in ("deferred", "parallel"):
+        for insertion in INSERTIONS:
             caches = model.make_cache()
             model(mx.array([PROMPT]), cache=caches)
-            run = model.verify(mx.array(NODES), TREE, caches, insert_streams=insertion == "parallel")
-            model.commit(run, [0, 1], caches)
-            found.append(model.stream_logits(run, 1, caches).astype(mx.float32))
-    deferred, parallel, without, _ = found
+            run = model.verify(mx.array(NODES), TREE, caches, insertion=insertion)
+            model.commit(run, TREE.ancestors(TREE.leaf), caches)
+            found.append(model.stream_logits(run, TREE.leaf, caches).astype(mx.float32))
+    *inserted, deferred, without = *found[:2], found[2], found[-1]
     tolerance = 1e-4 if kind == "float32" else 0.25  # bfloat16, on logits of size 1 to 10
-    assert mx.allclose(deferred, parallel, atol=tolerance)
+    assert all(mx.allclose(logits, deferred, atol=tolerance) for logits in inserted)
     assert not mx.allclose(deferred, without, atol=2 * tolerance)
 
 
-@pytest.mark.parametrize("insertion", ["deferred", "parallel"])
+@pytest.mark.parametrize("insertion", INSERTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_text_is_that_of_mlx_lm_on_the_bare_base(family, insertion, tmp_path):
     """Red when: an accepted token is not what the bare base would have written."""

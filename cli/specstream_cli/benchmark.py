@@ -19,13 +19,14 @@ from specstream_cli.arms import (
     stream_arm,
     warm_up,
 )
+from specstream_cli.costs import cost_lines, cost_table
 from specstream_cli.plots import check_plot, draw
 from specstream_cli.quality import quality
 from specstream_cli.tables import table
 from specstream_cli.terminal import Progress, answer, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.validation import any_repo_id, invalid_input, tree_spec, usage_error, within
 
-Insertion = Literal["deferred", "parallel"]
+Insertion = Literal["leaf", "deferred", "parallel"]
 DRAFT_MODES = ("auto", "tree", "chain", "off")
 REFERENCES = ("answer", "reference", "completion", "target")
 
@@ -41,6 +42,10 @@ def benchmark(
     model: Annotated[
         str | None,
         typer.Option(help="MLX model directory or Hugging Face repository; default: the model shipped here."),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Directory with an adapter for this base; mlx-lm runs the base, or its fine-tune by a LoRA."),
     ] = None,
     prompts_file: Annotated[
         list[Path] | None,
@@ -70,7 +75,7 @@ def benchmark(
     tree: Annotated[
         str | None, typer.Option(callback=tree_spec, metavar="SPEC", help="Tree of the tree and auto arms.")
     ] = None,
-    insertion: Annotated[Insertion | None, typer.Option(help="How streams are run: deferred or parallel.")] = None,
+    insertion: Annotated[Insertion | None, typer.Option(help="How streams run: leaf, deferred or parallel.")] = None,
     draft_model: Annotated[
         str | None, typer.Option(help="A second, smaller model: mlx-lm's own speculative decoding as an arm.")
     ] = None,
@@ -108,10 +113,13 @@ def benchmark(
         within(1)(length)
     if random_weights is None and (dtype is not None or q_bits is not None):
         raise usage_error(f"--{'dtype' if dtype is not None else 'q-bits'}: goes with --random-weights")
-    if random_weights is not None and model is not None:
-        raise usage_error("--random-weights: contradicts --model; drop one")
+    for option, value in (("--model", model), ("--adapter", adapter)):
+        if random_weights is not None and value is not None:
+            raise usage_error(f"--random-weights: contradicts {option}; drop one")
     check_plot(plot)
-    quieten_libraries(offline=not any_repo_id({"--model": model, "--draft-model": draft_model}), debug=debug)
+    quieten_libraries(
+        offline=not any_repo_id({"--model": model, "--adapter": adapter, "--draft-model": draft_model}), debug=debug
+    )
 
     def remark(line: str) -> None:
         if not quiet:
@@ -133,6 +141,7 @@ def benchmark(
                 draft,
                 max_tokens,
                 remark,
+                adapter=adapter,
                 tree=tree,
                 insertion=insertion,
                 draft_model=draft_model,
@@ -162,6 +171,7 @@ def load_arms(
     max_tokens: int,
     remark: Callable[[str], None],
     *,
+    adapter: str | None = None,
     tree: str | None = None,
     insertion: Insertion | None = None,
     draft_model: str | None = None,
@@ -173,12 +183,20 @@ def load_arms(
     from mlx.utils import tree_flatten, tree_unflatten
 
     from specstream_mlx import DraftOptions, default_model_path, load
+    from specstream_mlx.adapters import live_lora
     from specstream_mlx.calibration.store import calibration_key
+    from specstream_mlx.files import resolve
 
     path = str(default_model_path()) if name is None else name
-    target, tokenizer = load(path)
-    stock, _, *_ = mlx_lm.load(path, lazy=True)
+    target, tokenizer = load(path, adapter=adapter)
+    # A LoRA on all rows is a fine-tune, which mlx-lm runs too. Streams and their LoRA leave mlx-lm the base.
+    live = live_lora(resolve(path if adapter is None else adapter))
+    stock, _, *_ = mlx_lm.load(path, adapter_path=None if live is None else str(live), lazy=True)
+    in_use = target.adapter
+    if live is None:
+        target.use_adapter(None)
     ours = dict(tree_flatten(target.base.parameters()))
+    target.use_adapter(in_use)
     stock.update(tree_unflatten([(key, ours[key]) for key, _ in tree_flatten(stock.parameters()) if key in ours]))
     stock_bytes = sum(value.nbytes for _, value in tree_flatten(stock.parameters()))
     our_bytes = sum(value.nbytes for _, value in tree_flatten(target.parameters()))
@@ -219,6 +237,8 @@ def load_arms(
         "dtype": key["dtype"],
         "quantization": key["quantization"],
         "gamma": target.gamma,
+        "adapter": None if adapter is None else target.adapter,
+        "adapter_bytes": target.adapters[in_use].num_bytes if in_use is not None else 0,
         "weights_gb": our_bytes / 1e9,
         "tree": tree,
         "insertion": insertion,
@@ -402,24 +422,7 @@ def tables(document: dict[str, Any]) -> str:
                 text.append(f"{found['arm']}: {_quality_line(found['quality'])}\n")
         text.append("\n")
     for costs in document.get("costs", ()):
-        chain = dict(costs["chain"])
-        others = [dict(costs[name]) for name in ("tree", "parallel")]
-        rows = [
-            [
-                count,
-                f"{1000 * seconds:.2f}",
-                *(f"{1000 * curve[count]:.2f}" if count in curve else "-" for curve in others),
-                f"{seconds / costs['plain']:.2f}",
-                f"{(seconds + costs['streams']) / costs['plain']:.2f}",
-            ]
-            for count, seconds in chain.items()
-        ]
-        text.append(
-            f"context {costs['context']}: plain step {1000 * costs['plain']:.2f} ms, "
-            f"stream pass {1000 * costs['streams']:.2f} ms\n"
-        )
-        header = ["rows", "chain ms", "tree ms", "with streams ms", "chain / plain", "tokens to break even"]
-        text += [table(header, rows), "\n"]
+        text.append(f"{cost_table(costs)}\n")
     return "".join(text)
 
 
@@ -479,11 +482,12 @@ def _panels(document: dict[str, Any]) -> list[dict[str, Any]]:
         if lines:
             panels.append({"title": "acceptance", "x": "depth", "y": "passes that accepted it", "lines": lines})
     for costs in document.get("costs", ()):
-        lines = [
-            (label, [count for count, _ in costs[name]], [1000 * seconds for _, seconds in costs[name]])
-            for name, label in (("chain", "chain"), ("tree", "tree"), ("parallel", "with streams"))
-        ]
         panels.append(
-            {"title": f"cost at context {costs['context']}", "x": "rows of a pass", "y": "milliseconds", "lines": lines}
+            {
+                "title": f"cost at context {costs['context']}",
+                "x": "rows of a pass",
+                "y": "milliseconds",
+                "lines": cost_lines(costs),
+            }
         )
     return panels

@@ -114,7 +114,7 @@ def test_a_lossless_fine_tune_answers_as_its_base_does(run, lossless_fine_tune, 
         return
     expected = [response.token for response in mlx_lm.stream_generate(stock, tokenizer, "a b c", max_tokens=16)]
     for place in (["--model", str(out)], ["--model", str(base), "--adapter", str(sidecar)]):
-        for how in (["off"], ["auto"], ["chain", "--insertion", "parallel"], ["tree", "--tree", "cartesian:2x2"]):
+        for how in (["off"], ["auto"], ["chain", "--insertion", "parallel"], ["tree", "--insertion", "deferred"]):
             answer = run("generate", *place, "-p", "a b c", "-m", "16", "--json", "--draft", *how)
             assert json.loads(answer.stdout)["token_ids"] == expected
 
