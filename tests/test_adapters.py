@@ -18,7 +18,7 @@ from specstream_mlx.calibration.store import calibration_key, find, save
 from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.errors import InvalidInputError, SpecStreamError, UnsupportedError, UsageError
 from specstream_mlx.tree import DraftTree
-from tests.adapter_cases import save_base, save_every_kind
+from tests.adapter_cases import mark_of, save_base, save_every_kind, save_live_lora
 from tests.tiny import NumberTokenizer, make_base, our_tokens, plain_tokens, random_prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:transformers.*")
@@ -163,8 +163,6 @@ def change_tensors(file, change):
 def of_another_base(path):
     model, _ = load(path.parent / "base")
     model.base.model.norm.weight = model.base.model.norm.weight + 1
-    from tests.adapter_cases import mark_of
-
     change_json(path / CONFIG_NAME, base_model={"fingerprint": mark_of(model.base), "name_or_path": "org/other"})
 
 
@@ -305,9 +303,10 @@ def test_names(in_use, kinds):
     assert model.adapter == "good-shared"
 
 
-def test_a_stored_calibration_belongs_to_the_adapter_it_was_made_with(base_path, kinds):
+def test_a_stored_calibration_belongs_to_the_adapter_it_was_made_with(base_path, kinds, tmp_path):
     """Red when: the key of a calibration, or what passes took, is that of another adapter or of the bare base."""
     model, _ = load(base_path)
+    kinds = kinds | {"other": save_live_lora(tmp_path / "other", model.base, 41)}
     keys, times = {}, {}
     for name, directory in kinds.items():
         model.use_adapter(model.load_adapter(directory))
