@@ -59,10 +59,16 @@ class Adapter:
     pass_times: PassTimes = field(default_factory=PassTimes)
 
     @property
+    def arrays(self) -> list[mx.array]:
+        """Its own tensors, without the base's, which lie in the layers that it wraps."""
+        streams = [] if self.streams is None else [value for _, value in tree_flatten(self.streams.parameters())]
+        held = (value for layer in self.layers for value in layer.adapted.values())
+        return [*streams, *(value for value in held if isinstance(value, mx.array))]
+
+    @property
     def num_bytes(self) -> int:
-        """Memory of its own tensors, without the base's."""
-        own = [layer.adapted for layer in self.layers] + ([self.streams] if self.streams is not None else [])
-        return sum(map(_num_bytes, own)) - sum(_num_bytes(layer.bare) for layer in self.layers)
+        """Memory of its own tensors."""
+        return sum(array.nbytes for array in self.arrays)
 
     @property
     def changes_text(self) -> bool:
@@ -174,7 +180,7 @@ def read_adapter(directory: Path, base: nn.Module, family: DecoderFamily, contex
     if live is not None:
         layers = _read_live_lora(live, base)
     adapter = Adapter(config, streams, layers)
-    mx.eval([streams, *(layer.adapted.parameters() for layer in layers)])
+    mx.eval(adapter.arrays)
     return adapter
 
 
@@ -186,10 +192,6 @@ def put_layers(base: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> None
 
 def _has_streams(directory: Path) -> bool:
     return (directory / CONFIG_NAME).exists() or (directory / WEIGHTS_NAME).exists()
-
-
-def _num_bytes(module: nn.Module) -> int:
-    return sum(value.nbytes for _, value in tree_flatten(module.parameters()))
 
 
 def _read_streams(
