@@ -303,7 +303,10 @@ def _stream_lora(
         elif match is None or int(match[1]) < num_trunk_layers:
             problems.append(f"{where}:{LORA_PREFIX}{path}: lies below the stream layers, it would never act")
         elif not isinstance(linear, nn.Linear | nn.QuantizedLinear):
-            problems.append(f"{where}:{LORA_PREFIX}{path}: the base has no linear layer of this name")
+            has = "no layer of this name" if linear is None else f"a {type(linear).__name__} here"
+            problems.append(
+                f"{where}:{LORA_PREFIX}{path}: LoRA on stream rows needs a linear layer, the base has {has}"
+            )
         elif a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or (a.shape[0], b.shape[1]) != _dims(linear):
             problems.append(f"{where}:{LORA_PREFIX}{path}: shapes {a.shape} and {b.shape} do not fit {_dims(linear)}")
         else:

@@ -203,6 +203,12 @@ def lora_below_the_streams(path):
     change_tensors(path / WEIGHTS_NAME, lambda tensors: tensors.update(below))
 
 
+def lora_of_a_strange_layer(path):
+    name = "lora.model.layers.3.mlp.strange_proj.lora_"
+    strange = {f"{name}a": mx.zeros((32, 4)), f"{name}b": mx.zeros((4, 64))}
+    change_tensors(path / WEIGHTS_NAME, lambda tensors: tensors.update(strange))
+
+
 def lora_on_all_rows_beside_it(path):
     shutil.copytree(path.parent / "shared" / "adapters", path / "adapters")
 
@@ -252,6 +258,7 @@ DAMAGES = [
     ("lossless", half_a_lora, "layers.3.mlp.up_proj: needs both lora_a and lora_b"),
     ("lossless", lora_of_another_shape, r"layers.3.mlp.up_proj: shapes \(31, 4\) .* do not fit \(32, 64\)"),
     ("lossless", lora_below_the_streams, "layers.1.mlp.up_proj: lies below the stream layers"),
+    ("lossless", lora_of_a_strange_layer, "needs a linear layer, the base has no layer of this name"),
     ("lossless", lora_on_all_rows_beside_it, "a LoRA on all rows, and the streams beside it are lossless"),
     ("lossless", in_pytorch_form, "a PEFT checkpoint; run specstream-mlx convert --adapter-only"),
     ("shared", live_truncated, "adapters.safetensors: damaged safetensors file"),
