@@ -126,8 +126,10 @@ class Loop:
     watch: Callable[[int, mx.array], None] | None = None  # told the tokens so far and (gamma, V) stream logits
     statistics: DraftStatistics = field(init=False)
     choice: tuple[DraftTree | None, Insertion] | None = None  # how the next tree is drafted; None: plain decoding
+    adapter: str | None = field(init=False)  # of the model, when the generation began
 
     def __post_init__(self) -> None:
+        self.adapter = self.model.adapter
         self.statistics = DraftStatistics([0] * self.model.gamma, [0] * self.model.gamma)
         self.choose()
 
@@ -135,6 +137,18 @@ class Loop:
     def may_draft(self) -> bool:
         """Whether rejected rows can be taken back, and streams may be used at all."""
         return self.plan.drafts and not is_full(self.caches)
+
+    def check_adapter(self) -> None:
+        """Refuse to go on with another adapter than the text so far was made with.
+
+        Raises:
+            UsageError: the model's adapter was switched.
+        """
+        if self.model.adapter != self.adapter:
+            raise UsageError(
+                f"the adapter was switched from {self.adapter!r} to {self.model.adapter!r} in the middle of a "
+                "generation; finish or close it first"
+            )
 
     def choose(self) -> None:
         """Decide how to draft the next tree."""
@@ -313,6 +327,7 @@ def generate_tokens(
                 away = time.perf_counter()
                 yield tokens
                 clock.left(time.perf_counter() - away)
+                loop.check_adapter()
             elif progress is not None:
                 progress(len(prompt), len(prompt))
             verified = current.verified

@@ -16,6 +16,7 @@ The insertion says which nodes are anchors: every node (parallel, as in the pape
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -24,12 +25,13 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from specstream_mlx.adapters import OWN, Adapter, AdapterShelf, read_adapter
 from specstream_mlx.caches import commit_rows, drop_rows
-from specstream_mlx.calibration.times import PassTimes
 from specstream_mlx.config import StreamConfig
 from specstream_mlx.drafting import Insertion
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.families import family_of
+from specstream_mlx.files import resolve
 from specstream_mlx.streams import Streams
 from specstream_mlx.tree import DraftTree
 from specstream_mlx.tree_attention import (
@@ -97,13 +99,14 @@ class SpecStreamModel(nn.Module):
         super().__init__()
         self.base = base
         self.model_type = model_type
-        self.stream_config = stream_config
-        self.streams = streams
         self.family = family_of(base, model_type)
-        self.pass_times = PassTimes()
         self.context = PassContext()  # what the modules wrapped by the seam read; stream-only LoRA layers share it
         self.windows = windows_of(make_prompt_cache(base))
         install(self.family, self.context)
+        self._shelf = AdapterShelf(base)
+        if stream_config is not None:
+            self.add_adapter(OWN, Adapter(stream_config, streams))
+        self.use_adapter(OWN if stream_config is not None else None)
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         """The base model: (B, L) ids -> (B, L, V) logits."""
@@ -134,6 +137,74 @@ class SpecStreamModel(nn.Module):
             return max_tokens
         left = self.context_length - num_tokens
         return left if max_tokens == -1 else min(max_tokens, left)
+
+    def load_adapter(self, path_or_repo: str | Path, name: str | None = None) -> str:
+        """Read an adapter and keep it in memory, beside any others; ``use_adapter`` puts it to use.
+
+        Args:
+            path_or_repo: a stream adapter, a LoRA that mlx-lm wrote, or a repository id.
+            name: what to call it here; None: the directory's name, or the repository's.
+
+        Returns:
+            The name.
+
+        Raises:
+            UsageError: the name is taken.
+            InvalidInputError: a damaged adapter, or one of another base. The model is as it was.
+            UnsupportedError: a format version or a kind of adapter that we do not run. The model is as it was.
+        """
+        directory = resolve(path_or_repo)
+        local = Path(path_or_repo).expanduser().is_dir()
+        name = name or (directory.resolve().name if local else str(path_or_repo))
+        self._shelf.check_free(name)
+        with self._shelf.bare_base():
+            adapter = read_adapter(directory, self.base, self.family, self.context)
+        self.add_adapter(name, adapter)
+        return name
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Keep an adapter that was made here, beside any others.
+
+        Raises:
+            UsageError: the name is taken.
+        """
+        self._shelf.check_free(name)
+        self._shelf.resident[name] = adapter
+
+    def use_adapter(self, name: str | None) -> None:
+        """Put a loaded adapter to use, or with None the base alone, which then decodes plainly.
+
+        Takes no time worth the name: the base's weights stay where they are. The streams that lie in a model's own
+        directory are an adapter too, called ``"own"``. A prompt cache goes on with the adapter it was made with, or
+        with any that leaves the text to the base.
+
+        Raises:
+            UsageError: no adapter of this name is loaded.
+        """
+        adapter = self._shelf.put(name)
+        self.stream_config, self.streams = adapter.stream_config, adapter.streams
+        self.pass_times = adapter.pass_times
+
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter's memory; when it is in use, the base alone is in use afterwards.
+
+        Raises:
+            UsageError: no adapter of this name is loaded.
+        """
+        self._shelf.get(name)
+        if self.adapter == name:
+            self.use_adapter(None)
+        del self._shelf.resident[name]
+
+    @property
+    def adapter(self) -> str | None:
+        """The name of the adapter in use; None: the base alone."""
+        return self._shelf.name
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Every adapter in memory, by name; ``num_bytes`` is what it takes."""
+        return dict(self._shelf.resident)
 
     @property
     def gamma(self) -> int:

@@ -32,6 +32,8 @@ class Break:
 
 LOSSLESS = "tests/test_lossless.py::"
 FAMILIES = "tests/test_families.py::"
+LOSSLESS_MODE = "tests/test_lossless_mode.py::"
+ADAPTERS = "tests/test_adapters.py::"
 LEARNED = "tests/convert/test_convert_learned.py::"
 CACHES = "tests/test_caches.py::"
 BREAKS = (
@@ -484,6 +486,62 @@ BREAKS = (
         "    hidden = family.norm(hidden)\n",
         "",
         LEARNED + "test_the_layer_by_layer_reference",
+    ),
+    Break(
+        "stream LoRA reaches main rows",
+        "specstream_mlx/streams.py",
+        "mx.concatenate([y[:, :num_main], y[:, num_main:] + delta], axis=1)",
+        "mx.concatenate([y[:, :num_main] + delta[:, :1], y[:, num_main:] + delta], axis=1)",
+        LOSSLESS_MODE + "test_the_main_stream_is_the_untouched_base",
+    ),
+    Break(
+        "stream LoRA acts in every pass",
+        "specstream_mlx/streams.py",
+        "        if num_main is None:\n            return y\n",
+        "        num_main = num_main or 0\n",
+        LOSSLESS_MODE + "test_the_main_stream_is_the_untouched_base",
+    ),
+    Break(
+        "a switch leaves layers of the adapter before in place",
+        "specstream_mlx/adapters.py",
+        "        put_layers(self._base, [(layer.path, layer.bare) for layer in self._in_place.layers])\n",
+        "",
+        ADAPTERS + "test_every_adapter_is_as_if_it_were_alone",
+    ),
+    Break(
+        "an adapter is read for a base that another one is on",
+        "specstream_mlx/model.py",
+        "        with self._shelf.bare_base():\n",
+        "        if True:\n",
+        ADAPTERS + "test_every_adapter_is_as_if_it_were_alone",
+    ),
+    Break(
+        "a LoRA that mlx-lm refuses stays in the base in part",
+        "specstream_mlx/adapters.py",
+        "        put_layers(base, [(layer.path, layer.bare) for layer in replaced()])\n",
+        "        pass\n",
+        ADAPTERS + "test_what_is_refused_leaves_the_model_as_it_was",
+    ),
+    Break(
+        "the key of a calibration overlooks a LoRA",
+        "specstream_mlx/calibration/store.py",
+        'name.rsplit(".", 1)[-1].startswith("lora_")',
+        "False",
+        ADAPTERS + "test_a_stored_calibration_belongs",
+    ),
+    Break(
+        "a text goes on with another adapter",
+        "specstream_mlx/generate.py",
+        "                loop.check_adapter()\n",
+        "",
+        ADAPTERS + "test_a_switch_in_the_middle_of_a_text_is_refused",
+    ),
+    Break(
+        "a fine-tune is measured against its bare base",
+        "cli/specstream_cli/benchmark.py",
+        "    live = live_lora(resolve(path if adapter is None else adapter))\n",
+        "    live = live_lora(resolve(path))\n",
+        "tests/cli/test_cli_benchmark.py::test_an_adapter_is_measured",
     ),
 )
 

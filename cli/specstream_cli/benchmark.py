@@ -43,6 +43,10 @@ def benchmark(
         str | None,
         typer.Option(help="MLX model directory or Hugging Face repository; default: the model shipped here."),
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Directory with an adapter for this base; mlx-lm runs the base, or its fine-tune by a LoRA."),
+    ] = None,
     prompts_file: Annotated[
         list[Path] | None,
         typer.Option(
@@ -109,10 +113,13 @@ def benchmark(
         within(1)(length)
     if random_weights is None and (dtype is not None or q_bits is not None):
         raise usage_error(f"--{'dtype' if dtype is not None else 'q-bits'}: goes with --random-weights")
-    if random_weights is not None and model is not None:
-        raise usage_error("--random-weights: contradicts --model; drop one")
+    for option, value in (("--model", model), ("--adapter", adapter)):
+        if random_weights is not None and value is not None:
+            raise usage_error(f"--random-weights: contradicts {option}; drop one")
     check_plot(plot)
-    quieten_libraries(offline=not any_repo_id({"--model": model, "--draft-model": draft_model}), debug=debug)
+    quieten_libraries(
+        offline=not any_repo_id({"--model": model, "--adapter": adapter, "--draft-model": draft_model}), debug=debug
+    )
 
     def remark(line: str) -> None:
         if not quiet:
@@ -134,6 +141,7 @@ def benchmark(
                 draft,
                 max_tokens,
                 remark,
+                adapter=adapter,
                 tree=tree,
                 insertion=insertion,
                 draft_model=draft_model,
@@ -163,6 +171,7 @@ def load_arms(
     max_tokens: int,
     remark: Callable[[str], None],
     *,
+    adapter: str | None = None,
     tree: str | None = None,
     insertion: Insertion | None = None,
     draft_model: str | None = None,
@@ -174,12 +183,20 @@ def load_arms(
     from mlx.utils import tree_flatten, tree_unflatten
 
     from specstream_mlx import DraftOptions, default_model_path, load
+    from specstream_mlx.adapters import live_lora
     from specstream_mlx.calibration.store import calibration_key
+    from specstream_mlx.files import resolve
 
     path = str(default_model_path()) if name is None else name
-    target, tokenizer = load(path)
-    stock, _, *_ = mlx_lm.load(path, lazy=True)
+    target, tokenizer = load(path, adapter=adapter)
+    # A LoRA on all rows is a fine-tune, which mlx-lm runs too. Streams and their LoRA leave mlx-lm the base.
+    live = live_lora(resolve(path if adapter is None else adapter))
+    stock, _, *_ = mlx_lm.load(path, adapter_path=None if live is None else str(live), lazy=True)
+    in_use = target.adapter
+    if live is None:
+        target.use_adapter(None)
     ours = dict(tree_flatten(target.base.parameters()))
+    target.use_adapter(in_use)
     stock.update(tree_unflatten([(key, ours[key]) for key, _ in tree_flatten(stock.parameters()) if key in ours]))
     stock_bytes = sum(value.nbytes for _, value in tree_flatten(stock.parameters()))
     our_bytes = sum(value.nbytes for _, value in tree_flatten(target.parameters()))
@@ -220,6 +237,8 @@ def load_arms(
         "dtype": key["dtype"],
         "quantization": key["quantization"],
         "gamma": target.gamma,
+        "adapter": None if adapter is None else target.adapter,
+        "adapter_bytes": target.adapters[in_use].num_bytes if in_use is not None else 0,
         "weights_gb": our_bytes / 1e9,
         "tree": tree,
         "insertion": insertion,

@@ -31,9 +31,9 @@ COMMANDS = {
     "inspect": "--model --json --debug",
     "calibrate": "--model --adapter --prompts-file --prompts --max-tokens --context --repeats --store --no-store "
     "--plot --json --quiet --debug",
-    "benchmark": "--model --prompts-file --prompts --repeats --max-tokens --context --draft --tree --insertion "
-    "--draft-model --num-draft-tokens --prompt-lookup --ignore-eos --noise-streams --allow-differences --costs "
-    "--random-weights --dtype --q-bits --plot --json --quiet --debug",
+    "benchmark": "--model --adapter --prompts-file --prompts --repeats --max-tokens --context --draft --tree "
+    "--insertion --draft-model --num-draft-tokens --prompt-lookup --ignore-eos --noise-streams --allow-differences "
+    "--costs --random-weights --dtype --q-bits --plot --json --quiet --debug",
     "train": "--model --data --self-distill --adapter-path --overwrite --config --mode --gamma --num-stream-layers "
     "--stream-init-rank --value-rotation --stream-position --prune-rank --pruner-only --rank --scale --num-layers "
     "--iters --batch-size --grad-accumulation-steps --optimizer --learning-rate --stream-lr-scale --warmup "
