@@ -35,6 +35,34 @@ FAMILIES = "tests/test_families.py::"
 LEARNED = "tests/convert/test_convert_learned.py::"
 BREAKS = (
     Break(
+        "nodes draw with the noise of their row instead of their depth",
+        "specstream_mlx/sampling.py",
+        "self._restore(self.num_drawn + tree.depths[node])",
+        "self._restore(self.num_drawn + node)",
+        "tests/test_sampling.py::test_every_outcome_of_a_pass_has_the_probability_of_plain_decoding",
+    ),
+    Break(
+        "every node of a pass draws with the same noise",
+        "specstream_mlx/sampling.py",
+        "self._restore(self.num_drawn + tree.depths[node])",
+        "self._restore(self.num_drawn)",
+        "tests/test_sampling.py::test_chi_square_over_many_seeds",
+    ),
+    Break(
+        "logits processors that remember are asked for every node",
+        "specstream_mlx/sampling.py",
+        "self._in_order = not all(",
+        "self._in_order = False and not all(",
+        "tests/test_sampling.py::test_processors_and_samplers_that_remember",
+    ),
+    Break(
+        "processors see the rows before a node instead of its ancestors",
+        "specstream_mlx/sampling.py",
+        "tokens = node_tokens[mx.array(tree.ancestors(node))]",
+        "tokens = node_tokens[: node + 1]",
+        "tests/test_sampling.py::test_samplers_and_processors_equal_mlx_lm_token_by_token",
+    ),
+    Break(
         "the tree mask shows every earlier row",
         "specstream_mlx/tree_attention.py",
         "if np.array_equal(visible, np.tri(length, dtype=np.bool_)):",

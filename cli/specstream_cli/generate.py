@@ -9,6 +9,22 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from specstream_cli.sampling import (
+    ContextSize,
+    FrequencyPenalty,
+    LogitBias,
+    MinP,
+    MinTokensToKeep,
+    PresencePenalty,
+    RepetitionPenalty,
+    Sampling,
+    Seed,
+    Temp,
+    TopK,
+    TopP,
+    XtcProbability,
+    XtcThreshold,
+)
 from specstream_cli.terminal import Answer, Progress, ReaderGone, answer, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.validation import any_repo_id, invalid_input, tree_spec, usage_error, utf8, utf8_each, within
 
@@ -53,21 +69,21 @@ def generate(
         list[str] | None,
         typer.Option(callback=utf8_each, help="A further end-of-text token, as text or id; may be repeated."),
     ] = None,
-    temp: Annotated[float, typer.Option(callback=within(0), help="Sampling temperature; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(callback=within(0, 1, above=True), help="Nucleus sampling; 1 is off.")] = 1.0,
-    top_k: Annotated[int, typer.Option(callback=within(0), help="Sample among the k likeliest; 0 is off.")] = 0,
-    min_p: Annotated[
-        float, typer.Option(callback=within(0, 1), help="Least probability relative to the likeliest token.")
-    ] = 0.0,
-    xtc_probability: Annotated[
-        float, typer.Option(callback=within(0, 1), help="How often XTC removes the likeliest tokens.")
-    ] = 0.0,
-    xtc_threshold: Annotated[
-        float, typer.Option(callback=within(0, 0.5), help="Probability from which XTC may remove a token.")
-    ] = 0.1,
-    seed: Annotated[
-        int | None, typer.Option(callback=within(0, 2**64 - 1), help="Same seed, same text, whatever the draft.")
-    ] = None,
+    temp: Temp = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    min_tokens_to_keep: MinTokensToKeep = 1,
+    xtc_probability: XtcProbability = 0.0,
+    xtc_threshold: XtcThreshold = 0.1,
+    repetition_penalty: RepetitionPenalty = 0.0,
+    repetition_context_size: ContextSize = 20,
+    presence_penalty: PresencePenalty = 0.0,
+    presence_context_size: ContextSize = 20,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    frequency_context_size: ContextSize = 20,
+    logit_bias: LogitBias = None,
+    seed: Seed = None,
     draft: Annotated[
         DraftMode,
         typer.Option(help="How to draft; every choice gives the same tokens. 'off' decodes plainly."),
@@ -95,6 +111,22 @@ def generate(
 ) -> None:
     """Answer a prompt, printing the text as it is made."""
     _refuse_contradictions(draft, tree, insertion, prune_threshold)
+    sampling = Sampling(
+        temp=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        min_tokens_to_keep=min_tokens_to_keep,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        repetition_penalty=repetition_penalty,
+        repetition_context_size=repetition_context_size,
+        presence_penalty=presence_penalty,
+        presence_context_size=presence_context_size,
+        frequency_penalty=frequency_penalty,
+        frequency_context_size=frequency_context_size,
+        logit_bias=logit_bias,
+    )
     chat = _Chat.of(system_prompt, chat_template_config, ignore_chat_template)
     if model is not None and prompt is None:
         raise usage_error("--prompt: missing; --model needs a prompt ('-' reads standard input)")
@@ -111,27 +143,15 @@ def generate(
                 to_stderr(question)
         target, tokenizer = load(model, adapter=adapter)
         _add_eos_tokens(tokenizer, extra_eos_token or [])
-        sampler = None
-        if temp > 0:
-            from mlx_lm.sample_utils import make_sampler
-
-            special = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids] if xtc_probability > 0 else []
-            sampler = make_sampler(
-                temp,
-                top_p=top_p,
-                min_p=min_p,
-                top_k=top_k,
-                xtc_probability=xtc_probability,
-                xtc_threshold=xtc_threshold,
-                xtc_special_tokens=special,
-            )
+        sampling.check(target.args.vocab_size)
         with progress_bar(quiet=quiet) as progress:
             responses = stream_generate(
                 target,
                 tokenizer,
                 chat.apply(tokenizer, question),
                 max_tokens=max_tokens,
-                sampler=sampler,
+                sampler=sampling.sampler(tokenizer),
+                logits_processors=sampling.logits_processors(),
                 draft=draft,
                 draft_options=DraftOptions(tree=tree, insertion=insertion, prune_threshold=prune_threshold),
                 seed=seed,

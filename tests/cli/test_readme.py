@@ -15,7 +15,9 @@ PROGRAM = get_command(app)
 LINES = [line.strip() for block in re.findall(r"```\w*\n(.*?)```", README, re.S) for line in block.splitlines()]
 COMMANDS = {
     "generate": "--model --adapter --prompt --system-prompt --chat-template-config --ignore-chat-template --max-tokens "
-    "--stop --extra-eos-token --temp --top-p --top-k --min-p --xtc-probability --xtc-threshold --seed --draft --tree "
+    "--stop --extra-eos-token --temp --top-p --top-k --min-p --min-tokens-to-keep --xtc-probability --xtc-threshold "
+    "--repetition-penalty --repetition-context-size --presence-penalty --presence-context-size --frequency-penalty "
+    "--frequency-context-size --logit-bias --seed --draft --tree "
     "--insertion --prune-threshold --prefill-step-size --json --quiet --debug",
     "convert": "--hf-path --model --adapter-path --adapter-name --streams-path --specstream-config --mlx-path "
     "--overwrite --fuse --keep-adapters --adapter-only --quantize --q-bits --q-group-size --q-mode --dtype --key-map "
