@@ -12,8 +12,8 @@ from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.tree import DraftTree
 
 FORMAT = "specstream-calibration"
-FORMAT_VERSION = 1
-_CURVES = ("chain", "tree", "parallel")
+FORMAT_VERSION = 2
+_CURVES = ("chain", "tree", "parallel", "deferred", "leaf")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Calibration:
         trees = [
             tree
             for tree in candidate_trees(self.rates, self.max_rows)
-            if any(costs.best_of(tree)[0] < (tree.max_depth + 1) * costs.plain for _, costs in self.costs)
+            if any(costs.best_of(tree, 1.0)[0] < (tree.max_depth + 1) * costs.plain for _, costs in self.costs)
         ]
         return Candidates(trees or [DraftTree.chain(1)], len(self.rates[0]))
 
@@ -107,7 +107,7 @@ class Calibration:
 def costs_to_dict(context: int, costs: PassCosts) -> dict[str, Any]:
     """Costs as JSON: seconds, curves as (rows, seconds)."""
     curves = {name: [list(point) for point in getattr(costs, name).points] for name in _CURVES}
-    return {"context": context, "plain": costs.plain, "streams": costs.streams, **curves}
+    return {"context": context, "plain": costs.plain, **curves}
 
 
 def plan_to_dict(context: int, plan: Plan) -> dict[str, Any]:
@@ -127,8 +127,7 @@ def plan_to_dict(context: int, plan: Plan) -> dict[str, Any]:
 
 
 def _costs(entry: Any) -> PassCosts:
-    chain, tree, parallel = (_curve(entry[name]) for name in _CURVES)
-    return PassCosts(_number(entry["plain"]), chain, tree, parallel, _number(entry["streams"], least=0.0))
+    return PassCosts(_number(entry["plain"]), *(_curve(entry[name]) for name in _CURVES))
 
 
 def _curve(points: Sequence[Any]) -> Curve:
