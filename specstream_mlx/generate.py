@@ -168,7 +168,7 @@ class Loop:
             if not stays or tree.size > 1 or current.drafted:
                 return None
         else:
-            stays = self.control is None or self.control.stays_drafting
+            stays = not self.sampler.in_order and (self.control is None or self.control.stays_drafting)
             fixed = self.choice[0] is not None and self.plan.prune_threshold is None
             if not stays or not fixed or not self.model.has_streams_of(verified, tree.leaf, self._num_streams(left)):
                 return None

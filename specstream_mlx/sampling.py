@@ -29,7 +29,11 @@ _MAX_SPLITS_PER_DRAW = 16
 
 
 class TargetSampler:
-    """Draws tokens from target logits, keeping track of which random key belongs to which generated token."""
+    """Draws tokens from target logits, keeping track of which random key belongs to which generated token.
+
+    Attributes:
+        in_order: whether it may be asked for a token only once the one before it is certain.
+    """
 
     def __init__(
         self,
@@ -56,10 +60,10 @@ class TargetSampler:
         self.num_drawn = 0
         self._max_tokens = max_tokens
         self._stop_tokens = stop_tokens
-        self._in_order = not all(map(_is_pure, (*self.processors, self.sampler or greedy_sampler)))
+        self.in_order = not all(map(_is_pure, (*self.processors, self.sampler or greedy_sampler)))
         self._keys = [_global_key()]
         self._splits = 0
-        if self.sampler is not None and not self._in_order:  # in order, the global key moves as in plain decoding
+        if self.sampler is not None and not self.in_order:  # in order, the global key moves as in plain decoding
             self._splits = self._count_splits(self.sampler, vocab_size)
 
     def draw(self, logits: mx.array, tree: DraftTree, node_tokens: mx.array, history: mx.array | None) -> mx.array:
@@ -90,7 +94,7 @@ class TargetSampler:
                 self._restore(self.num_drawn + tree.depths[node])
             return (self.sampler or greedy_sampler)(logprobs)
 
-        if not self._in_order or tree.size == 1:
+        if not self.in_order or tree.size == 1:
             return mx.concatenate([draw_at(node) for node in range(tree.size)])
         drawn = _OnDemand(draw_at)
         remaining = None if self._max_tokens == -1 else self._max_tokens - self.num_drawn

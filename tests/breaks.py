@@ -51,8 +51,8 @@ BREAKS = (
     Break(
         "logits processors that remember are asked for every node",
         "specstream_mlx/sampling.py",
-        "self._in_order = not all(",
-        "self._in_order = False and not all(",
+        "self.in_order = not all(",
+        "self.in_order = False and not all(",
         "tests/test_sampling.py::test_processors_and_samplers_that_remember",
     ),
     Break(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import get_args
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +11,7 @@ from mlx_lm import sample_utils
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from specstream_mlx import DraftOptions
+from specstream_mlx.drafting import Insertion
 from specstream_mlx.sampling import TargetSampler
 from specstream_mlx.tree import DraftTree
 from specstream_mlx.verification import accept
@@ -251,11 +253,15 @@ def test_processors_and_samplers_that_remember(sampler, draft):
         assert processor.calls == [[*prompt, *expected[:n]] for n in range(len(expected))]
 
 
-def test_a_sampler_that_remembers_without_processors_runs_ahead_as_in_mlx_lm():
-    """Red when: plain decoding asks it twice for one token."""
+@pytest.mark.parametrize("insertion", get_args(Insertion))
+def test_a_sampler_that_remembers_is_not_asked_for_what_may_be_withdrawn(insertion):
+    """Red when: a pass is foreseen with it, or plain decoding asks it twice for one token."""
     model = make_model("llama", seed=33)
     prompt = random_prompt(5, seed=6)
     expected = plain_tokens(model.base, prompt, 16, end_of_text=(END_OF_TEXT,), sampler=Generator())
-    for draft in ("off", "tree"):
-        with drafter(model, expected, len(prompt), 1.0):
-            assert our_tokens(model, prompt, 16, sampler=Generator(), draft=draft) == expected
+    options = DraftOptions(tree="chain:3", insertion=insertion)
+    for accuracy in (1.0, 0.7):
+        with drafter(model, expected, len(prompt), accuracy):
+            tokens = our_tokens(model, prompt, 16, sampler=Generator(), draft="tree", draft_options=options)
+        assert tokens == expected
+    assert our_tokens(model, prompt, 16, sampler=Generator(), draft="off") == expected
