@@ -31,7 +31,8 @@ from specstream_mlx.calibration.planner import (
     candidate_trees,
     solve,
 )
-from specstream_mlx.control import Control, Costs, LearnedCosts, PassTimes, TabulatedCosts
+from specstream_mlx.calibration.tabulated import TabulatedCosts
+from specstream_mlx.control import Control, Costs, LearnedCosts, PassTimes
 from specstream_mlx.drafting import ASSUMED_ACCEPTANCE
 from specstream_mlx.tree import DraftTree
 

@@ -8,20 +8,18 @@ passes, then a short probe; every failed probe doubles the next pause, so what p
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from specstream_mlx.calibration.planner import Candidates, PassCosts, Rates, candidate_trees
+from specstream_mlx.calibration.planner import Candidates, FloatArray, Rates, candidate_trees
 from specstream_mlx.calibration.store import find
+from specstream_mlx.calibration.tabulated import TabulatedCosts
 from specstream_mlx.calibration.times import PassTimes
 from specstream_mlx.drafting import DraftMode, DraftOptions, DraftPlan, Insertion, assumed_rates, make_plan
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.tree import DraftTree
-
-FloatArray = npt.NDArray[np.float64]
 
 
 class Costs(Protocol):
@@ -42,52 +40,6 @@ class Costs(Protocol):
 
     def observe(self, tree: int | None, seconds: float) -> None:
         """Take note of what a pass took; None is a plain step."""
-
-
-class TabulatedCosts:
-    """Calibrated costs at a few lengths of context, straight lines between them."""
-
-    wants_plain_passes = False
-
-    def __init__(
-        self, trees: Sequence[DraftTree], table: Sequence[tuple[int, PassCosts]], insertion: Insertion | None = None
-    ) -> None:
-        """``table``: rising lengths of context with their costs; ``insertion``: the only one to use."""
-        self._contexts = [context for context, _ in table]
-        self._plain = np.array([costs.plain for _, costs in table])
-        self._insertions = get_args(Insertion) if insertion is None else (insertion,)
-        # What a pass costs where the text ends at the tree's leaf, and what more elsewhere: (contexts, insertions, C).
-        self._costs, elsewhere = (
-            np.array([[[of.of(tree, way, end) for tree in trees] for way in self._insertions] for _, of in table])
-            for end in (1.0, 0.0)
-        )
-        self._more = elsewhere - self._costs
-
-    def at(self, context: int, ends: FloatArray) -> tuple[FloatArray, float]:
-        """As ``Costs``; beyond the measured lengths, those of the nearest."""
-        below, part = self._place(context)
-        costs, plain = self._of(below, ends), self._plain[below]
-        if part:
-            costs = costs + part * (self._of(below + 1, ends) - costs)
-            plain = plain + part * (self._plain[below + 1] - plain)
-        return costs, float(plain)
-
-    def insertion(self, tree: int, context: int, end: float) -> Insertion:
-        """As ``Costs``, by the nearest measured length."""
-        below, part = self._place(context)
-        nearest = below + (part > 0.5)
-        costs = self._costs[nearest, :, tree] + (1 - end) * self._more[nearest, :, tree]
-        return self._insertions[int(np.argmin(costs))]
-
-    def _of(self, place: int, ends: FloatArray) -> FloatArray:
-        return np.min(self._costs[place] + (1 - ends) * self._more[place], axis=0)
-
-    def observe(self, tree: int | None, seconds: float) -> None:
-        """Calibrated costs stay as they are."""
-
-    def _place(self, context: int) -> tuple[int, float]:
-        place = float(np.interp(context, self._contexts, range(len(self._contexts))))
-        return int(place), place - int(place)
 
 
 class LearnedCosts:
@@ -208,11 +160,6 @@ class Control:
         """Whether the pass after the next one is plain too."""
         return self._plain_left > 1
 
-    @property
-    def stays_drafting(self) -> bool:
-        """Whether the pass after the next one is drafted as the next one, if some drafts are accepted."""
-        return self._chosen is not None and self._plain_left == 0 and self._until_review > 1
-
     def choose(self, context: int) -> tuple[DraftTree, Insertion] | None:
         """How to draft the next pass, which follows ``context`` cached rows; None is plain decoding."""
         if self._plain_left:
@@ -290,4 +237,6 @@ def steer(mode: DraftMode, model: SpecStreamModel, options: DraftOptions) -> tup
         candidates = calibration.candidates
     if calibration is None:
         return plan, Control(candidates, rates, LearnedCosts(tree, options.insertion, model.pass_times))
+    if candidates is calibration.candidates:
+        return plan, Control(candidates, rates, calibration.tabulated(options.insertion))
     return plan, Control(candidates, rates, TabulatedCosts(candidates.trees, calibration.costs, options.insertion))

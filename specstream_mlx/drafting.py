@@ -145,7 +145,7 @@ def make_plan(mode: DraftMode, gamma: int, options: DraftOptions | None = None, 
         raise UsageError(f"draft {mode!r} needs streams and this model has none; use draft 'off' or a converted model")
     if mode in ("off", "chain") and options.tree is not None:
         raise UsageError(f"tree {options.tree!r} goes with draft 'tree' or 'auto', not {mode!r}")
-    insertion = options.insertion or "deferred"
+    insertion = options.insertion or "leaf"
     if mode == "off" or gamma == 0:
         return DraftPlan(mode, gamma, DraftTree.chain(0), 0, insertion)
     source: Literal["default", "user"] = "default" if options.tree is None else "user"

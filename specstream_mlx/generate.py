@@ -168,9 +168,11 @@ class Loop:
             if not stays or tree.size > 1 or current.drafted:
                 return None
         else:
-            stays = not self.sampler.in_order and (self.control is None or self.control.stays_drafting)
-            fixed = self.choice[0] is not None and self.plan.prune_threshold is None
-            if not stays or not fixed or not self.model.has_streams_of(verified, tree.leaf, self._num_streams(left)):
+            if self.sampler.in_order:
+                return None
+            self.choose()
+            fixed = self.choice is not None and self.choice[0] is not None and self.plan.prune_threshold is None
+            if not fixed or not self.model.has_streams_of(verified, tree.leaf, self._num_streams(left)):
                 return None
         before = None if tree.size == 1 else [_attributes(cache) for cache in self.caches]
         self.model.commit(verified, range(num_tokens), self.caches)
@@ -417,10 +419,10 @@ def stream_generate(
     plan, control = steer(draft, model, draft_options or DraftOptions())
     if plan.prune_threshold is not None:
         model.check_pruning(plan.insertion)
-    ids = _prompt_ids(tokenizer, prompt, vocab_size)
+    ids = prompt_ids(tokenizer, prompt, vocab_size)
     caches = model.make_cache() if prompt_cache is None else prompt_cache
     check_caches(caches)
-    _check_context(model, caches[0].offset, len(ids))
+    check_context(model, caches[0].offset, len(ids))
     max_tokens = model.tokens_within_context(max_tokens, caches[0].offset + len(ids))
     loop = Loop(
         model,
@@ -549,7 +551,7 @@ def to_list(ids: mx.array) -> list[int]:
     return ids.tolist()  # type: ignore[return-value]
 
 
-def _prompt_ids(tokenizer: TokenizerWrapper, prompt: str | Sequence[int] | mx.array, vocab_size: int) -> list[int]:
+def prompt_ids(tokenizer: TokenizerWrapper, prompt: str | Sequence[int] | mx.array, vocab_size: int) -> list[int]:
     """Ids of a prompt, with special tokens as mlx-lm adds them.
 
     Raises:
@@ -568,7 +570,7 @@ def _prompt_ids(tokenizer: TokenizerWrapper, prompt: str | Sequence[int] | mx.ar
     return ids
 
 
-def _check_context(model: SpecStreamModel, cached: int, new: int) -> None:
+def check_context(model: SpecStreamModel, cached: int, new: int) -> None:
     """Raise InvalidInputError when the prompt leaves no room for a token in the model's context."""
     context = model.context_length
     if context is not None and cached + new >= context:

@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.planner_simulation import PROFILES, controlled_speed, pass_costs, read_curves, simulate
 from specstream_mlx.calibration.planner import Candidates, Curve, PassCosts, candidate_trees, solve
-from specstream_mlx.control import Acceptance, Control, LearnedCosts, PassTimes, TabulatedCosts
+from specstream_mlx.calibration.tabulated import TabulatedCosts
+from specstream_mlx.control import Acceptance, Control, LearnedCosts, PassTimes
 from specstream_mlx.tree import DraftTree
 
 COSTS = pass_costs(read_curves()["m5max-12b-4bit-model"])

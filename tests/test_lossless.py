@@ -191,11 +191,6 @@ class Erratic:
     def stays_plain(self):
         return self.plain_left > 1
 
-    @property
-    def stays_drafting(self):
-        """No promise that the next choice is the same, which only costs the pass that was built for nothing."""
-        return False
-
     def choose(self, context):
         if not self.plain_left and self.rng.random() < 0.3:
             self.plain_left = self.rng.randint(1, 4)
@@ -269,12 +264,20 @@ def test_statistics_add_up(draft):
     expected = plain_tokens(model.base, prompt, 40, end_of_text=())
     tokenizer = NumberTokenizer(end_of_text=())
     for max_tokens in (1, 2, 7, 40):
-        with drafter(model, expected, len(prompt), 0.7):
-            last = list(stream_generate(model, tokenizer, prompt, max_tokens, draft=draft))[-1]
-        assert last.generation_tokens == max_tokens == last.target_passes + sum(last.accepted_by_depth)
-        assert last.drafted_by_depth == [last.target_passes - 1] * 4
-        assert last.stream_passes == last.target_passes - 1
-        assert last.finish_reason == "length"
+        for insertion in INSERTIONS:
+            with drafter(model, expected, len(prompt), 0.7):
+                more = options(None, insertion)
+                last = list(stream_generate(model, tokenizer, prompt, max_tokens, draft=draft, draft_options=more))[-1]
+            assert last.generation_tokens == max_tokens == last.target_passes + sum(last.accepted_by_depth)
+            assert last.drafted_by_depth == [last.target_passes - 1] * 4
+            assert last.finish_reason == "length"
+            if insertion == "deferred":
+                assert last.stream_passes == last.target_passes - 1
+            elif insertion == "parallel":
+                assert last.stream_passes == 0
+            elif draft == "chain" and max_tokens == 40:
+                misses = last.target_passes - 2 - last.accepted_by_depth[-1]  # the first pass is the root alone
+                assert 0 < misses <= last.stream_passes <= misses + 1, "the last pass needs no streams"
         assert sorted(last.accepted_by_depth, reverse=True) == last.accepted_by_depth
 
 

@@ -1,14 +1,19 @@
-"""``specstream-mlx generate``: stream the answer to one prompt."""
+"""``specstream-mlx generate``: stream the answer to one prompt, or to those of a file."""
 
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from specstream_cli.batch import SEPARATOR, Batch, totals, totals_line
+from specstream_cli.exact import ExactCheck
 from specstream_cli.sampling import (
     ContextSize,
     FrequencyPenalty,
@@ -48,6 +53,9 @@ def generate(
             callback=utf8,
             help="The prompt; '-' reads standard input. Without --model a sample question is answered.",
         ),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="Answer the prompts of a file in turn: JSON lines with a 'prompt' each.")
     ] = None,
     system_prompt: Annotated[
         str | None, typer.Option(callback=utf8, help="System message of the chat template.")
@@ -108,6 +116,10 @@ def generate(
     prefill_step_size: Annotated[
         int, typer.Option(callback=within(1), help="Prompt tokens per prefill pass; less needs less memory.")
     ] = 2048,
+    check_exact: Annotated[
+        bool,
+        typer.Option("--check-exact", help="Compare with plain decoding by mlx-lm; exit code 5 beyond rounding."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No statistics on standard error.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
@@ -131,14 +143,19 @@ def generate(
         logit_bias=logit_bias,
     )
     chat = _Chat.of(system_prompt, chat_template_config, ignore_chat_template)
-    if model is not None and prompt is None:
+    if prompts_file is not None and prompt is not None:
+        raise usage_error("--prompts-file: contradicts --prompt; drop one")
+    if model is not None and prompt is None and prompts_file is None:
         raise usage_error("--prompt: missing; --model needs a prompt ('-' reads standard input)")
+    if check_exact and temp > 0 and seed is None:
+        raise usage_error("--check-exact: sampled text can be compared for the same seed only; give --seed")
     question = _read_prompt(prompt)
     quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
     with answer() as out:
         from specstream_mlx import DraftOptions, load, stream_generate
 
-        if question is None:
+        batch = None if prompts_file is None else Batch.read(prompts_file)
+        if question is None and batch is None:
             from specstream_mlx.bundled import sample_prompt
 
             question = sample_prompt()
@@ -147,61 +164,135 @@ def generate(
         target, tokenizer = load(model, adapter=adapter)
         _add_eos_tokens(tokenizer, extra_eos_token or [])
         sampling.check(target.args.vocab_size)
-        with progress_bar(quiet=quiet) as progress:
-            responses = stream_generate(
-                target,
-                tokenizer,
-                chat.apply(tokenizer, question),
-                max_tokens=max_tokens,
-                sampler=sampling.sampler(tokenizer),
-                logits_processors=sampling.logits_processors(),
-                draft=draft,
-                draft_options=DraftOptions(tree=tree, insertion=insertion, prune_threshold=prune_threshold),
-                seed=seed,
-                stop=tuple(stop or ()),
-                prefill_step_size=prefill_step_size,
-                prompt_progress_callback=_prompt_progress(progress, prefill_step_size),
+        how: dict[str, Any] = {
+            "sampler": sampling.sampler(tokenizer),
+            "logits_processors": sampling.logits_processors(),
+            "seed": seed,
+            "prefill_step_size": prefill_step_size,
+        }
+        check = ExactCheck(target, model, adapter, how) if check_exact else None
+
+        def start(prompt: str | list[int], progress: Progress | None) -> Iterator[Any]:
+            return iter(
+                stream_generate(
+                    target,
+                    tokenizer,
+                    prompt,
+                    max_tokens=max_tokens,
+                    draft=draft,
+                    draft_options=DraftOptions(tree=tree, insertion=insertion, prune_threshold=prune_threshold),
+                    stop=tuple(stop or ()),
+                    prompt_progress_callback=_prompt_progress(progress, prefill_step_size),
+                    **how,
+                )
             )
-            first = next(iter(responses), None)
-        if first is not None and first.draft.note:
+
+        session = _Session(out, as_json, quiet, tokenizer, start, check)
+        if batch is not None:
+            statistics = session.answer_batch(batch, batch.encode(target, tokenizer, chat.apply))
+        else:
+            assert question is not None
+            statistics = session.answer_prompt(chat.apply(tokenizer, question))
+    if not quiet:
+        to_stderr(statistics)
+    if check is not None:
+        check.finish(quiet=quiet)
+
+
+@dataclass(frozen=True)
+class _Session:
+    """Answers with one model and one set of flags, on their way to standard output."""
+
+    out: Answer
+    as_json: bool
+    quiet: bool
+    tokenizer: Any
+    start: Callable[[str | list[int], Progress | None], Iterator[Any]]
+    check: ExactCheck | None
+
+    def answer_prompt(self, prompt: str | list[int]) -> str:
+        """Answer one prompt; the line of statistics."""
+        run = _Run(None if self.as_json else self.out)
+        with progress_bar(quiet=self.quiet) as progress:
+            responses = self.start(prompt, progress)
+            first = next(responses)
+        if first.draft.note:
             to_stderr(f"warning: {first.draft.note}")
-        run = _Run(out, as_json)
-        run.consume([first] if first is not None else [])
+        with _keeping(run.end_line if not self.as_json else lambda: self.out.write_json(run.document())):
+            self._consume(run, prompt, chain([first], responses))
+        return statistics_line(run.last)
+
+    def answer_batch(self, batch: Batch, encoded: list[list[int]]) -> str:
+        """Answer the prompts of a file in turn; the line of statistics."""
+        answers: list[dict[str, Any]] = []
+
+        def finish() -> None:
+            if self.as_json:
+                self.out.write_json({"answers": answers} | totals(answers))
+
+        # A bar and a text on one terminal would overwrite each other.
+        hidden = self.quiet or (not self.as_json and self.out.stream.isatty())
+        with _keeping(finish), progress_bar(quiet=hidden) as progress:
+            for index, (prompt, line, ids) in enumerate(zip(batch.prompts, batch.lines, encoded, strict=True)):
+                if index and not self.as_json:
+                    self.out.write(f"{SEPARATOR}\n")
+                run = _Run(None if self.as_json else self.out)
+
+                def keep(run: _Run = run, prompt: str = prompt) -> None:
+                    run.end_line()
+                    if run.last is not None:
+                        answers.append({"prompt": prompt} | run.document())
+
+                with _keeping(keep):
+                    self._consume(run, ids, self.start(ids, None), f"{batch.path}:{line}: ")
+                if progress is not None:
+                    progress("prompts", index + 1, len(encoded))
+        return totals_line(answers)
+
+    def _consume(self, run: "_Run", prompt: str | list[int], responses: Iterable[Any], name: str = "") -> None:
         run.consume(responses)
-        run.finish()
-    if not quiet and run.last is not None:
-        to_stderr(statistics_line(run.last))
+        if self.check is not None:
+            run.exact = self.check.compare(self.tokenizer, prompt, run.token_ids, name)
+
+
+@contextlib.contextmanager
+def _keeping(finish: Callable[[], None]) -> Iterator[None]:
+    """Run ``finish`` in the end. Ctrl-C and errors keep the answer: what was generated is on standard output then."""
+    try:
+        yield
+    except ReaderGone:
+        raise
+    except BaseException:
+        finish()
+        raise
+    finish()
 
 
 @dataclass
 class _Run:
-    """The answer so far. Ctrl-C keeps it: what was generated is on standard output before the exception goes on."""
+    """One answer so far, printed as it is made where ``out`` is given."""
 
-    out: Answer
-    as_json: bool
+    out: Answer | None
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     last: Any = None
+    exact: dict[str, Any] | None = None
 
     def consume(self, responses: Iterable[Any]) -> None:
-        try:
-            for response in responses:
-                self.last = response
-                self.texts.append(response.text)
-                self.token_ids.extend(int(token) for token in response.tokens)
-                if not self.as_json and response.text:
-                    self.out.write(response.text)
-        except ReaderGone:
-            raise
-        except BaseException:
-            self.finish()
-            raise
+        for response in responses:
+            self.last = response
+            self.texts.append(response.text)
+            self.token_ids.extend(int(token) for token in response.tokens)
+            if self.out is not None and response.text:
+                self.out.write(response.text)
 
-    def finish(self) -> None:
-        if not self.as_json:
-            self.out.write("\n" if self.last is not None else "")
-        elif self.last is not None:
-            self.out.write_json(to_json("".join(self.texts), self.token_ids, self.last))
+    def end_line(self) -> None:
+        if self.out is not None and self.last is not None:
+            self.out.write("\n")
+
+    def document(self) -> dict[str, Any]:
+        found = to_json("".join(self.texts), self.token_ids, self.last)
+        return found if self.exact is None else found | {"exact": self.exact}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from specstream_mlx.calibration.planner import Candidates, Curve, PassCosts, Plan, candidate_trees, solve
+from specstream_mlx.calibration.tabulated import TabulatedCosts
 from specstream_mlx.drafting import Insertion
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.tree import DraftTree
@@ -48,6 +49,16 @@ class Calibration:
             if any(costs.best_of(tree, 1.0)[0] < (tree.max_depth + 1) * costs.plain for _, costs in self.costs)
         ]
         return Candidates(trees or [DraftTree.chain(1)], len(self.rates[0]))
+
+    @cached_property
+    def _tables(self) -> dict[Insertion | None, TabulatedCosts]:
+        return {}
+
+    def tabulated(self, insertion: Insertion | None = None) -> TabulatedCosts:
+        """The costs of the candidates; ``insertion``: the only one to use."""
+        if insertion not in self._tables:
+            self._tables[insertion] = TabulatedCosts(self.candidates.trees, self.costs, insertion)
+        return self._tables[insertion]
 
     @cached_property
     def _plans(self) -> dict[tuple[int, Insertion | None, bool], Plan]:

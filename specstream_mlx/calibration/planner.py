@@ -20,6 +20,7 @@ import numpy.typing as npt
 from specstream_mlx.drafting import Insertion
 from specstream_mlx.tree import DraftTree, Path
 
+FloatArray = npt.NDArray[np.float64]
 Rates = Sequence[Sequence[float]]  # (gamma, K): how often stream d + 1's k-th guess is right when its parent was
 
 
@@ -76,15 +77,20 @@ class PassCosts:
         Args:
             end: how often the text ends at ``tree.leaf``; elsewhere leaf insertion needs a stream pass besides.
         """
+        at_leaf, more = self.at_leaf(tree, insertion)
+        return at_leaf + (1 - end) * more
+
+    def at_leaf(self, tree: DraftTree, insertion: Insertion) -> tuple[float, float]:
+        """A whole pass over ``tree`` where the text ends at its leaf, and what more it costs elsewhere."""
         if insertion == "parallel":
-            return self.parallel.at(tree.size)
+            return self.parallel.at(tree.size), 0.0
         verification = (self.chain if tree.is_chain else self.tree).at(tree.size)
         streams = self.stream_pass(tree.max_depth)
         if insertion == "deferred":
-            return verification + streams
+            return verification + streams, 0.0
         rows = tree.max_depth + 1
         with_leaf = verification + self.leaf.at(rows) - self.chain.at(rows)
-        return max(with_leaf, min(verification, self.leaf.at(rows))) + (1 - end) * streams
+        return max(with_leaf, min(verification, self.leaf.at(rows))), streams
 
     def best_of(self, tree: DraftTree, end: float, insertion: Insertion | None = None) -> tuple[float, Insertion]:
         """A pass with the cheapest insertion, or with the given one."""
@@ -110,7 +116,7 @@ class Candidates:
             parents = np.array([index.get(path[:-1], -1) for path in level])
             self._levels.append((parents, np.array([min(path[-1], num_ranks) for path in level])))
 
-    def tokens(self, rates: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    def tokens(self, rates: npt.ArrayLike) -> FloatArray:
         """Expected tokens per pass of every tree, (C,), under (gamma, K) rates."""
         padded = np.pad(np.asarray(rates, dtype=float), ((0, 0), (0, 1)))
         before, parts = np.ones(1), []
@@ -122,7 +128,7 @@ class Candidates:
             before = parts[-1]
         return 1 + self._member @ np.concatenate(parts) if parts else np.ones(len(self.trees))
 
-    def ends(self, rates: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    def ends(self, rates: npt.ArrayLike) -> FloatArray:
         """How often the text ends at the leaf of every tree, (C,), under (gamma, K) rates."""
         first = np.asarray(rates, dtype=float)[:, 0]
         reached = np.concatenate([np.ones(1), np.cumprod(first)])

@@ -14,7 +14,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAM = get_command(app)
 LINES = [line.strip() for block in re.findall(r"```\w*\n(.*?)```", README, re.S) for line in block.splitlines()]
 COMMANDS = {
-    "generate": "--model --adapter --prompt --system-prompt --chat-template-config --ignore-chat-template --max-tokens "
+    "generate": "--model --adapter --prompt --prompts-file --check-exact --system-prompt --chat-template-config "
+    "--ignore-chat-template --max-tokens "
     "--stop --extra-eos-token --temp --top-p --top-k --min-p --min-tokens-to-keep --xtc-probability --xtc-threshold "
     "--repetition-penalty --repetition-context-size --presence-penalty --presence-context-size --frequency-penalty "
     "--frequency-context-size --logit-bias --seed --draft --tree "
