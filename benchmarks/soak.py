@@ -2,11 +2,10 @@
 
     scripts/with-openblas python -m benchmarks.soak --generations 1000
 
-Runs the bundled model over prompts, samplers, trees and insertions in turn, every fourth time after loading it anew,
-sometimes closing the generator early. A case that comes again must give the tokens that it gave first. Memory is read
-after every tenth of the run; its slope is that of a straight line through the second half. The last line is one JSON
-document; the exit code is 1 when a repeat differs or memory grows by more than ``--most-growth`` MB over the second
-half.
+Runs the bundled model over prompts, samplers, trees and insertions in turn, loading it anew every 20 generations and
+closing the generator early now and then. A case that comes again must give the tokens that it gave first. The slope of
+the memory is that of a straight line through the second half of the run. The last line is one JSON document; the exit
+code is 1 when a repeat differs or memory grows by more than ``--most-growth`` MB over the second half.
 """
 
 import argparse
@@ -125,8 +124,8 @@ def main() -> int:
         "active_mb": {"start": active[0][1], "end": active[-1][1], "per_1000_generations": slope(active)},
     }
     print(
-        f"{arguments.generations} generations, {repeats} repeats, {different} with other tokens; "
-        f"resident {resident[0][1]:.0f} -> {resident[-1][1]:.0f} MB, active {active[0][1]:.1f} -> {active[-1][1]:.1f} MB"
+        f"{arguments.generations} generations, {repeats} repeats, {different} with other tokens; resident "
+        f"{resident[0][1]:.0f} -> {resident[-1][1]:.0f} MB, active {active[0][1]:.1f} -> {active[-1][1]:.1f} MB"
     )
     print(json.dumps(report))
     return 1 if different or max(growth.values()) > arguments.most_growth else 0
