@@ -189,6 +189,8 @@ class Loop:
             if not stays or tree.size > 1 or current.drafted:
                 return None
         else:
+            if self.sampler.in_order:
+                return None
             self.choose()
             fixed = self.choice is not None and self.choice[0] is not None and self.plan.prune_threshold is None
             if not fixed or not self.model.has_streams_of(verified, tree.leaf, self._num_streams(left, cached)):
@@ -454,7 +456,8 @@ def stream_generate(
         prompt: text, ids or an array of ids.
         max_tokens: most tokens to generate; -1 for no limit.
         sampler: from (1, V) log-probabilities to ids, as ``mlx_lm.sample_utils.make_sampler`` makes; None: greedy.
-        logits_processors: as in mlx-lm, called with all ids so far along the path and (1, V) logits.
+        logits_processors: as in mlx-lm, called with all ids so far and (1, V) logits. They and a ``sampler`` of one's
+            own may remember things: all but mlx-lm's own are called once per token, in order.
         draft: "auto", "tree", "chain" or "off".
         seed: makes sampled text repeatable; equal to mlx-lm's text after ``mx.random.seed(seed)``.
         prompt_cache: caches of an earlier call, changed in place; ``prompt`` then holds the new tokens only.
@@ -495,7 +498,9 @@ def stream_generate(
         caches,
         plan,
         control,
-        TargetSampler(sampler, logits_processors, vocab_size, seed),
+        TargetSampler(
+            sampler, logits_processors, vocab_size, seed, max_tokens=max_tokens, stop_tokens=tokenizer.eos_token_ids
+        ),
         history=[] if logits_processors else None,
         keeps_cache=prompt_cache is not None,
         growth=growth,

@@ -275,7 +275,7 @@ def drafter(
     original = model.stream_logits
 
     def scripted(verified: Any, node: int, caches: Any, num_streams: int | None = None) -> mx.array:
-        logits = np.array(original(verified, node, caches, num_streams), dtype=np.float32)
+        logits = np.array(original(verified, node, caches, num_streams).astype(mx.float32))
         position = verified.start + verified.tree.depths[node] + 1 - prompt_length  # index of the next root
         for stream in range(logits.shape[0]):
             index = position + 1 + stream

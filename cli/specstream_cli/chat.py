@@ -18,11 +18,11 @@ from specstream_cli.generate import (
     generate,
     prompt_progress,
     refuse_contradictions,
-    sampler_of,
     statistics_line,
     to_json,
 )
 from specstream_cli.options import of
+from specstream_cli.sampling import Sampling
 from specstream_cli.terminal import Answer, answer, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.validation import any_repo_id, invalid_input, within
 
@@ -44,8 +44,16 @@ def chat(
     top_p: float = 1.0,
     top_k: int = 0,
     min_p: float = 0.0,
+    min_tokens_to_keep: int = 1,
     xtc_probability: float = 0.0,
     xtc_threshold: float = 0.1,
+    repetition_penalty: float = 0.0,
+    repetition_context_size: int = 20,
+    presence_penalty: float = 0.0,
+    presence_context_size: int = 20,
+    frequency_penalty: float = 0.0,
+    frequency_context_size: int = 20,
+    logit_bias: str | None = None,
     seed: Annotated[
         int, typer.Option(callback=within(0, 2**64 - 1), help="Same seed and same questions, same answers.")
     ] = 0,
@@ -66,6 +74,22 @@ def chat(
 ) -> None:
     """Talk with a model; every line is a question. 'q' quits, 'r' forgets the conversation, 'h' helps."""
     refuse_contradictions(draft, tree, insertion, prune_threshold)
+    sampling = Sampling(
+        temp=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        min_tokens_to_keep=min_tokens_to_keep,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        repetition_penalty=repetition_penalty,
+        repetition_context_size=repetition_context_size,
+        presence_penalty=presence_penalty,
+        presence_context_size=presence_context_size,
+        frequency_penalty=frequency_penalty,
+        frequency_context_size=frequency_context_size,
+        logit_bias=logit_bias,
+    )
     template = ChatTemplate.of(system_prompt, chat_template_config, ignore_chat_template)
     quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
     with answer() as out:
@@ -75,10 +99,12 @@ def chat(
 
         target, tokenizer = load(model, adapter=adapter)
         add_eos_tokens(tokenizer, extra_eos_token or [])
+        sampling.check(target.args.vocab_size)
         mx.random.seed(seed)
         limits = {"kv_bits": kv_bits, "kv_group_size": kv_group_size, "quantized_kv_start": quantized_kv_start}
         options = {
-            "sampler": sampler_of(tokenizer, temp, top_p, top_k, min_p, xtc_probability, xtc_threshold),
+            "sampler": sampling.sampler(tokenizer),
+            "logits_processors": sampling.logits_processors(),
             "draft": draft,
             "draft_options": DraftOptions(tree=tree, insertion=insertion, prune_threshold=prune_threshold),
             "stop": tuple(stop or ()),
@@ -154,10 +180,11 @@ class Conversation:
         ids = self.prompt(question)
         limit: dict[str, Any] = {"prompt_cache": None, "max_kv_size": self.max_kv_size}
         rest = ids
-        if self.max_kv_size is None or len(ids) + self.max_tokens <= self.max_kv_size:
+        fits = self.max_kv_size is None or len(ids) + self.max_tokens <= self.max_kv_size
+        if fits and not self.options["logits_processors"]:
             rest = self.kept.reuse(ids)
             limit = {"prompt_cache": self.kept.caches}
-        else:  # rows that were overwritten cannot be had again
+        else:  # rows that were overwritten cannot be had again; processors must see every token
             self.kept = PrefixCache(self.model)
         self.num_reused = len(ids) - len(rest)
         responses = stream_generate(

@@ -93,6 +93,7 @@ def test_what_does_not_go_together_is_one_line(run, directory, tmp_path):
         ((*ask, "--prompt-cache-file", missing), 3, f"{missing}: not a regular file"),
         ((*ask, "--prompt-cache-file", weights), 3, f"{weights}: not a prompt cache"),
         ((*ask, *cached, "--max-kv-size", "40"), 2, "max_kv_size goes with a fresh cache"),
+        ((*ask, *cached, "--check-exact"), 2, "--prompt-cache-file: an answer uses the cache up, which --check-exact"),
         (("generate", *cached), 2, "--prompt: missing; --prompt-cache-file needs a prompt"),
         (("cache_prompt", "--model", directory, "-p", "w7", "--prompt-cache-file", weights), 2, f"{weights}: exists"),
         ((*question, "--kv-bits", "4"), 4, "kv_group_size is 64: heads of 8 numbers cannot be quantised"),

@@ -10,7 +10,7 @@ import sys
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from specstream_mlx import load, stream_generate
 from tests.tiny import END_OF_TEXT, make_model, save_directory
@@ -69,6 +69,7 @@ def stock(model, prompt, max_tokens, **more):
         ("--draft auto --prefill-step-size 3", {"prefill_step_size": 3}),
         ("--draft tree --temp 0.9 --seed 4", {"sampler": make_sampler(0.9)}),
         ("--max-kv-size 30", {"max_kv_size": 30}),
+        ("--repetition-penalty 1.7", {"logits_processors": make_logits_processors(repetition_penalty=1.7)}),
     ],
 )
 def test_every_answer_is_that_of_the_whole_prompt(say, directory, words, more):
@@ -92,8 +93,12 @@ def test_every_answer_is_that_of_the_whole_prompt(say, directory, words, more):
             assert turn["token_ids"] == stock(model, prompt, 9, **more)
         messages.append({"role": "assistant", "content": turn["text"]})
     reused = [turn["reused_tokens"] for turn in turns]
-    assert reused[0] == 0 < reused[1]
-    assert reused[2] == 0 if "--max-kv-size" in words else reused[1] < reused[2]
+    if "--repetition-penalty" in words:  # which looks at the whole conversation
+        assert reused == [0, 0, 0]
+    elif "--max-kv-size" in words:
+        assert reused[0] == 0 == reused[2] < reused[1]
+    else:
+        assert 0 == reused[0] < reused[1] < reused[2]
 
 
 def test_the_answers_are_all_that_reaches_stdout(say, directory):
