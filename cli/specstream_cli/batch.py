@@ -66,7 +66,8 @@ def totals(answers: list[dict[str, Any]]) -> dict[str, Any]:
 def totals_line(answers: list[dict[str, Any]]) -> str:
     """The same for people."""
     found = totals(answers)
+    prompts = "prompt" if len(answers) == 1 else "prompts"
     return (
-        f"{found['prompts']} prompts, {found['generation_tokens']} tokens in {found['target_passes']} passes "
+        f"{found['prompts']} {prompts}, {found['generation_tokens']} tokens in {found['target_passes']} passes "
         f"({found['tokens_per_pass']:.2f} per pass)"
     )
