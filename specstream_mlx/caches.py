@@ -147,6 +147,10 @@ class CacheGrowth:
             raise UnsupportedError(
                 "kv_bits: mlx-lm cannot quantise the cache of a layer with a sliding window; drop it"
             )
+        if not model.family.SHARED_ATTENTION:
+            raise UnsupportedError(
+                f"kv_bits: mlx-lm's attention of {model.model_type} cannot read a quantised cache; drop it"
+            )
         sizes = {size for layer in layout(model) for size in layer.sizes}
         odd = [size for size in sorted(sizes) if size % self.kv_group_size]
         if odd:

@@ -242,7 +242,7 @@ class SpecStreamModel(nn.Module):
 
     def reaches(self, start: int, depths: Depths, visible: BoolMatrix | None) -> dict[int | None, Reach]:
         """What the rows of a pass see, for each window that a layer has; as ``reach`` takes them."""
-        named = self.family.NAMED_MASKS
+        named = self.family.SHARED_ATTENTION
         return {window: reach(start, depths, visible, window, named=named) for window in set(self.windows)}
 
     def verify(

@@ -175,7 +175,7 @@ def install(family: DecoderFamily, context: PassContext) -> None:
 def runs_batches(family: DecoderFamily) -> bool:
     """Whether mlx-lm itself can run several texts of unequal length at once."""
     ropes = (getattr(getattr(layer, family.ATTENTION), "rope", None) for layer in family.layers)
-    return family.BATCHES and not any(isinstance(rope, TreeRope) and rope.one_offset for rope in ropes)
+    return family.SHARED_ATTENTION and not any(isinstance(rope, TreeRope) and rope.one_offset for rope in ropes)
 
 
 def windows_of(caches: Sequence[Any]) -> list[int | None]:

@@ -310,3 +310,14 @@ def test_settings_that_transformers_refuses_are_one_line(tmp_path):
     (path / "config.json").write_text(json.dumps(config | {"query_pre_attn_scalar": 8.5}))
     with pytest.raises(InvalidInputError, match=r"tokenizer files cannot be loaded .*query_pre_attn_scalar"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("gemma2", "attention of gemma2 cannot read a quantised cache"), ("gemma3", "a layer with a sliding window")],
+)
+def test_caches_that_a_family_cannot_have_quantised(family, reason):
+    """Red when: mlx-lm's own failure on quantised rows comes through as a bug of ours."""
+    model = make_model(family, seed=8, base_changes={"head_dim": 32})
+    with pytest.raises(UnsupportedError, match=f"kv_bits: .*{reason}.*; drop it"):
+        our_tokens(model, random_prompt(5, seed=1), 4, kv_bits=8, kv_group_size=32, quantized_kv_start=0)

@@ -51,7 +51,7 @@ def test_what_the_seam_assumes_of_mlx_lm(name):
         assert cache.keys.shape[2] >= 3, "keys no longer hold a row per token along axis 2"
     tokens = mx.array([random_prompt(9, seed=1)])
     hidden = family.embed(tokens, np.arange(9, dtype=np.int32))
-    mask = "causal" if family.NAMED_MASKS else mx.tri(9, dtype=mx.bool_)
+    mask = "causal" if family.SHARED_ATTENTION else mx.tri(9, dtype=mx.bool_)
     for layer in family.layers:
         hidden = layer(hidden, mask, None)
     assert mx.allclose(base(tokens), family.head(family.norm(hidden)), atol=1e-5), "the parts no longer make the model"

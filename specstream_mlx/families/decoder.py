@@ -20,8 +20,8 @@ class DecoderFamily:
         ROTARY: whether attention applies a rotary embedding. Without one, positions are learned and added to the
             embedding of a token: there are no more of them than ``max_position_embeddings``, and ``stream_position``
             has no effect, because a stream starts from a hidden state and never passes the embedding.
-        NAMED_MASKS: whether blocks understand the mask "causal"; otherwise they want arrays.
-        BATCHES: whether mlx-lm itself can run texts of unequal length at once.
+        SHARED_ATTENTION: whether blocks call mlx-lm's attention for all. One that is written out in the model wants
+            masks as arrays and caches of floats, and mlx-lm cannot run texts of unequal length at once through it.
         SIZES: this family's names for the sizes that others call as in llama's ``config.json``.
         layers: the blocks, N of them.
     """
@@ -32,8 +32,7 @@ class DecoderFamily:
     HEAD: ClassVar[str] = "lm_head"
     ATTENTION: ClassVar[str] = "self_attn"
     ROTARY: ClassVar[bool] = True
-    NAMED_MASKS: ClassVar[bool] = True
-    BATCHES: ClassVar[bool] = True
+    SHARED_ATTENTION: ClassVar[bool] = True
     SIZES: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, base: Any) -> None:

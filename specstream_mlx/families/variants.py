@@ -25,10 +25,9 @@ class GemmaFamily(DecoderFamily):
 
 
 class Gemma2Family(GemmaFamily):
-    """Logits are capped. Attention is written out, because its scores are capped too, and wants masks as arrays."""
+    """Logits are capped. Attention is written out, because its scores are capped too."""
 
-    NAMED_MASKS: ClassVar[bool] = False
-    BATCHES: ClassVar[bool] = False  # it spreads a batch's masks over the wrong axis
+    SHARED_ATTENTION: ClassVar[bool] = False
 
     def head(self, normed: mx.array) -> mx.array:
         """(B, L, D) -> (B, L, V) logits."""
