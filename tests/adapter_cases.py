@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME
@@ -27,11 +28,12 @@ def save_base(path: Path, family: str = "llama", seed: int = 21, **changes: Any)
 def lora_tensors(base: Any, layers: range, seed: int) -> dict[str, mx.array]:
     """A random LoRA on every linear layer of some blocks, by module and part."""
     layers_path = FAMILIES[base.model_type].LAYERS
+    modules = dict(base.named_modules())
     tensors = {}
     for index, (name, value) in enumerate(tree_flatten(base.parameters())):
         module, _, part = name.rpartition(".")
         block = module.removeprefix(f"{layers_path}.").partition(".")[0]
-        if part == "weight" and value.ndim == 2 and block.isdecimal() and int(block) in layers:
+        if part == "weight" and isinstance(modules[module], nn.Linear) and block.isdecimal() and int(block) in layers:
             rows, columns = value.shape
             key = mx.random.key(1000 * seed + index)
             tensors[f"{module}.lora_a"] = mx.random.normal((columns, LORA_RANK), key=key)
