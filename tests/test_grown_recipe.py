@@ -124,7 +124,8 @@ def test_one_command_makes_the_grown_model_and_does_nothing_twice(
         return {"exact_match": 0.0, "drafts": {}}
 
     monkeypatch.setattr(grow, "evaluate_model", evaluate)
-    growth, lines = replace(GROWTH, width=2, num_layers=4), []
+    growth = replace(GROWTH, width=2, num_layers=4)
+    lines: list[str] = []
 
     def build() -> None:
         build_grown(
