@@ -36,7 +36,7 @@ from tests.tiny import (
 )
 
 TREES = ("chain:4", "cartesian:2x2x2x1", "best-first:8")
-INSERTIONS = ("deferred", "parallel")
+INSERTIONS = ("leaf", "deferred", "parallel")
 TEMPERATURES = (0.0, 0.8)
 ACCURACIES = (None, 0.7, 1.0, 0.0)  # None: the model's own streams
 PREFILL_STEP = 32  # so that prompts span several chunks

@@ -8,8 +8,9 @@ gives the expected speed-up over plain decoding of the planner's choice and of t
 reaches on random draws from the profile: starting from costs and acceptance that are right, from the acceptance of
 another text, and from nothing, when it learns what passes cost as it goes.
 
-Curves say nothing of streams, so their cost is assumed: 1/8 of the layers for gamma rows, and an LM head of 1/50 of
-the model. Parallel insertion is taken to run T * (1 + gamma) rows in that eighth.
+Curves say nothing of streams, so their cost is assumed: 1/8 of the layers for the streams' rows, an LM head of 1/50 of
+the model. Parallel insertion is taken to run T * (1 + gamma) rows in that eighth, leaf insertion the rows of the tree
+and of one node's streams in both, and a stream pass besides where the text ends elsewhere.
 """
 
 import argparse
@@ -28,10 +29,10 @@ from specstream_mlx.calibration.planner import (
     PassCosts,
     Rates,
     candidate_trees,
-    expected_tokens,
     solve,
 )
-from specstream_mlx.control import Control, Costs, LearnedCosts, PassTimes, TabulatedCosts
+from specstream_mlx.calibration.tabulated import TabulatedCosts
+from specstream_mlx.control import Control, Costs, LearnedCosts, PassTimes
 from specstream_mlx.drafting import ASSUMED_ACCEPTANCE
 from specstream_mlx.tree import DraftTree
 
@@ -106,13 +107,22 @@ def pass_costs(curve: Curve) -> PassCosts:
         own = curve.at(rows)
         return own + STREAM_SHARE * (curve.at(rows * (1 + GAMMA)) - own) + HEAD_SHARE * curve.at(GAMMA)
 
+    def deferred(rows: int) -> float:
+        return curve.at(rows) + (STREAM_SHARE + HEAD_SHARE) * curve.at(rows - 1)
+
+    def leaf(rows: int) -> float:
+        own = curve.at(rows)
+        return own + (STREAM_SHARE + HEAD_SHARE) * (curve.at(2 * rows - 1) - own)
+
     beside = Curve(tuple((rows, parallel(rows)) for rows in range(1, MAX_ROWS + 1)))
-    return PassCosts(curve.at(1), curve, curve, beside, (STREAM_SHARE + HEAD_SHARE) * curve.at(GAMMA))
+    streams = (Curve(tuple((rows, of(rows)) for rows in range(2, GAMMA + 2))) for of in (deferred, leaf))
+    return PassCosts(curve.at(1), curve, curve, beside, *streams)
 
 
 def fixed_speed(costs: PassCosts, tree: DraftTree, rates: Rates) -> float:
-    """A fixed tree's speed-up with the better insertion."""
-    return expected_tokens(tree, rates) * costs.plain / costs.best_of(tree)[0]
+    """A fixed tree's speed-up with the best insertion."""
+    way = Candidates([tree], len(rates[0]))
+    return float(way.tokens(rates)[0]) * costs.plain / costs.best_of(tree, float(way.ends(rates)[0]))[0]
 
 
 def controlled_speed(control: Control, costs: PassCosts, truth: Rates, seed: int, tokens: int = TOKENS) -> float:
@@ -124,7 +134,7 @@ def controlled_speed(control: Control, costs: PassCosts, truth: Rates, seed: int
         choice = control.choose(0)
         tree = choice[0] if choice is not None else root
         nodes = list(_accepted(tree, truth, rng))
-        seconds = costs.of(*choice) if choice is not None else costs.plain
+        seconds = costs.of(*choice, float(nodes[-1] == tree.leaf)) if choice is not None else costs.plain
         control.record(choice is not None, tree, nodes)
         control.observe(choice is not None, tree, seconds)
         made += len(nodes)
@@ -155,7 +165,7 @@ def simulate(tokens: int = TOKENS) -> list[Result]:
 
             def controlled(prior: Rates, truth: Rates = rates, learning: bool = False, of: PassCosts = costs) -> float:
                 trees = [DraftTree.chain(GAMMA)] if learning else candidate_trees(prior, MAX_ROWS)
-                learned: Costs = LearnedCosts(trees[0], "deferred", PassTimes())
+                learned: Costs = LearnedCosts(trees[0], None, PassTimes())
                 known = learned if learning else TabulatedCosts(trees, [(0, of)])
                 ways = Candidates(trees, len(prior[0]))
                 return controlled_speed(Control(ways, prior, known), of, truth, 1, tokens)

@@ -1,6 +1,6 @@
 """Where the time of one drafted pass goes, beside a plain step: building graphs, waiting for the device, the host.
 
-    scripts/with-openblas python -m benchmarks.profile_pass [--model DIR] [--tree chain:4] [--insertion deferred]
+    scripts/with-openblas python -m benchmarks.profile_pass [--model DIR] [--tree chain:4] [--insertion leaf]
 
 The loop's own passes on the model's first sample, all in turn, medians in milliseconds. *build* is Python making the
 graph, *wait* what the device needs after that. In the loop the next pass's graph is built while the stream pass runs,
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream
@@ -22,6 +22,7 @@ from mlx_lm.generate import generate_step, generation_stream
 from specstream_mlx import DraftOptions, load, stream_generate
 from specstream_mlx.calibration.measure import encode_prompt, find_samples, read_prompts
 from specstream_mlx.control import steer
+from specstream_mlx.drafting import Insertion
 from specstream_mlx.generate import prefill
 from specstream_mlx.sampling import TargetSampler
 from specstream_mlx.tree import DraftTree
@@ -56,7 +57,6 @@ def profile(model: Any, tokenizer: Any, prompt: list[int], options: DraftOptions
     plan, _ = steer("tree", model, options)
     tree = plan.tree or DraftTree.chain(model.gamma)
     sampler = TargetSampler(None, None, model.args.vocab_size)
-    parallel = plan.insertion == "parallel"
     laps = Laps()
     answer = [r.tokens for r in stream_generate(model, tokenizer, prompt, max_tokens=STEPS, draft="off")]
     tokens = [token for group in answer for token in group]
@@ -72,7 +72,7 @@ def profile(model: Any, tokenizer: Any, prompt: list[int], options: DraftOptions
         mx.eval(node_tokens)
         with laps.time("cycle, its parts one after another"), mx.stream(generation_stream):
             with laps.time("verification: build"):
-                verified = model.verify(node_tokens, tree, caches, insert_streams=parallel)
+                verified = model.verify(node_tokens, tree, caches, insertion=plan.insertion)
                 drawn = sampler.draw(verified.logits, tree, node_tokens, None)
             with laps.time("verification: wait"):
                 mx.eval(drawn)
@@ -83,7 +83,7 @@ def profile(model: Any, tokenizer: Any, prompt: list[int], options: DraftOptions
                 mx.eval([cache.keys for cache in caches])
             with laps.time("streams: build"):
                 logits = model.stream_logits(verified, found.nodes[-1], caches)
-                _, drafted = plan.draft(found.tokens[-1], logits, tree)
+                _, drafted = plan.draft(mx.array([found.tokens[-1]]), logits, tree)
             with laps.time("streams: wait"):
                 mx.eval(drafted)
         with laps.time("detokenise"):
@@ -105,7 +105,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", help="MLX model directory with streams; default: the bundled model")
     parser.add_argument("--tree", default="chain:4", help="the tree of the pass")
-    parser.add_argument("--insertion", default="deferred", choices=("deferred", "parallel"))
+    parser.add_argument("--insertion", default="leaf", choices=get_args(Insertion))
     parser.add_argument("--repeats", type=int, default=60)
     arguments = parser.parse_args()
     model, tokenizer = load(arguments.model)

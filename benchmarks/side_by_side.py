@@ -52,7 +52,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="an arm beside mlx-lm; may be repeated (default: auto and tree)",
     )
     parser.add_argument("--tree", help="tree of the tree and auto arms, such as best-first:8 or cartesian:2x2x1x1")
-    parser.add_argument("--insertion", choices=("deferred", "parallel"), help="how streams are run")
+    parser.add_argument("--insertion", choices=("leaf", "deferred", "parallel"), help="how streams are run")
     parser.add_argument("--allow-differences", action="store_true", help="print figures although 16-bit ties differ")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON document, indented, to FILE")
     return parser.parse_args(arguments)

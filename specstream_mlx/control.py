@@ -11,10 +11,10 @@ from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from specstream_mlx.calibration.planner import Candidates, PassCosts, Rates, candidate_trees
+from specstream_mlx.calibration.planner import Candidates, FloatArray, Rates, candidate_trees
 from specstream_mlx.calibration.store import find
+from specstream_mlx.calibration.tabulated import TabulatedCosts
 from specstream_mlx.calibration.times import PassTimes
 from specstream_mlx.drafting import DraftMode, DraftOptions, DraftPlan, Insertion, assumed_rates, make_plan
 from specstream_mlx.errors import InvalidInputError
@@ -25,11 +25,14 @@ from specstream_mlx.tree import DraftTree
 class Costs(Protocol):
     """What the control must know of the machine."""
 
-    def at(self, context: int) -> tuple[npt.NDArray[np.float64], float]:
-        """Costs of a pass over every tree, (C,), and of a plain step, after ``context`` cached rows."""
+    def at(self, context: int, ends: FloatArray) -> tuple[FloatArray, float]:
+        """Costs of a pass over every tree, (C,), and of a plain step, after ``context`` cached rows.
 
-    def insertion(self, tree: int, context: int) -> Insertion:
-        """How streams are best inserted in a pass over a tree."""
+        ``ends``: (C,) how often the text ends at the leaf of every tree.
+        """
+
+    def insertion(self, tree: int, context: int, end: float) -> Insertion:
+        """How streams are best inserted in a pass over a tree at whose leaf the text ends so often."""
 
     @property
     def wants_plain_passes(self) -> bool:
@@ -39,62 +42,28 @@ class Costs(Protocol):
         """Take note of what a pass took; None is a plain step."""
 
 
-class TabulatedCosts:
-    """Calibrated costs at a few lengths of context, straight lines between them."""
-
-    wants_plain_passes = False
-
-    def __init__(
-        self, trees: Sequence[DraftTree], table: Sequence[tuple[int, PassCosts]], insertion: Insertion | None = None
-    ) -> None:
-        """``table``: rising lengths of context with their costs; ``insertion``: the only one to use."""
-        self._contexts = [context for context, _ in table]
-        best = [[costs.best_of(tree, insertion) for tree in trees] for _, costs in table]
-        rows = [[*(cost for cost, _ in row), costs.plain] for row, (_, costs) in zip(best, table, strict=True)]
-        self._costs = np.array(rows)  # (contexts, C + 1)
-        self._insertions = [[chosen for _, chosen in row] for row in best]
-
-    def at(self, context: int) -> tuple[npt.NDArray[np.float64], float]:
-        """As ``Costs``; beyond the measured lengths, those of the nearest."""
-        below, part = self._place(context)
-        row = self._costs[below]
-        if part:
-            row = row + part * (self._costs[below + 1] - row)
-        return row[:-1], float(row[-1])
-
-    def insertion(self, tree: int, context: int) -> Insertion:
-        """As ``Costs``, by the nearest measured length."""
-        below, part = self._place(context)
-        return self._insertions[below + (part > 0.5)][tree]
-
-    def observe(self, tree: int | None, seconds: float) -> None:
-        """Calibrated costs stay as they are."""
-
-    def _place(self, context: int) -> tuple[int, float]:
-        place = float(np.interp(context, self._contexts, range(len(self._contexts))))
-        return int(place), place - int(place)
-
-
 class LearnedCosts:
     """The costs of one tree and of plain decoding, learned from passes as they are made."""
 
     ASSUMED = 1.5  # plain steps per drafted pass until both were seen; the paper's range on a GPU is 1.15 to 1.6
     ENOUGH = 3
+    LEAF_FROM = 0.25  # leaf insertion costs less than a stream pass, by more than this on most machines
 
-    def __init__(self, tree: DraftTree, insertion: Insertion, times: PassTimes) -> None:
+    def __init__(self, tree: DraftTree, insertion: Insertion | None, times: PassTimes) -> None:
+        """``insertion``: the only one to use."""
         self._insertion = insertion
         self._drafted = times.of(tree, insertion)
         self._plain = times.plain
 
-    def at(self, context: int) -> tuple[npt.NDArray[np.float64], float]:
-        """As ``Costs``, whatever the context."""
+    def at(self, context: int, ends: FloatArray) -> tuple[FloatArray, float]:
+        """As ``Costs``, whatever the context and the ends."""
         if min(len(self._drafted), len(self._plain)) < self.ENOUGH:
             return np.array([self.ASSUMED]), 1.0
         return np.array([median(self._drafted)]), median(self._plain)
 
-    def insertion(self, tree: int, context: int) -> Insertion:
-        """The one it was made for."""
-        return self._insertion
+    def insertion(self, tree: int, context: int, end: float) -> Insertion:
+        """Leaf insertion where the text ends at the leaf now and then."""
+        return self._insertion or ("leaf" if end >= self.LEAF_FROM else "deferred")
 
     @property
     def wants_plain_passes(self) -> bool:
@@ -140,7 +109,7 @@ class Acceptance:
         self._hits *= kept
         self._trials *= kept
 
-    def rates(self) -> npt.NDArray[np.float64]:
+    def rates(self) -> FloatArray:
         """(gamma, K)."""
         rates = np.empty_like(self._planned)
         change: Any = 1.0
@@ -179,6 +148,7 @@ class Control:
         self._acceptance = Acceptance(rates)
         self._costs = costs
         self._current: int | None = None
+        self._chosen: tuple[DraftTree, Insertion] | None = None
         self._pause = self.FIRST_PAUSE
         self._plain_left = 0
         self._probe_left = 0
@@ -194,10 +164,12 @@ class Control:
         """How to draft the next pass, which follows ``context`` cached rows; None is plain decoding."""
         if self._plain_left:
             return None
-        if self._current is not None and self._until_review > 0:
-            return self._candidates.trees[self._current], self._costs.insertion(self._current, context)
-        costs, plain = self._costs.at(context)
-        speed = self._candidates.tokens(self._acceptance.rates()) / costs
+        if self._chosen is not None and self._until_review > 0:
+            return self._chosen
+        rates = self._acceptance.rates()
+        ends = self._candidates.ends(rates)
+        costs, plain = self._costs.at(context, ends)
+        speed = self._candidates.tokens(rates) / costs
         best = int(np.argmax(speed))
         if self._current is not None and speed[best] < self.KEEP * speed[self._current]:
             best = self._current
@@ -207,7 +179,8 @@ class Control:
             self._acceptance.forget(self.REMEMBERED)
             return None
         self._current, self._until_review = best, 0 if self._probe_left else self.REVIEW
-        return self._candidates.trees[best], self._costs.insertion(best, context)
+        self._chosen = self._candidates.trees[best], self._costs.insertion(best, context, float(ends[best]))
+        return self._chosen
 
     def record(self, drafted: bool, tree: DraftTree, nodes: Sequence[int]) -> None:
         """Count a pass over ``tree`` that accepted ``nodes``; ``drafted`` says whether streams were run for it."""
@@ -263,5 +236,7 @@ def steer(mode: DraftMode, model: SpecStreamModel, options: DraftOptions) -> tup
     else:
         candidates = calibration.candidates
     if calibration is None:
-        return plan, Control(candidates, rates, LearnedCosts(tree, plan.insertion, model.pass_times))
+        return plan, Control(candidates, rates, LearnedCosts(tree, options.insertion, model.pass_times))
+    if candidates is calibration.candidates:
+        return plan, Control(candidates, rates, calibration.tabulated(options.insertion))
     return plan, Control(candidates, rates, TabulatedCosts(candidates.trees, calibration.costs, options.insertion))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from specstream_mlx.calibration.calibration import Calibration
 
 DraftMode = Literal["auto", "tree", "chain", "off"]
-Insertion = Literal["deferred", "parallel"]
+Insertion = Literal["leaf", "deferred", "parallel"]
 
 DEFAULT_NODES = 6
 MAX_NODES = 1024
@@ -30,7 +30,8 @@ class DraftOptions:
     Attributes:
         tree: ``chain:DEPTH``, ``cartesian:K1xK2x..`` (candidates per stream) or ``best-first:NODES`` (a new tree in
             every pass, of the likeliest paths under the streams' own probabilities).
-        insertion: deferred or parallel.
+        insertion: when the streams of a node are run: along with the tree, where the node is the end of its likeliest
+            path (leaf) or whichever it is (parallel), or on their own, once the node is known (deferred).
         prune_threshold: early-exit pruning below this probability.
         calibration: measured costs and acceptance; "stored": what ``calibrate`` left on this machine, if anything.
     """
@@ -67,7 +68,7 @@ class DraftPlan:
     gamma: int
     tree: DraftTree | None
     budget: int
-    insertion: Insertion = "deferred"
+    insertion: Insertion = "leaf"
     prune_threshold: float | None = None
     source: Literal["default", "user", "calibrated"] = "default"
     note: str | None = None
@@ -82,12 +83,12 @@ class DraftPlan:
         return DraftReport(self.mode, self.gamma, self.budget, self.insertion, self.source, self.note)
 
     def draft(
-        self, root: int, stream_logits: mx.array, tree: DraftTree | None, max_depth: int | None = None
+        self, root: mx.array, stream_logits: mx.array, tree: DraftTree | None, max_depth: int | None = None
     ) -> tuple[DraftTree, mx.array]:
         """The next tree and its tokens.
 
         Args:
-            root: the newest token.
+            root: (1,) the newest token.
             stream_logits: (gamma, V) from the node that the root followed; row ``g - 1`` fills depth ``g``.
             tree: the tree to fill; None: the ``budget`` likeliest paths under the streams' own probabilities.
             max_depth: deepest guess of use, when fewer tokens than that are still wanted.
@@ -105,9 +106,9 @@ class DraftPlan:
             ranked = mx.take_along_axis(logprobs, candidates, axis=-1)[:depth].astype(mx.float32)
             tree = DraftTree.best_first(ranked.tolist(), self.budget)  # type: ignore[arg-type]
         if tree.size == 1:
-            return tree, mx.array([root])
+            return tree, root
         drafted = candidates[: tree.max_depth, 0] if tree.is_chain else candidates[_places(tree)]
-        return tree, mx.concatenate([mx.array([root], dtype=drafted.dtype), drafted])
+        return tree, mx.concatenate([root.astype(drafted.dtype), drafted])
 
 
 @lru_cache(maxsize=256)
@@ -137,14 +138,14 @@ def make_plan(mode: DraftMode, gamma: int, options: DraftOptions | None = None, 
     if mode not in get_args(DraftMode):
         raise UsageError(f"draft is {mode!r}, expected one of {', '.join(get_args(DraftMode))}")
     if options.insertion not in (None, *get_args(Insertion)):
-        raise UsageError(f"insertion is {options.insertion!r}, expected deferred or parallel")
+        raise UsageError(f"insertion is {options.insertion!r}, expected one of {', '.join(get_args(Insertion))}")
     if options.prune_threshold is not None and not 0 <= options.prune_threshold <= 1:
         raise UsageError(f"prune_threshold is {options.prune_threshold}, expected a probability 0..1")
     if gamma == 0 and mode in ("tree", "chain"):
         raise UsageError(f"draft {mode!r} needs streams and this model has none; use draft 'off' or a converted model")
     if mode in ("off", "chain") and options.tree is not None:
         raise UsageError(f"tree {options.tree!r} goes with draft 'tree' or 'auto', not {mode!r}")
-    insertion = options.insertion or "deferred"
+    insertion = options.insertion or "leaf"
     if mode == "off" or gamma == 0:
         return DraftPlan(mode, gamma, DraftTree.chain(0), 0, insertion)
     source: Literal["default", "user"] = "default" if options.tree is None else "user"

@@ -4,12 +4,14 @@ Plain decoding is the same loop with an empty tree. The prompt's last token is t
 verification pass like any other and yields the first token.
 """
 
+import copy
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_map
 from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -31,7 +33,7 @@ class DraftStatistics:
 
     Attributes:
         target_passes: passes of the target that produced tokens, the prefill's last one included.
-        stream_passes: extra passes for streams (deferred insertion; parallel insertion needs none).
+        stream_passes: passes for streams that were not run along with the tree.
         generation_tokens: tokens produced, end-of-text included.
         drafted_by_depth: (gamma,) passes whose tree reached depth d + 1.
         accepted_by_depth: (gamma,) passes in which a node of depth d + 1 was accepted.
@@ -82,11 +84,31 @@ class GenerationResponse:
 
 
 @dataclass
-class _Launched:
-    """A pass whose graph is under way on the device."""
+class _Pass:
+    """A pass whose graph is built."""
 
     verified: VerificationPass
     drawn: mx.array  # (T,) the target's token after every node
+    drafted: bool  # whether streams were run for its tree
+    started: bool = field(default=False, init=False)
+
+    def start(self) -> None:
+        """Put it under way on the device, once."""
+        if not self.started:
+            mx.async_eval(self.drawn, self.verified.node_tokens)  # type: ignore[no-untyped-call]
+            self.started = True
+
+
+@dataclass
+class _Foreseen(_Pass):
+    """The pass after one that is still under way, built as if that one ended at the end of its likeliest path.
+
+    For a tree of the root alone that is certain, and the pass is started at once. Otherwise nothing is started, so
+    that the caches can be put back to what they were.
+    """
+
+    num_tokens: int  # kept from the pass before it
+    before: list[dict[str, Any]] | None  # the caches' attributes to put back; None: certain
 
 
 @dataclass
@@ -103,7 +125,6 @@ class Loop:
     watch: Callable[[int, mx.array], None] | None = None  # told the tokens so far and (gamma, V) stream logits
     statistics: DraftStatistics = field(init=False)
     choice: tuple[DraftTree | None, Insertion] | None = None  # how the next tree is drafted; None: plain decoding
-    drafted: bool = False  # whether streams were run for the pass under way
 
     def __post_init__(self) -> None:
         self.statistics = DraftStatistics([0] * self.model.gamma, [0] * self.model.gamma)
@@ -120,52 +141,97 @@ class Loop:
             if self.choice is not None and self.plan.tree is None:
                 self.choice = (None, self.choice[1])
 
-    def goes_on_plainly(self, launched: _Launched) -> bool:
-        """Whether the pass after this one is plain decoding too, so that it can start before this one is read back."""
-        stays = not self.plan.drafts or (self.control is not None and self.control.stays_plain and not self.drafted)
-        return stays and launched.verified.tree.size == 1 and self.history is None
-
-    def launch(self, tree: DraftTree, node_tokens: mx.array) -> _Launched:
-        """Start a verification pass and the target's draws on it."""
+    def build(self, tree: DraftTree, node_tokens: mx.array, drafted: bool, remaining: int | None) -> _Pass:
+        """A verification pass and the target's draws on it; at least one of the ``remaining`` tokens will be its."""
+        num_streams = self._num_streams(remaining and remaining - 1)
         verified = self.model.verify(
             node_tokens,
             tree,
             self.caches,
-            insert_streams=self.choice is not None and self.choice[1] == "parallel",
+            insertion="deferred" if self.choice is None or num_streams == 0 else self.choice[1],
+            num_streams=num_streams,
             prune_threshold=self.plan.prune_threshold if tree.size > 1 else None,
         )
         history = mx.array(self.history) if self.history else None
         drawn = self.sampler.draw(verified.logits, verified.tree, verified.node_tokens, history)
-        mx.async_eval(drawn, verified.node_tokens)  # type: ignore[no-untyped-call]
-        return _Launched(verified, drawn)
+        return _Pass(verified, drawn, drafted)
+
+    def foresee(self, current: _Pass, remaining: int | None) -> _Foreseen | None:
+        """The pass after ``current``, while that is under way; None where it depends on what is read back first."""
+        verified, tree = current.verified, current.verified.tree
+        num_tokens = tree.leaf + 1
+        left = None if remaining is None else remaining - num_tokens
+        if (left is not None and left <= 0) or self.history is not None or self.watch is not None:
+            return None
+        if self.choice is None:
+            stays = self.control.stays_plain if self.control is not None else not self.plan.drafts
+            if not stays or tree.size > 1 or current.drafted:
+                return None
+        else:
+            self.choose()
+            fixed = self.choice is not None and self.choice[0] is not None and self.plan.prune_threshold is None
+            if not fixed or not self.model.has_streams_of(verified, tree.leaf, self._num_streams(left)):
+                return None
+        before = None if tree.size == 1 else [_attributes(cache) for cache in self.caches]
+        self.model.commit(verified, range(num_tokens), self.caches)
+        self.sampler.advance(num_tokens)
+        following = self.build(*self._draft(verified, tree.leaf, current.drawn[tree.leaf : num_tokens], left), left)
+        return _Foreseen(following.verified, following.drawn, following.drafted, num_tokens, before)
+
+    def withdraw(self, foreseen: _Foreseen) -> None:
+        """Put caches and sampler back to where they were before a pass was foreseen; it must not be certain."""
+        assert foreseen.before is not None
+        for cache, attributes in zip(self.caches, foreseen.before, strict=True):
+            vars(cache).update(attributes)
+        self.sampler.advance(-foreseen.num_tokens)
 
     def draft(
         self, verified: VerificationPass, node: int, root: int, remaining: int | None
-    ) -> tuple[DraftTree, mx.array]:
-        """The next tree, from the streams anchored at the last accepted node."""
+    ) -> tuple[DraftTree, mx.array, bool]:
+        """The next tree, its tokens, and whether streams made it: those anchored at the last accepted node."""
         self.choose()
-        max_depth = remaining - 1 if self.plan.mode == "auto" and remaining is not None else None
-        self.drafted = self.choice is not None and max_depth != 0
-        if self.choice is None or not self.drafted:
-            return DraftTree.chain(0), mx.array([root])
-        if verified.stream_hidden is None:
+        tree, node_tokens, drafted = self._draft(verified, node, mx.array([root]), remaining)
+        mx.async_eval(node_tokens)  # type: ignore[no-untyped-call]  # runs while the next pass's graph is built
+        return tree, node_tokens, drafted
+
+    def _draft(
+        self, verified: VerificationPass, node: int, root: mx.array, remaining: int | None
+    ) -> tuple[DraftTree, mx.array, bool]:
+        num_streams = self._num_streams(remaining)
+        if self.choice is None or num_streams == 0:
+            return DraftTree.chain(0), root, False
+        if not self.model.has_streams_of(verified, node, num_streams):
             self.statistics.stream_passes += 1
-        deepest = self.model.gamma if self.choice[0] is None else self.choice[0].max_depth
-        num_streams = deepest if max_depth is None else min(deepest, max_depth)
         logits = self.model.stream_logits(verified, node, self.caches, num_streams)
         if self.watch is not None:
             self.watch(self.statistics.generation_tokens, logits)
-        tree, node_tokens = self.plan.draft(root, logits, self.choice[0], max_depth)
-        mx.async_eval(node_tokens)  # type: ignore[no-untyped-call]  # runs while the next pass's graph is built
-        return tree, node_tokens
+        return *self.plan.draft(root, logits, self.choice[0], self._max_depth(remaining)), True
 
-    def record(self, tree: DraftTree, nodes: Sequence[int], seconds: float | None) -> None:
+    def _max_depth(self, remaining: int | None) -> int | None:
+        """The deepest guess of use; the other modes draft their whole tree whatever is still wanted."""
+        return remaining - 1 if self.plan.mode == "auto" and remaining is not None else None
+
+    def _num_streams(self, remaining: int | None) -> int:
+        """How many streams the next tree needs."""
+        if self.choice is None:
+            return 0
+        deepest = self.model.gamma if self.choice[0] is None else self.choice[0].max_depth
+        max_depth = self._max_depth(remaining)
+        return deepest if max_depth is None else max(min(deepest, max_depth), 0)
+
+    def record(self, made: _Pass, nodes: Sequence[int], seconds: float | None) -> None:
         """Count a pass that took ``seconds``, where that says something about the pass."""
+        tree = made.verified.tree
         self.statistics.record(tree, len(nodes) - 1)
         if self.control is not None:
-            self.control.record(self.drafted, tree, nodes)
+            self.control.record(made.drafted, tree, nodes)
             if seconds is not None:
-                self.control.observe(self.drafted, tree, seconds)
+                self.control.observe(made.drafted, tree, seconds)
+
+
+def _attributes(cache: Any) -> dict[str, Any]:
+    """What a cache holds; its arrays are shared, and stay as they are when the cache changes its own."""
+    return {name: tree_map(copy.copy, value) for name, value in vars(cache).items()}
 
 
 class _Clock:
@@ -209,63 +275,77 @@ def generate_tokens(
     prefill(model, prompt[:-1], caches, prefill_step_size, progress, len(prompt))
     if loop.history is not None:
         loop.history = prompt[:-1]
-    launched: _Launched | None = None
-    ahead: _Launched | None = None
+    current: _Pass | None = None
+    foreseen: _Foreseen | None = None
     tokens: list[int] = []
-    tree, node_tokens, root = DraftTree.chain(0), mx.array(prompt[-1:]), prompt[-1]
-    clock, was_ahead = _Clock(), False
+    root = prompt[-1]
+    draft = DraftTree.chain(0), mx.array([root]), False
+    clock = _Clock()
     try:
         while True:
             remaining = max_tokens - loop.statistics.generation_tokens if max_tokens > 0 else None
             with mx.stream(generation_stream):
-                was_ahead = ahead is not None
-                launched, ahead = ahead or loop.launch(tree, node_tokens), None
-                if remaining != 1 and loop.goes_on_plainly(launched):
-                    loop.sampler.advance(1)
-                    ahead = loop.launch(DraftTree.chain(0), launched.drawn)
+                was_foreseen = current is not None
+                if current is None:
+                    current = loop.build(*draft, remaining)
+                current.start()
+                foreseen = loop.foresee(current, remaining)
+                if foreseen is not None and foreseen.before is None:
+                    foreseen.start()
             if tokens:
                 away = time.perf_counter()
                 yield tokens
                 clock.left(time.perf_counter() - away)
             elif progress is not None:
                 progress(len(prompt), len(prompt))
-            verified = launched.verified
+            verified = current.verified
             accepted = accept(
                 verified.tree,
                 to_list(verified.node_tokens),
-                to_list(launched.drawn),
+                to_list(current.drawn),
                 max_tokens=remaining,
                 stop_tokens=stop_tokens,
             )
             tokens = list(accepted.tokens)
             seconds = clock.lap()
-            loop.record(verified.tree, accepted.nodes, seconds if was_ahead or loop.drafted else None)
+            loop.record(current, accepted.nodes, seconds if was_foreseen or current.drafted else None)
             if loop.history is not None:
                 loop.history += [root, *tokens[:-1]]
             root = tokens[-1]
             finished = root in stop_tokens or len(tokens) == remaining
-            if ahead is None:
+            certain = foreseen is not None and foreseen.before is None
+            if foreseen is not None and not certain and (finished or accepted.nodes[-1] != verified.tree.leaf):
+                loop.withdraw(foreseen)
+                foreseen = None
+            if foreseen is None:
                 loop.sampler.advance(len(tokens))
                 with mx.stream(generation_stream):
                     model.commit(verified, accepted.nodes, caches)
-                    launched = None
                     if not finished:
                         left = None if remaining is None else remaining - len(tokens)
-                        tree, node_tokens = loop.draft(verified, accepted.nodes[-1], root, left)
+                        draft = loop.draft(verified, accepted.nodes[-1], root, left)
+            elif not finished:
+                foreseen.before = None  # lets go of the caches, so that the pass can write into them
             if finished:
                 break
+            current, foreseen = foreseen, None
             if loop.statistics.target_passes % _CLEAR_CACHE_EVERY == 0:
                 mx.clear_cache()
-        if ahead is not None:  # it has fed the last token already
+        if foreseen is not None:  # it has fed the last token already
+            model.commit(foreseen.verified, [0], caches)
             loop.sampler.advance(0)
         elif loop.keeps_cache:
             prefill(model, [root], caches, prefill_step_size, None, 1)
-        launched = None
+        current = foreseen = None
         yield tokens
     finally:
-        if launched is not None:  # closed while passes were under way: the first one's root has been yielded, no more
-            model.commit(launched.verified, [0], caches)
-            loop.sampler.advance(0 if ahead is None else -1)
+        if current is not None:  # closed while passes were under way: the first one's root has been yielded, no more
+            if foreseen is not None and foreseen.before is not None:
+                loop.withdraw(foreseen)
+            elif foreseen is not None:
+                loop.sampler.advance(-foreseen.num_tokens)
+            model.commit(current.verified, [0], caches)
+            loop.sampler.advance(0)
 
 
 def prefill(
@@ -335,7 +415,7 @@ def stream_generate(
     vocab_size = model.args.vocab_size
     plan, control = steer(draft, model, draft_options or DraftOptions())
     if plan.prune_threshold is not None:
-        model.check_pruning(plan.insertion == "parallel")
+        model.check_pruning(plan.insertion)
     ids = _prompt_ids(tokenizer, prompt, vocab_size)
     caches = model.make_cache() if prompt_cache is None else prompt_cache
     check_caches(caches)

@@ -4,12 +4,13 @@ Layers are mlx-lm's own blocks, driven in segments: below the stream layers, and
 
     tokens of the tree (T)
       embed, layers 1 .. N - N_s        -> trunk M^{N-N_s}      early exit may drop nodes here (method section 6)
-      layers N - N_s + 1 .. N           -> M^N -> logits        parallel insertion adds T * gamma stream rows here
-    accepted node
-      streams of its trunk row (gamma)                          deferred insertion runs them afterwards, alone
+      layers N - N_s + 1 .. N           -> M^N -> logits        streams of the anchors ride along from here
+    accepted node, where it was no anchor
+      streams of its trunk row (gamma)
       layers N - N_s + 1 .. N           -> S^N -> stream logits
 
-Both insertions compute the same numbers, because a main row never sees a stream row.
+The insertion says which nodes are anchors: every node (parallel, as in the paper), the end of the likeliest path
+(leaf), or none (deferred). All compute the same numbers, because a main row never sees a stream row.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 from mlx_lm.models.cache import make_prompt_cache
 
 from specstream_mlx.calibration.times import PassTimes
 from specstream_mlx.config import StreamConfig
+from specstream_mlx.drafting import Insertion
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.families import family_of
 from specstream_mlx.streams import Streams
@@ -40,6 +43,8 @@ from specstream_mlx.tree_attention import (
     with_streams,
 )
 
+Depths = npt.NDArray[np.int32]
+
 
 @dataclass(frozen=True)
 class VerificationPass:
@@ -50,7 +55,10 @@ class VerificationPass:
         node_tokens: (T,) ids.
         logits: (T, V); row i predicts the token after node i.
         trunk: (1, T, D), ``M^{N-N_s}`` of every node.
-        stream_hidden: (1, T * gamma, D), ``S^N`` before the final norm; None with deferred insertion.
+        anchors: nodes whose streams were run beside the tree, A of them.
+        num_streams: how many streams of each.
+        stream_logits: (num_streams, V) of the one anchor of leaf insertion, else None.
+        stream_hidden: (1, A * num_streams, D), ``S^N`` before the final norm, of parallel insertion, else None.
         start: cached rows before the pass.
         kept: (T,) the rows that these nodes had before pruning.
     """
@@ -59,6 +67,9 @@ class VerificationPass:
     node_tokens: mx.array
     logits: mx.array
     trunk: mx.array
+    anchors: Sequence[int]
+    num_streams: int
+    stream_logits: mx.array | None
     stream_hidden: mx.array | None
     start: int
     kept: Sequence[int]
@@ -138,7 +149,7 @@ class SpecStreamModel(nn.Module):
         """The layer after which the early-exit pruner reads; 0 without a pruner."""
         return self.stream_config.prune.layer if self.stream_config and self.stream_config.prune else 0
 
-    def check_pruning(self, insert_streams: bool) -> None:
+    def check_pruning(self, insertion: Insertion) -> None:
         """Make sure that a pass with this insertion can prune.
 
         Raises:
@@ -147,10 +158,10 @@ class SpecStreamModel(nn.Module):
         """
         if self.prune_layer == 0:
             raise UsageError("prune_threshold is given, but this model has no early-exit pruner")
-        if insert_streams and self.prune_layer > self.num_trunk_layers:
+        if insertion != "deferred" and self.prune_layer > self.num_trunk_layers:
             raise UnsupportedError(
                 f"prune.layer {self.prune_layer} lies above the first stream layer {self.num_trunk_layers + 1}; "
-                "parallel insertion cannot prune there, use deferred insertion"
+                f"{insertion} insertion cannot prune there, use deferred insertion"
             )
 
     def make_cache(self) -> list[Any]:
@@ -164,7 +175,8 @@ class SpecStreamModel(nn.Module):
         tree: DraftTree,
         caches: Sequence[Any],
         *,
-        insert_streams: bool = False,
+        insertion: Insertion = "deferred",
+        num_streams: int | None = None,
         prune_threshold: float | None = None,
     ) -> VerificationPass:
         """Run the target over a tree; all its rows are appended to ``caches`` until ``commit``.
@@ -173,40 +185,51 @@ class SpecStreamModel(nn.Module):
             node_tokens: (T,) ids of the tree's nodes.
             tree: T nodes; its root follows the cached tokens.
             caches: one per layer, changed in place.
-            insert_streams: parallel insertion: also run every node's streams.
+            insertion: which nodes' streams are run along with the tree.
+            num_streams: only the first so many streams, which do not depend on the others; None: all of them.
             prune_threshold: early exit: drop nodes whose probability under their parent's early-exit distribution
                 is below this, with their subtrees. Reads back T numbers in mid-pass.
         """
         start = caches[0].offset
         prune_layer = 0
         if prune_threshold is not None and tree.size > 1:
-            self.check_pruning(insert_streams)
+            self.check_pruning(insertion)
             prune_layer = self.prune_layer
         trunk_layer = self.num_trunk_layers
+        count = self.gamma if num_streams is None else num_streams
         kept: Sequence[int] = range(tree.size)
-        hidden = self.family.embed(node_tokens[None], start + rows_of(tree, ())[0])
-        trunk, inserted = hidden, False
+        rows = rows_of(tree, (), ())
+        hidden = self.family.embed(node_tokens[None], start + rows.depths)
+        trunk = hidden
+        anchors: tuple[int, ...] = ()
         layer = 0
         for boundary in sorted({prune_layer, trunk_layer, len(self.layers)}):
-            main_rows = tree.size if inserted else None
-            depths, visible = rows_of(tree, tuple(self._stream_depths().tolist()) if inserted else ())
-            hidden = self._run(hidden, range(layer, boundary), caches, start, depths, visible, main_rows)
+            hidden = self._run(hidden, range(layer, boundary), caches, start, rows, count if anchors else None)
             layer = boundary
             if prune_threshold is not None and layer == prune_layer > 0:
                 kept = self._surviving(hidden, node_tokens, tree, prune_threshold)
                 if len(kept) < tree.size:
-                    rows = mx.array(kept)
-                    tree, node_tokens = tree.select(kept), node_tokens[rows]
-                    hidden, trunk = hidden[:, rows], trunk[:, rows] if layer > trunk_layer else trunk
+                    selected = mx.array(kept)
+                    tree, node_tokens = tree.select(kept), node_tokens[selected]
+                    hidden, trunk = hidden[:, selected], trunk[:, selected] if layer > trunk_layer else trunk
+                    rows = rows_of(tree, (), ())
             if layer == trunk_layer:
                 trunk = hidden
-                if insert_streams:
+                anchors = _anchors(tree, insertion)
+                if anchors:
                     assert self.streams is not None
-                    hidden = mx.concatenate([hidden, self.streams(trunk)], axis=1)
-                    inserted = True
-        logits = self.family.head(self.family.norm(hidden[:, : tree.size]))[0]
-        stream_hidden = hidden[:, tree.size :] if insert_streams else None
-        return VerificationPass(tree, node_tokens, logits, trunk, stream_hidden, start, kept)
+                    ends = trunk if len(anchors) == tree.size else trunk[:, anchors[0] : anchors[0] + 1]
+                    hidden = mx.concatenate([hidden, self.streams(ends, count)], axis=1)
+                    rows = rows_of(tree, anchors, self._stream_depths[:count])
+        stream_hidden = stream_logits = None
+        if len(anchors) > 1:  # only one anchor's streams will be wanted
+            hidden, stream_hidden = hidden[:, : tree.size], hidden[:, tree.size :]
+        logits = self.family.head(self.family.norm(hidden))[0]
+        if len(anchors) == 1:
+            logits, stream_logits = logits[: tree.size], logits[tree.size :]
+        return VerificationPass(
+            tree, node_tokens, logits, trunk, anchors, count, stream_logits, stream_hidden, start, kept
+        )
 
     def commit(self, verified: VerificationPass, nodes: Sequence[int], caches: Sequence[Any]) -> None:
         """Keep the rows of ``nodes`` (a path from the root) in the caches and drop all others of the pass."""
@@ -219,8 +242,9 @@ class SpecStreamModel(nn.Module):
     ) -> mx.array:
         """What the streams anchored at ``node`` predict; row ``j - 1`` is stream ``j``, the token after the next ``j``.
 
-        With deferred insertion this is a pass of its own over the streams' rows of the top ``N_s`` layers, and
-        ``caches`` must already be committed up to and including ``node``. They are left as they were.
+        Where these streams were not run along with the tree, this is a pass of its own over their rows of the top
+        ``N_s`` layers, and ``caches`` must already be committed up to and including ``node``. They are left as they
+        were.
 
         Args:
             num_streams: only the first so many streams, which do not depend on the others; None: all of them.
@@ -229,19 +253,26 @@ class SpecStreamModel(nn.Module):
             (num_streams, V).
         """
         count = self.gamma if num_streams is None else num_streams
-        if verified.stream_hidden is not None:
-            hidden = verified.stream_hidden[:, node * self.gamma : node * self.gamma + count]
-            return self.family.head(self.family.norm(hidden))[0]
+        if self.has_streams_of(verified, node, count):
+            if verified.stream_logits is not None:
+                return verified.stream_logits[:count]
+            assert verified.stream_hidden is not None
+            first = verified.anchors.index(node) * verified.num_streams
+            return self.family.head(self.family.norm(verified.stream_hidden[:, first : first + count]))[0]
         assert self.streams is not None
-        hidden = self.streams(verified.trunk[:, node : node + 1])[:, :count]
+        hidden = self.streams(verified.trunk[:, node : node + 1], count)
         upper = range(self.num_trunk_layers, len(self.layers))
         start = caches[upper[0]].offset
         # The anchor is the last cached row, so depth 0 of this pass lies one position after it.
-        depths = self._stream_depths()[:count] - 1
-        hidden = self._run(hidden, upper, caches, start, depths, np.tri(count, dtype=np.bool_), 0)
+        depths = np.array(self._stream_depths[:count], dtype=np.int32) - 1
+        hidden = self._run(hidden, upper, caches, start, Rows(depths, np.tri(count, dtype=np.bool_), 0), count)
         for index in upper:
             drop_rows(caches[index], start)
         return self.family.head(self.family.norm(hidden))[0]
+
+    def has_streams_of(self, verified: VerificationPass, node: int, num_streams: int) -> bool:
+        """Whether so many streams of ``node`` were run along with the tree, so that no pass of their own is needed."""
+        return node in verified.anchors and num_streams <= verified.num_streams
 
     def early_exit_logits(self, hidden: mx.array) -> mx.array:
         """``z = LMHead(final_norm(o(M)))`` (section 6): (1, T, D) after the pruner's layer -> (T, V)."""
@@ -259,21 +290,20 @@ class SpecStreamModel(nn.Module):
         layers: range,
         caches: Sequence[Any],
         start: int,
-        depths: np.ndarray[Any, Any],
-        visible: BoolMatrix,
-        num_main_rows: int | None,
+        rows: "Rows",
+        num_streams: int | None,
     ) -> mx.array:
-        """Run (1, L, D) rows through some layers; ``depths`` (L,) are positions relative to ``start``."""
+        """Run (1, L, D) rows through some layers; ``num_streams`` per anchor when there are stream rows among them."""
         if not layers:
             return hidden
-        consecutive = np.array_equal(depths, np.arange(len(depths)))
-        positions = None if consecutive else mx.array(depths + start)
-        mask = attention_mask(start, visible)
+        positions = None if rows.consecutive else mx.array(rows.depths + start)
+        mask = attention_mask(start, len(rows.depths), rows.visible)
+        num_main_rows = None if num_streams is None else rows.num_main
         epsilon = self.stream_config.stream_id.epsilon if self.stream_config is not None else None
         stream_index: mx.array | None = None
-        if num_main_rows is not None and epsilon is not None:
-            num_streams = len(depths) - num_main_rows
-            stream_index = mx.array([0] * num_main_rows + [1 + row % self.gamma for row in range(num_streams)])
+        if num_streams is not None and epsilon is not None:
+            num_stream_rows = len(rows.depths) - rows.num_main
+            stream_index = mx.array([0] * rows.num_main + [1 + row % num_streams for row in range(num_stream_rows)])
         with self.context.rows_at(positions, num_main_rows):
             for index in layers:
                 cache = caches[index]
@@ -282,12 +312,13 @@ class SpecStreamModel(nn.Module):
                 hidden = self.layers[index](hidden, mask, cache)
         return hidden
 
-    def _stream_depths(self) -> np.ndarray[Any, Any]:
+    @property
+    def _stream_depths(self) -> tuple[int, ...]:
         """(gamma,) position of each stream relative to its anchor."""
         assert self.stream_config is not None
         if self.stream_config.stream_position == "anchor":
-            return np.zeros(self.gamma, dtype=np.int32)
-        return np.arange(1, self.gamma + 1, dtype=np.int32)
+            return (0,) * self.gamma
+        return tuple(range(1, self.gamma + 1))
 
     def _surviving(self, hidden: mx.array, node_tokens: mx.array, tree: DraftTree, threshold: float) -> list[int]:
         """Nodes whose token is likely enough under the early-exit distribution of their parent."""
@@ -297,18 +328,39 @@ class SpecStreamModel(nn.Module):
         return tree.surviving([True, *(prob >= threshold for prob in child_probs)])
 
 
+class Rows:
+    """What is fixed about the rows of a pass.
+
+    Attributes:
+        depths: (L,) position of every row relative to the first.
+        visible: (L, L) which rows see which; None: each sees all before it.
+        num_main: rows from this one on are streams.
+        consecutive: whether positions just count up.
+    """
+
+    def __init__(self, depths: Depths, visible: BoolMatrix, num_main: int) -> None:
+        self.depths, self.num_main = depths, num_main
+        self.visible = None if np.array_equal(visible, np.tri(len(depths), dtype=np.bool_)) else visible
+        self.consecutive = np.array_equal(depths, np.arange(len(depths)))
+
+
 @lru_cache(maxsize=256)
-def rows_of(tree: DraftTree, stream_depths: tuple[int, ...]) -> tuple[np.ndarray[Any, Any], BoolMatrix]:
-    """What is fixed about a pass over ``tree``, made once.
+def rows_of(tree: DraftTree, anchors: tuple[int, ...], stream_depths: tuple[int, ...]) -> Rows:
+    """The rows of a pass over ``tree``, made once.
 
     Args:
-        stream_depths: position of every stream relative to its anchor; empty without parallel insertion.
-
-    Returns:
-        (L,) position of every row relative to the root, and (L, L) which rows see which.
+        anchors: nodes whose streams follow the tree's rows.
+        stream_depths: position of every such stream relative to its anchor.
     """
     main = np.array(tree.depths, dtype=np.int32)
-    if not stream_depths:
-        return main, tree.ancestor_mask
-    streams = main[:, None] + np.array(stream_depths, dtype=np.int32)
-    return np.concatenate([main, streams.reshape(-1)]), with_streams(tree.ancestor_mask, len(stream_depths))
+    if not anchors:
+        return Rows(main, tree.ancestor_mask, tree.size)
+    streams = main[list(anchors), None] + np.array(stream_depths, dtype=np.int32)
+    depths = np.concatenate([main, streams.reshape(-1)])
+    return Rows(depths, with_streams(tree.ancestor_mask, anchors, len(stream_depths)), tree.size)
+
+
+def _anchors(tree: DraftTree, insertion: Insertion) -> tuple[int, ...]:
+    if insertion == "deferred":
+        return ()
+    return (tree.leaf,) if insertion == "leaf" else tuple(range(tree.size))

@@ -36,21 +36,23 @@ class Streams(nn.Module):
         if config.prune is not None:
             self.prune = LowRank(hidden_size, config.prune.rank, config.prune.residual)
 
-    def __call__(self, trunk: mx.array) -> mx.array:
+    def __call__(self, trunk: mx.array, num_streams: int | None = None) -> mx.array:
         """``S_{t,j}^{N-N_s} = f_eta(M_t^{N-N_s}) + P_j`` (method section 2).
 
         Args:
-            trunk: (B, L, D) main hidden states after layer ``N - N_s``.
+            trunk: (B, L, D), main rows after layer ``N - N_s``.
+            num_streams: streams 1..num_streams of every row; None: all.
 
         Returns:
-            (B, L * gamma, D), the streams of one row after another.
+            (B, L * num_streams, D), the streams of one row after another.
         """
         batch, length, size = trunk.shape
+        count = self._gamma if num_streams is None else num_streams
         start = self.stream_init(trunk) if "stream_init" in self else trunk
-        rows = mx.broadcast_to(start[:, :, None, :], (batch, length, self._gamma, size))
+        rows = mx.broadcast_to(start[:, :, None, :], (batch, length, count, size))
         if "stream_embeddings" in self:
-            rows = rows + self.stream_embeddings
-        return rows.reshape(batch, length * self._gamma, size)
+            rows = rows + self.stream_embeddings[:count]
+        return rows.reshape(batch, length * count, size)
 
 
 class StreamLoRALinear(nn.Module):

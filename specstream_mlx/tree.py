@@ -114,6 +114,14 @@ class DraftTree:
         return self.max_depth == self.size - 1
 
     @cached_property
+    def leaf(self) -> int:
+        """The end of the likeliest path, best child after best child; its path is nodes 0 to ``leaf``."""
+        node = 0
+        while node + 1 < self.size and self.paths[node + 1] == (*self.paths[node], 0):
+            node += 1
+        return node
+
+    @cached_property
     def ancestor_mask(self) -> npt.NDArray[np.bool_]:
         """(T, T) bool; row i sees column j when j is i or an ancestor of i."""
         mask = np.eye(self.size, dtype=np.bool_)

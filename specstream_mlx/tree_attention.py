@@ -161,49 +161,51 @@ def check_caches(caches: Sequence[Any]) -> None:
         raise UnsupportedError("prompt cache: layers hold different numbers of tokens; make a fresh cache")
 
 
-def attention_mask(start: int, visible: BoolMatrix) -> mx.array | str | None:
+def attention_mask(start: int, length: int, visible: BoolMatrix | None) -> mx.array | str | None:
     """The mask of a pass whose L rows follow ``start`` cached ones.
 
     Args:
         start: cached rows S; every row of the pass sees them all.
-        visible: (L, L) bool, which rows of the pass see which.
+        length: L.
+        visible: (L, L) bool, which rows of the pass see which; None: each sees all before it.
 
     Returns:
-        None for a single row, "causal" when that is what ``visible`` says, else a (L, S + L) bool array.
+        None for a single row, "causal", or a (L, S + L) bool array.
     """
-    length = len(visible)
     if length == 1:
         return None
-    if np.array_equal(visible, np.tri(length, dtype=np.bool_)):
+    if visible is None:
         return "causal"
     return mx.concatenate([mx.ones((length, start), dtype=mx.bool_), mx.array(visible)], axis=1)
 
 
-def with_streams(tree_mask: BoolMatrix, gamma: int) -> BoolMatrix:
-    """Extend a tree's mask by the rows of ``gamma`` streams per node, node after node (method section 1).
+def with_streams(tree_mask: BoolMatrix, anchors: Sequence[int], num_streams: int) -> BoolMatrix:
+    """Extend a tree's mask by the rows of some nodes' streams, anchor after anchor (method section 1).
 
     Stream ``j`` of node ``n`` sees what ``n`` sees, and streams 1..j of ``n``. No main row sees a stream::
 
-        tree 0-1, gamma 2     0  1 | 0.1 0.2 1.1 1.2
-                         0    1  .    .   .   .   .
-                         1    1  1    .   .   .   .
-                         0.1  1  .    1   .   .   .
-                         0.2  1  .    1   1   .   .
-                         1.1  1  1    .   .   1   .
-                         1.2  1  1    .   .   1   1
+        tree 0-1, both anchors    0  1 | 0.1 0.2 1.1 1.2
+                             0    1  .    .   .   .   .
+                             1    1  1    .   .   .   .
+                             0.1  1  .    1   .   .   .
+                             0.2  1  .    1   1   .   .
+                             1.1  1  1    .   .   1   .
+                             1.2  1  1    .   .   1   1
 
     Args:
         tree_mask: (T, T) bool.
+        anchors: A nodes.
+        num_streams: streams 1..num_streams of each.
 
     Returns:
-        (T * (1 + gamma), T * (1 + gamma)) bool.
+        (T + A * num_streams, T + A * num_streams) bool.
     """
-    size = len(tree_mask)
-    own = np.kron(np.eye(size, dtype=np.bool_), np.tri(gamma, dtype=np.bool_))
+    size, rows = len(tree_mask), len(anchors) * num_streams
+    own = np.kron(np.eye(len(anchors), dtype=np.bool_), np.tri(num_streams, dtype=np.bool_))
     return np.block(
         [
-            [tree_mask, np.zeros((size, size * gamma), dtype=np.bool_)],
-            [np.repeat(tree_mask, gamma, axis=0), own],
+            [tree_mask, np.zeros((size, rows), dtype=np.bool_)],
+            [np.repeat(tree_mask[list(anchors)], num_streams, axis=0), own],
         ]
     )
 

@@ -54,7 +54,8 @@ def test_costs_cover_rows_kinds_and_contexts(model):
         assert [rows for rows, _ in at.tree.points] == [3, 5]
         assert [rows for rows, _ in at.parallel.points] == [3, 5]
         assert min(at.plain, *(seconds for _, seconds in at.chain.points)) > 0
-        assert at.streams >= 0
+        assert [rows for rows, _ in at.deferred.points] == [rows for rows, _ in at.leaf.points] == [3, 5]
+        assert at.stream_pass(4) >= 0
     assert stages == [("passes", 1, 2), ("passes", 2, 2)]
 
 
@@ -127,7 +128,7 @@ def test_the_key_tells_models_and_machines_apart(model, monkeypatch):
         (lambda text: text[: len(text) // 2], "damaged calibration (not JSON"),
         (lambda text: "[]", "damaged calibration"),
         (lambda text: text.replace('"plain":', '"plane":', 1), "damaged calibration ('plain' missing)"),
-        (lambda text: text.replace('"format_version": 1', '"format_version": 2'), "damaged calibration (format"),
+        (lambda text: text.replace('"format_version": 2', '"format_version": 1'), "damaged calibration (format"),
         (lambda text: _change(text, lambda d: d["acceptance"]["rates"][0].__setitem__(0, 1.5)), "1.5 is out of range"),
         (lambda text: _change(text, lambda d: d["acceptance"]["rates"].pop()), "anchors and rates differ in depth"),
         (lambda text: _change(text, lambda d: d["costs"][0].update(plain=-1.0)), "-1.0 is out of range"),

@@ -102,10 +102,10 @@ def test_stream_only_lora_leaves_the_main_stream_bit_for_bit(copy):
     assert mx.array_equal(model(tokens), plain(tokens))
     tree, node_tokens = DraftTree.cartesian([2, 1]), mx.array(random_prompt(5, seed=3))
     results = []
-    for each, insert_streams in ((plain, False), (model, False), (model, True)):
+    for each, insertion in ((plain, "deferred"), (model, "deferred"), (model, "parallel")):
         caches = each.make_cache()
         each(tokens, cache=caches)
-        run = each.verify(node_tokens, tree, caches, insert_streams=insert_streams)
+        run = each.verify(node_tokens, tree, caches, insertion=insertion)
         each.commit(run, [0, 1], caches)
         results.append((run.logits, each.stream_logits(run, 1, caches)))
     (base, base_streams), (deferred, deferred_streams), (parallel, parallel_streams) = results

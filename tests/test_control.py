@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.planner_simulation import PROFILES, controlled_speed, pass_costs, read_curves, simulate
 from specstream_mlx.calibration.planner import Candidates, Curve, PassCosts, candidate_trees, solve
-from specstream_mlx.control import Acceptance, Control, LearnedCosts, PassTimes, TabulatedCosts
+from specstream_mlx.calibration.tabulated import TabulatedCosts
+from specstream_mlx.control import Acceptance, Control, LearnedCosts, PassTimes
 from specstream_mlx.tree import DraftTree
 
 COSTS = pass_costs(read_curves()["m5max-12b-4bit-model"])
@@ -90,14 +91,21 @@ def test_acceptance_by_depth_and_rank():
 def test_costs_are_straight_between_contexts_and_the_nearest_beyond():
     def costs(scale, parallel):
         curve = Curve(((1, scale), (8, 2 * scale)))
-        return PassCosts(scale, curve, curve, Curve(((1, parallel), (8, parallel))), 0.5 * scale)
+        more = Curve(tuple((rows, cost + 0.5 * scale) for rows, cost in curve.points))
+        return PassCosts(scale, curve, curve, Curve(((1, parallel), (8, parallel))), more, leaf_costs(scale))
 
-    trees = [DraftTree.chain(7)]
+    def leaf_costs(scale):
+        return Curve(((8, 2.2 * scale),))
+
+    trees, never, always = [DraftTree.chain(7)], np.zeros(1), np.ones(1)
     table = TabulatedCosts(trees, [(100, costs(1.0, 9.0)), (200, costs(3.0, 4.5))])
-    assert [float(table.at(context)[0][0]) for context in (0, 100, 150, 200, 900)] == [2.5, 2.5, 3.5, 4.5, 4.5]
-    assert [table.at(context)[1] for context in (0, 150, 900)] == [1.0, 2.0, 3.0]
-    assert [table.insertion(0, context) for context in (0, 149, 151)] == ["deferred", "deferred", "parallel"]
-    assert TabulatedCosts(trees, [(0, costs(1.0, 0.1))], "deferred").insertion(0, 0) == "deferred"
+    assert [float(table.at(context, never)[0][0]) for context in (0, 100, 150, 200, 900)] == [2.5, 2.5, 3.5, 4.5, 4.5]
+    assert [table.at(context, never)[1] for context in (0, 150, 900)] == [1.0, 2.0, 3.0]
+    assert [table.insertion(0, context, 0.0) for context in (0, 149, 151)] == ["deferred", "deferred", "parallel"]
+    assert table.at(0, always)[0].tolist() == pytest.approx([2.2])
+    assert table.at(0, 0.9 * always)[0].tolist() == pytest.approx([2.25])
+    assert [table.insertion(0, 0, end) for end in (1.0, 0.5, 0.3)] == ["leaf", "leaf", "deferred"]
+    assert TabulatedCosts(trees, [(0, costs(1.0, 0.1))], "deferred").insertion(0, 0, 1.0) == "deferred"
 
 
 def test_costs_are_learned_from_passes_and_kept_for_the_next_generation():
@@ -115,7 +123,7 @@ def test_costs_are_learned_from_passes_and_kept_for_the_next_generation():
             steered.record(choice is not None, choice[0] if choice else root, nodes)
             steered.observe(choice is not None, choice[0] if choice else root, 0.003 if choice else 0.001)
     assert plain_passes == [Control.LEARNING_PAUSE, 0]
-    costs, plain = LearnedCosts(chain, "deferred", times).at(0)
+    costs, plain = LearnedCosts(chain, "deferred", times).at(0, np.ones(1))
     assert (costs.tolist(), plain) == ([0.003], 0.001)
 
 

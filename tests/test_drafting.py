@@ -20,7 +20,7 @@ def test_a_tree_is_filled_depth_by_stream_and_rank_by_rank():
     """Red when a depth takes its candidates from another stream."""
     logits = mx.random.normal((3, 50), key=mx.random.key(1))
     plan = make_plan("tree", 3, DraftOptions(tree="cartesian:2x1x2"))
-    tree, tokens = plan.draft(17, logits, plan.tree)
+    tree, tokens = plan.draft(mx.array([17]), logits, plan.tree)
     best = np.argsort(-np.array(logits), axis=-1)
     expected = [17] + [best[len(path) - 1][path[-1]] for path in tree.paths[1:]]
     assert tokens.tolist() == expected
@@ -29,7 +29,7 @@ def test_a_tree_is_filled_depth_by_stream_and_rank_by_rank():
 
 def test_best_first_follows_the_streams_own_probabilities():
     logits = mx.log(mx.array([[0.5, 0.4, 0.05, 0.05], [0.97, 0.01, 0.01, 0.01]]))
-    tree, tokens = make_plan("auto", 2, DraftOptions(tree="best-first:4")).draft(3, logits, None)
+    tree, tokens = make_plan("auto", 2, DraftOptions(tree="best-first:4")).draft(mx.array([3]), logits, None)
     assert tree.paths == ((), (0,), (0, 0), (1,), (1, 0))
     assert tokens.tolist() == [3, 0, 0, 1, 0]
 
@@ -38,7 +38,7 @@ def test_no_deeper_than_tokens_are_wanted():
     logits = 5 * mx.random.normal((4, 50), key=mx.random.key(2))
     for tree in (None, "best-first:6", "cartesian:2x2x2x2"):
         plan = make_plan("auto", 4, DraftOptions(tree=tree))
-        drafted, tokens = plan.draft(3, logits, plan.tree, max_depth=2)
+        drafted, tokens = plan.draft(mx.array([3]), logits, plan.tree, max_depth=2)
         assert drafted.max_depth == 2
         assert tokens.shape == (drafted.size,)
 
@@ -71,7 +71,7 @@ def test_plans_by_mode():
         ("tree", 4, {"tree": "cartesian:99x99x99"}, "970299 nodes in one pass, expected at most 1024"),
         ("tree", 4, {"tree": "best-first:3x3"}, "takes one number"),
         ("tree", 4, {"tree": "cartesian:60"}, "more candidates than the 50 tokens"),
-        ("tree", 4, {"insertion": "late"}, "insertion is 'late', expected deferred or parallel"),
+        ("tree", 4, {"insertion": "late"}, "insertion is 'late', expected one of leaf, deferred, parallel"),
         ("tree", 4, {"prune_threshold": 1.5}, "prune_threshold is 1.5, expected a probability"),
     ],
 )

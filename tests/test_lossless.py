@@ -7,6 +7,7 @@ turns the test red; all were made once by hand.
 import functools
 import random
 import sys
+from typing import get_args
 
 import mlx.core as mx
 import pytest
@@ -19,7 +20,7 @@ from benchmarks.exactness import bundled_arm, cases, tiny_arm
 from specstream_mlx import DraftOptions, stream_generate
 from specstream_mlx.calibration.calibration import Calibration
 from specstream_mlx.calibration.planner import Curve, PassCosts, candidate_trees
-from specstream_mlx.drafting import make_plan
+from specstream_mlx.drafting import Insertion, make_plan
 from specstream_mlx.generate import Loop
 from specstream_mlx.tree import DraftTree
 from tests.tiny import (
@@ -41,7 +42,7 @@ DRAFTS = {
     "best-first": ("tree", "best-first:12"),
     "auto": ("auto", None),
 }
-INSERTIONS = ("deferred", "parallel")
+INSERTIONS = get_args(Insertion)
 VARIANTS = {
     "anchor": {"stream_position": "anchor"},
     "value-rotation": {"stream_id": {"type": "value_rotation", "epsilon": 0.3}},
@@ -147,7 +148,10 @@ def calibration_for(tree, insertion, plain=1.0):
     cheap = Curve(tuple((rows, 0.5 if rows == tree.size else 50.0) for rows in range(1, MAX_ROWS + 1)))
     kind = "parallel" if insertion == "parallel" else "chain" if tree.is_chain else "tree"
     curves = {name: cheap if name == kind else dear for name in ("chain", "tree", "parallel")}
-    return Calibration({}, ((0, PassCosts(plain=plain, streams=0.1, **curves)),), RATES, (9, 9, 9, 9), "made up")
+    more = {"deferred": 0.1 if insertion == "deferred" else 1.0, "leaf": 0.0 if insertion == "leaf" else 1.0}
+    for name, extra in more.items():
+        curves[name] = Curve(tuple((rows, seconds + extra) for rows, seconds in curves["chain"].points))
+    return Calibration({}, ((0, PassCosts(plain=plain, **curves)),), RATES, (9, 9, 9, 9), "made up")
 
 
 @pytest.mark.parametrize("insertion", INSERTIONS)
@@ -260,12 +264,20 @@ def test_statistics_add_up(draft):
     expected = plain_tokens(model.base, prompt, 40, end_of_text=())
     tokenizer = NumberTokenizer(end_of_text=())
     for max_tokens in (1, 2, 7, 40):
-        with drafter(model, expected, len(prompt), 0.7):
-            last = list(stream_generate(model, tokenizer, prompt, max_tokens, draft=draft))[-1]
-        assert last.generation_tokens == max_tokens == last.target_passes + sum(last.accepted_by_depth)
-        assert last.drafted_by_depth == [last.target_passes - 1] * 4
-        assert last.stream_passes == last.target_passes - 1
-        assert last.finish_reason == "length"
+        for insertion in INSERTIONS:
+            with drafter(model, expected, len(prompt), 0.7):
+                more = options(None, insertion)
+                last = list(stream_generate(model, tokenizer, prompt, max_tokens, draft=draft, draft_options=more))[-1]
+            assert last.generation_tokens == max_tokens == last.target_passes + sum(last.accepted_by_depth)
+            assert last.drafted_by_depth == [last.target_passes - 1] * 4
+            assert last.finish_reason == "length"
+            if insertion == "deferred":
+                assert last.stream_passes == last.target_passes - 1
+            elif insertion == "parallel":
+                assert last.stream_passes == 0
+            elif draft == "chain" and max_tokens == 40:
+                misses = last.target_passes - 2 - last.accepted_by_depth[-1]  # the first pass is the root alone
+                assert 0 < misses <= last.stream_passes <= misses + 1, "the last pass needs no streams"
         assert sorted(last.accepted_by_depth, reverse=True) == last.accepted_by_depth
 
 
@@ -357,8 +369,9 @@ def test_sampled_text_depends_on_the_seed_alone(sampling, draft):
     for seed in (0, 1):
         expected = plain_tokens(model.base, prompt, 24, seed=seed, sampler=sampler)
         with drafter(model, expected, len(prompt), 0.8, seed=seed):
-            more = options(tree, "deferred") if tree else None
-            assert our_tokens(model, prompt, 24, sampler=sampler, seed=seed, draft=mode, draft_options=more) == expected
+            for more in [options(tree, insertion) for insertion in ("leaf", "deferred")] if tree else [None]:
+                tokens = our_tokens(model, prompt, 24, sampler=sampler, seed=seed, draft=mode, draft_options=more)
+                assert tokens == expected
 
 
 def test_without_a_seed_the_global_random_state_goes_on_as_in_mlx_lm():

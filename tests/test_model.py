@@ -1,9 +1,12 @@
 """Streams on a model: both insertions give the same numbers, and the main stream never sees them."""
 
+from typing import get_args
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from specstream_mlx.drafting import Insertion
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.tree import DraftTree
@@ -23,32 +26,58 @@ VARIANTS = {
 }
 
 
-def verified(model, tree, insert_streams, seed=1):
+def verified(model, tree, insertion, seed=1):
     prompt = random_prompt(9, seed=seed)
     caches = model.make_cache()
     model(mx.array([prompt]), cache=caches)
     node_tokens = mx.array(random_prompt(tree.size, seed=seed + 1))
-    return model.verify(node_tokens, tree, caches, insert_streams=insert_streams), caches
+    return model.verify(node_tokens, tree, caches, insertion=insertion), caches
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parallel_and_deferred_insertion_give_the_same_stream_logits(family, variant):
+def test_all_insertions_give_the_same_stream_logits(family, variant):
     """Red when: a stream sees another node's streams, sits at another position, or its own node is hidden from it."""
     model = make_model(family, seed=2, **VARIANTS[variant])
     tree = DraftTree.from_paths([(0, 0), (0, 1), (1, 0), (2,)])
+    assert tree.leaf == 2
     for node in range(tree.size):
-        parallel, caches = verified(model, tree, insert_streams=True)
-        model.commit(parallel, tree.ancestors(node), caches)
-        in_parallel = model.stream_logits(parallel, node, caches)
-        deferred, caches = verified(model, tree, insert_streams=False)
+        deferred, caches = verified(model, tree, "deferred")
         model.commit(deferred, tree.ancestors(node), caches)
         offsets = [cache.offset for cache in caches]
         afterwards = model.stream_logits(deferred, node, caches)
-        assert mx.allclose(in_parallel, afterwards, atol=1e-4)
-        assert mx.array_equal(mx.argmax(in_parallel, axis=-1), mx.argmax(afterwards, axis=-1))
         assert [cache.offset for cache in caches] == offsets
-        assert mx.allclose(parallel.logits, deferred.logits, atol=1e-4)
+        for insertion in ("leaf", "parallel"):
+            run, caches = verified(model, tree, insertion)
+            assert model.has_streams_of(run, node, model.gamma) is (insertion == "parallel" or node == tree.leaf)
+            model.commit(run, tree.ancestors(node), caches)
+            logits = model.stream_logits(run, node, caches)
+            assert mx.allclose(logits, afterwards, atol=1e-4)
+            assert mx.array_equal(mx.argmax(logits, axis=-1), mx.argmax(afterwards, axis=-1))
+            assert mx.allclose(run.logits, deferred.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fewer_streams_inserted_are_the_first_of_all(variant):
+    """Red when: stream rows are numbered, placed or masked as if all streams were there."""
+    model = make_model("llama", seed=2, **VARIANTS[variant])
+    tree = DraftTree.from_paths([(0, 0), (1,)])
+    for insertion in ("leaf", "parallel"):
+        whole, caches = verified(model, tree, insertion)
+        model.commit(whole, [0, 1, 2], caches)
+        expected = model.stream_logits(whole, 2, caches)
+        prompt_caches = model.make_cache()
+        model(mx.array([random_prompt(9, seed=1)]), cache=prompt_caches)
+        for count in range(1, model.gamma):
+            for cache in prompt_caches:
+                cache.offset = 9
+            run = model.verify(whole.node_tokens, tree, prompt_caches, insertion=insertion, num_streams=count)
+            assert mx.allclose(run.logits, whole.logits, atol=1e-4)
+            assert model.has_streams_of(run, 2, count)
+            assert not model.has_streams_of(run, 2, count + 1)
+            model.commit(run, [0, 1, 2], prompt_caches)
+            assert mx.allclose(model.stream_logits(run, 2, prompt_caches, count), expected[:count], atol=1e-4)
+            assert mx.allclose(model.stream_logits(run, 2, prompt_caches), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
@@ -86,7 +115,7 @@ def test_streams_differ_from_one_another_and_from_main():
     for variant in VARIANTS.values():
         model = make_model("llama", seed=2, **variant)
         tree = DraftTree.chain(0)
-        run, caches = verified(model, tree, insert_streams=False)
+        run, caches = verified(model, tree, "deferred")
         model.commit(run, [0], caches)
         rows = np.array(mx.concatenate([run.logits, model.stream_logits(run, 0, caches)]))
         for i in range(len(rows)):
@@ -94,12 +123,12 @@ def test_streams_differ_from_one_another_and_from_main():
                 assert np.abs(rows[i] - rows[j]).max() > 1e-2
 
 
-@pytest.mark.parametrize("insert_streams", [False, True])
+@pytest.mark.parametrize("insertion", get_args(Insertion))
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_first_streams_alone_are_the_first_of_all(variant, insert_streams):
+def test_the_first_streams_alone_are_the_first_of_all(variant, insertion):
     """Red when a stream is numbered, placed or masked by how many streams are run."""
     model = make_model("llama", seed=5, **VARIANTS[variant])
-    run, caches = verified(model, DraftTree.cartesian([2, 1]), insert_streams)
+    run, caches = verified(model, DraftTree.cartesian([2, 1]), insertion)
     model.commit(run, [0, 1], caches)
     whole = model.stream_logits(run, 1, caches)
     for count in range(1, model.gamma + 1):
@@ -120,8 +149,8 @@ def test_float16_stays_float16():
         for dtype in (mx.float16, mx.bfloat16):
             model.set_dtype(dtype)
             tree = DraftTree.cartesian([2, 1])
-            for insert_streams in (False, True):
-                run, caches = verified(model, tree, insert_streams)
+            for insertion in get_args(Insertion):
+                run, caches = verified(model, tree, insertion)
                 model.commit(run, [0], caches)
                 arrays = [
                     run.logits,
@@ -147,8 +176,9 @@ def test_unknown_families_are_refused():
 
 def test_pruning_is_checked_against_the_model():
     with pytest.raises(UsageError, match="no early-exit pruner"):
-        make_model(prune=None).check_pruning(insert_streams=False)
+        make_model(prune=None).check_pruning("deferred")
     high = make_model(prune={"type": "low_rank", "rank": 4, "layer": 3})
-    with pytest.raises(UnsupportedError, match="deferred"):
-        high.check_pruning(insert_streams=True)
-    high.check_pruning(insert_streams=False)
+    for insertion in ("leaf", "parallel"):
+        with pytest.raises(UnsupportedError, match=f"{insertion} insertion cannot prune there, use deferred"):
+            high.check_pruning(insertion)
+    high.check_pruning("deferred")

@@ -5,6 +5,7 @@ of 1e-4 (on logits of size 1 to 10) allows for the order of summation and for Lo
 """
 
 from pathlib import Path
+from typing import get_args
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from specstream_convert import ConvertOptions, convert
 from specstream_mlx import load
+from specstream_mlx.drafting import Insertion
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.tree import DraftTree
 from tests.tiny import FAMILIES
@@ -34,14 +36,14 @@ CASES = {
 
 
 def our_logits(
-    model: SpecStreamModel, tokens: list[int], anchor: int, insert_streams: bool
+    model: SpecStreamModel, tokens: list[int], anchor: int, insertion: Insertion
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Logits at ``anchor`` (main), of the streams attached to it, and of the early exit there."""
     caches = model.make_cache()
     if anchor:
         model(mx.array([tokens[:anchor]]), cache=caches)
     root = mx.array(tokens[anchor : anchor + 1])
-    verified = model.verify(root, DraftTree.chain(0), caches, insert_streams=insert_streams)
+    verified = model.verify(root, DraftTree.chain(0), caches, insertion=insertion)
     model.commit(verified, [0], caches)
     pruner = np.array(model.early_exit_logits(verified.trunk)[0]) if model.prune_layer else None
     return np.array(verified.logits[0]), np.array(model.stream_logits(verified, 0, caches)), pruner
@@ -59,8 +61,8 @@ def test_converted_checkpoints_give_the_twins_logits(family: str, case: str, tmp
     tokens = [int(token) for token in np.random.default_rng(5).integers(3, 97, 23)]
     for anchor in (0, 11, 22):
         reference = reference_logits(twin, tokens, anchor)
-        for insert_streams in (False, True):
-            main, streams, pruner = our_logits(model, tokens, anchor, insert_streams)
+        for insertion in get_args(Insertion):
+            main, streams, pruner = our_logits(model, tokens, anchor, insertion)
             assert np.abs(main - reference.main[anchor]).max() <= ATOL
             assert np.abs(streams - reference.streams).max() <= ATOL
             if reference.pruner is not None:

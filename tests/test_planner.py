@@ -1,12 +1,14 @@
 """The planner against brute force: every tree, every insertion."""
 
 import itertools
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specstream_mlx.calibration.planner import Candidates, Curve, PassCosts, best_paths, solve
+from specstream_mlx.drafting import Insertion
 from specstream_mlx.tree import DraftTree
 
 GAMMA, WIDTH = 3, 2
@@ -40,22 +42,35 @@ def pass_costs(draw):
 
     tree = curve()
     chain = Curve(tuple((rows, min(seconds, draw(cost))) for rows, seconds in tree.points))
-    return PassCosts(draw(cost), chain, tree, curve(), draw(cost))
+    streams = draw(cost)
+    leaf = streams * draw(st.floats(0, 1))
+    deferred, with_leaf = (Curve(tuple((n, c + more) for n, c in chain.points)) for more in (streams, leaf))
+    return PassCosts(draw(cost), chain, tree, curve(), deferred, with_leaf)
 
 
 @settings(max_examples=150, deadline=None)
 @given(costs=pass_costs(), rates=rates)
 def test_no_tree_and_no_insertion_beats_the_plan(costs, rates):
     """Red when: costs are taken to rise with rows, an insertion is left out, or rates are added up."""
+    rates = [sorted(row, reverse=True) for row in rates]
     plan = solve(costs, rates)
     best = 1 / costs.plain
-    for tree, insertion in itertools.product(TREES, ("deferred", "parallel")):
+    trees = [tree for tree in TREES if tree.depths[tree.leaf] == tree.max_depth]
+    for tree, insertion in itertools.product(trees, get_args(Insertion)):
         tokens = 1 + sum(_by_hand(tree, rates))
-        best = max(best, tokens / costs.of(tree, insertion))
+        best = max(best, tokens / costs.of(tree, insertion, _end_by_hand(tree, rates)))
     assert plan.tokens / plan.seconds == pytest.approx(best, rel=1e-9)
     if plan.tree.size > 1:
-        assert plan.seconds == costs.of(plan.tree, plan.insertion)
+        assert plan.seconds == pytest.approx(costs.of(plan.tree, plan.insertion, _end_by_hand(plan.tree, rates)))
         assert plan.tokens == pytest.approx(1 + sum(_by_hand(plan.tree, rates)))
+
+
+def _end_by_hand(tree, rates):
+    path, value = (), 1.0
+    while (*path, 0) in tree.paths:
+        value *= rates[len(path)][0]
+        path = (*path, 0)
+    return value
 
 
 def _by_hand(tree, rates):
@@ -92,17 +107,28 @@ def test_expected_tokens_of_many_trees_at_once(rates):
 def test_plain_decoding_is_a_plan_like_any_other():
     flat = Curve(((1, 1.0), (8, 1.0)))
     dear = Curve(((1, 9.0), (8, 9.0)))
-    hopeless = solve(PassCosts(1.0, flat, flat, dear, 0.2), [[0.1], [0.1]])
+    deferred = Curve(((2, 1.2), (8, 1.2)))
+    hopeless = solve(PassCosts(1.0, flat, flat, dear, deferred, dear), [[0.1], [0.1]])
     assert (hopeless.tree, hopeless.speedup) == (DraftTree.chain(0), 1.0)
-    forced = solve(PassCosts(1.0, flat, flat, dear, 0.2), [[0.1], [0.1]], drafting=True)
+    forced = solve(PassCosts(1.0, flat, flat, dear, deferred, dear), [[0.1], [0.1]], drafting=True)
     assert (forced.tree.size, forced.insertion) == (3, "deferred")
     assert forced.speedup == pytest.approx(1.11 / 1.2)
-    assert solve(PassCosts(1.0, flat, flat, flat, 0.2), [], drafting=True).tree.size == 1
+    assert solve(PassCosts(1.0, flat, flat, flat, flat, flat), [], drafting=True).tree.size == 1
+
+
+def test_leaf_insertion_pays_where_the_text_mostly_ends_there():
+    """Red when: the stream pass after a miss is forgotten, or taken for granted."""
+    flat, dear = Curve(((1, 1.0), (8, 1.0))), Curve(((1, 9.0),))
+    costs = PassCosts(1.0, flat, flat, dear, Curve(((2, 1.5),)), Curve(((2, 1.2),)))
+    for rate, insertion, seconds in ((0.9, "leaf", 1.2 + 0.1 * 0.5), (0.3, "deferred", 1.5)):
+        plan = solve(costs, [[rate]], 2, drafting=True)
+        assert (plan.insertion, plan.seconds) == (insertion, pytest.approx(seconds))
 
 
 def test_a_cheaper_pass_of_more_rows_is_found():
     curve = Curve(((1, 1.0), (4, 3.0), (8, 1.5)))
-    plan = solve(PassCosts(1.0, curve, curve, Curve(((1, 9.0),)), 0.1), [[0.6, 0.2, 0.1], [0.5, 0.2, 0.1]])
+    dear = Curve(((1, 9.0),))
+    plan = solve(PassCosts(1.0, curve, curve, dear, curve, dear), [[0.6, 0.2, 0.1], [0.5, 0.2, 0.1]])
     assert plan.tree.size == 8
 
 

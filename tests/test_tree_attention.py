@@ -151,7 +151,9 @@ def test_blocks_built_otherwise_are_refused(family, message):
 
 
 def test_the_mask_drawn_in_the_module():
-    assert with_streams(DraftTree.chain(1).ancestor_mask, 2).astype(int).tolist() == [
+    mask = DraftTree.chain(1).ancestor_mask
+    assert with_streams(mask, [1], 2).astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert with_streams(mask, [0, 1], 2).astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 0, 1, 0, 0, 0],
@@ -162,9 +164,9 @@ def test_the_mask_drawn_in_the_module():
 
 
 def test_masks_over_cached_rows():
-    assert attention_mask(5, np.ones((1, 1), dtype=bool)) is None
-    assert attention_mask(5, np.tri(3, dtype=bool)) == "causal"
-    mask = attention_mask(2, DraftTree.cartesian([2]).ancestor_mask)
+    assert attention_mask(5, 1, None) is None
+    assert attention_mask(5, 3, None) == "causal"
+    mask = attention_mask(2, 3, DraftTree.cartesian([2]).ancestor_mask)
     assert np.array(mask).astype(int).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]
 
 

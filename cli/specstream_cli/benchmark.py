@@ -19,13 +19,14 @@ from specstream_cli.arms import (
     stream_arm,
     warm_up,
 )
+from specstream_cli.costs import cost_lines, cost_table
 from specstream_cli.plots import check_plot, draw
 from specstream_cli.quality import quality
 from specstream_cli.tables import table
 from specstream_cli.terminal import Progress, answer, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.validation import any_repo_id, invalid_input, tree_spec, usage_error, within
 
-Insertion = Literal["deferred", "parallel"]
+Insertion = Literal["leaf", "deferred", "parallel"]
 DRAFT_MODES = ("auto", "tree", "chain", "off")
 REFERENCES = ("answer", "reference", "completion", "target")
 
@@ -70,7 +71,7 @@ def benchmark(
     tree: Annotated[
         str | None, typer.Option(callback=tree_spec, metavar="SPEC", help="Tree of the tree and auto arms.")
     ] = None,
-    insertion: Annotated[Insertion | None, typer.Option(help="How streams are run: deferred or parallel.")] = None,
+    insertion: Annotated[Insertion | None, typer.Option(help="How streams run: leaf, deferred or parallel.")] = None,
     draft_model: Annotated[
         str | None, typer.Option(help="A second, smaller model: mlx-lm's own speculative decoding as an arm.")
     ] = None,
@@ -402,24 +403,7 @@ def tables(document: dict[str, Any]) -> str:
                 text.append(f"{found['arm']}: {_quality_line(found['quality'])}\n")
         text.append("\n")
     for costs in document.get("costs", ()):
-        chain = dict(costs["chain"])
-        others = [dict(costs[name]) for name in ("tree", "parallel")]
-        rows = [
-            [
-                count,
-                f"{1000 * seconds:.2f}",
-                *(f"{1000 * curve[count]:.2f}" if count in curve else "-" for curve in others),
-                f"{seconds / costs['plain']:.2f}",
-                f"{(seconds + costs['streams']) / costs['plain']:.2f}",
-            ]
-            for count, seconds in chain.items()
-        ]
-        text.append(
-            f"context {costs['context']}: plain step {1000 * costs['plain']:.2f} ms, "
-            f"stream pass {1000 * costs['streams']:.2f} ms\n"
-        )
-        header = ["rows", "chain ms", "tree ms", "with streams ms", "chain / plain", "tokens to break even"]
-        text += [table(header, rows), "\n"]
+        text.append(f"{cost_table(costs)}\n")
     return "".join(text)
 
 
@@ -479,11 +463,12 @@ def _panels(document: dict[str, Any]) -> list[dict[str, Any]]:
         if lines:
             panels.append({"title": "acceptance", "x": "depth", "y": "passes that accepted it", "lines": lines})
     for costs in document.get("costs", ()):
-        lines = [
-            (label, [count for count, _ in costs[name]], [1000 * seconds for _, seconds in costs[name]])
-            for name, label in (("chain", "chain"), ("tree", "tree"), ("parallel", "with streams"))
-        ]
         panels.append(
-            {"title": f"cost at context {costs['context']}", "x": "rows of a pass", "y": "milliseconds", "lines": lines}
+            {
+                "title": f"cost at context {costs['context']}",
+                "x": "rows of a pass",
+                "y": "milliseconds",
+                "lines": cost_lines(costs),
+            }
         )
     return panels

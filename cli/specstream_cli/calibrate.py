@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from specstream_cli.costs import cost_lines, cost_table
 from specstream_cli.plots import check_plot, draw
 from specstream_cli.tables import table
 from specstream_cli.terminal import answer, progress_bar, quieten_libraries, to_stderr
@@ -85,21 +86,7 @@ def _milliseconds(seconds: float) -> str:
 def _tables(found: dict[str, Any]) -> str:
     text = []
     for costs, plan in zip(found["costs"], found["plans"], strict=True):
-        curves = {name: dict(costs[name]) for name in ("chain", "tree", "parallel")}
-        rows = [
-            [
-                rows,
-                *(_milliseconds(curves[name][rows]) if rows in curves[name] else "-" for name in curves),
-                f"{curves['chain'][rows] / costs['plain']:.2f}",
-            ]
-            for rows in curves["chain"]
-        ]
-        text.append(
-            f"context {costs['context']}: plain step {_milliseconds(costs['plain'])} ms, "
-            f"stream pass {_milliseconds(costs['streams'])} ms\n"
-            + table(["rows", "chain ms", "tree ms", "with streams ms", "chain / plain"], rows)
-            + f"plan: {plan_line(plan)}\n\n"
-        )
+        text.append(f"{cost_table(costs)}plan: {plan_line(plan)}\n\n")
     acceptance = found["acceptance"]
     ranks = range(len(acceptance["rates"][0]))
     rows = [
@@ -127,16 +114,12 @@ def plan_line(plan: dict[str, Any]) -> str:
 def _panels(found: dict[str, Any]) -> list[dict[str, Any]]:
     panels = []
     for costs, plan in zip(found["costs"], found["plans"], strict=True):
-        lines = [
-            (label, [rows for rows, _ in costs[name]], [1000 * seconds for _, seconds in costs[name]])
-            for name, label in (("chain", "chain"), ("tree", "tree"), ("parallel", "with streams"))
-        ]
         panels.append(
             {
                 "title": f"context {costs['context']}",
                 "x": "rows of a pass",
                 "y": "milliseconds",
-                "lines": lines,
+                "lines": cost_lines(costs),
                 "marks": [
                     ("plain step", [1], [1000 * costs["plain"]]),
                     ("plan, streams included", [plan["nodes"] + 1], [1000 * plan["seconds_per_pass"]]),

@@ -13,7 +13,7 @@ from specstream_cli.terminal import Answer, Progress, ReaderGone, answer, progre
 from specstream_cli.validation import any_repo_id, invalid_input, tree_spec, usage_error, utf8, utf8_each, within
 
 DraftMode = Literal["auto", "tree", "chain", "off"]
-Insertion = Literal["deferred", "parallel"]
+Insertion = Literal["leaf", "deferred", "parallel"]
 
 
 def generate(
@@ -80,7 +80,10 @@ def generate(
     ] = None,
     insertion: Annotated[
         Insertion | None,
-        typer.Option(help="Run the streams after verification (deferred) or beside every row (parallel)."),
+        typer.Option(
+            help="Run streams along with the tree, those of its likeliest end (leaf) or of every node (parallel), "
+            "or once the node is known (deferred)."
+        ),
     ] = None,
     prune_threshold: Annotated[
         float | None,

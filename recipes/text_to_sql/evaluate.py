@@ -53,7 +53,7 @@ def guess_ranks(model: SpecStreamModel, prompt: list[int], answer: list[int]) ->
     if len(prompt) > 1:
         model(mx.array(prompt[:-1])[None], cache=caches)
     nodes = [prompt[-1], *answer[:-1]]
-    verified = model.verify(mx.array(nodes), DraftTree.chain(len(nodes) - 1), caches, insert_streams=True)
+    verified = model.verify(mx.array(nodes), DraftTree.chain(len(nodes) - 1), caches, insertion="parallel")
     ranks = []
     for node in range(len(answer) - 1):
         targets = answer[node + 1 : node + 1 + model.gamma]

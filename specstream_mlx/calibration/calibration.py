@@ -7,13 +7,14 @@ from functools import cached_property
 from typing import Any
 
 from specstream_mlx.calibration.planner import Candidates, Curve, PassCosts, Plan, candidate_trees, solve
+from specstream_mlx.calibration.tabulated import TabulatedCosts
 from specstream_mlx.drafting import Insertion
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.tree import DraftTree
 
 FORMAT = "specstream-calibration"
-FORMAT_VERSION = 1
-_CURVES = ("chain", "tree", "parallel")
+FORMAT_VERSION = 2
+_CURVES = ("chain", "tree", "parallel", "deferred", "leaf")
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,19 @@ class Calibration:
         trees = [
             tree
             for tree in candidate_trees(self.rates, self.max_rows)
-            if any(costs.best_of(tree)[0] < (tree.max_depth + 1) * costs.plain for _, costs in self.costs)
+            if any(costs.best_of(tree, 1.0)[0] < (tree.max_depth + 1) * costs.plain for _, costs in self.costs)
         ]
         return Candidates(trees or [DraftTree.chain(1)], len(self.rates[0]))
+
+    @cached_property
+    def _tables(self) -> dict[Insertion | None, TabulatedCosts]:
+        return {}
+
+    def tabulated(self, insertion: Insertion | None = None) -> TabulatedCosts:
+        """The costs of the candidates; ``insertion``: the only one to use."""
+        if insertion not in self._tables:
+            self._tables[insertion] = TabulatedCosts(self.candidates.trees, self.costs, insertion)
+        return self._tables[insertion]
 
     @cached_property
     def _plans(self) -> dict[tuple[int, Insertion | None, bool], Plan]:
@@ -107,7 +118,7 @@ class Calibration:
 def costs_to_dict(context: int, costs: PassCosts) -> dict[str, Any]:
     """Costs as JSON: seconds, curves as (rows, seconds)."""
     curves = {name: [list(point) for point in getattr(costs, name).points] for name in _CURVES}
-    return {"context": context, "plain": costs.plain, "streams": costs.streams, **curves}
+    return {"context": context, "plain": costs.plain, **curves}
 
 
 def plan_to_dict(context: int, plan: Plan) -> dict[str, Any]:
@@ -127,8 +138,7 @@ def plan_to_dict(context: int, plan: Plan) -> dict[str, Any]:
 
 
 def _costs(entry: Any) -> PassCosts:
-    chain, tree, parallel = (_curve(entry[name]) for name in _CURVES)
-    return PassCosts(_number(entry["plain"]), chain, tree, parallel, _number(entry["streams"], least=0.0))
+    return PassCosts(_number(entry["plain"]), *(_curve(entry[name]) for name in _CURVES))
 
 
 def _curve(points: Sequence[Any]) -> Curve:

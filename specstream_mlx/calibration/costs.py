@@ -11,8 +11,8 @@ import numpy as np
 from mlx_lm.generate import generation_stream
 
 from specstream_mlx.calibration.planner import Curve, PassCosts
-from specstream_mlx.drafting import top_candidates
-from specstream_mlx.model import SpecStreamModel
+from specstream_mlx.drafting import Insertion
+from specstream_mlx.model import SpecStreamModel, VerificationPass
 from specstream_mlx.tree import DraftTree
 
 Progress = Callable[[str, int, int], None]
@@ -21,6 +21,7 @@ ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32)
 MOST_STREAM_ROWS = 160  # of a pass with parallel insertion
 CONTEXTS = (128, 512, 2048)
 PLAIN_STEPS = 4  # plain steps timed together, since they overlap
+CYCLES = 4  # drafted passes timed together, for the same reason
 _PREFILL_STEP = 512
 
 
@@ -48,7 +49,7 @@ def sample_tree(rows: int, gamma: int) -> DraftTree:
 def usable_contexts(model: SpecStreamModel, wanted: Sequence[int] = CONTEXTS) -> list[int]:
     """Those lengths that leave room for passes in the model's context, at least one."""
     limit = model.context_length or 1 << 30
-    room = limit - max(ROWS) - PLAIN_STEPS
+    room = limit - max(ROWS[-1], CYCLES * (model.gamma + 2)) - PLAIN_STEPS
     return sorted({length for length in wanted if length <= room}) or [max(room // 2, 1)]
 
 
@@ -90,7 +91,6 @@ def _measure_at(
     report: Callable[[int, int], None] | None,
 ) -> PassCosts:
     gamma = model.gamma
-    cycle_rows = max((count for count in rows if count <= gamma + 1), default=0)
     timings = [_Timing("plain", 1, lambda: _plain(model, caches), PLAIN_STEPS, [])]
     for count in rows:
         timings.append(_pass_timing("chain", model, caches, DraftTree.chain(count - 1)))
@@ -98,8 +98,8 @@ def _measure_at(
             timings.append(_pass_timing("tree", model, caches, sample_tree(count, max(gamma, 1))))
         if gamma and count >= 2 and count * (1 + gamma) <= MOST_STREAM_ROWS:
             timings.append(_pass_timing("parallel", model, caches, DraftTree.chain(count - 1)))
-        if gamma and count == cycle_rows:
-            timings.append(_pass_timing("cycle", model, caches, DraftTree.chain(count - 1)))
+    for depth in sorted({*(count - 1 for count in rows if 2 <= count <= gamma), gamma} - {0}):
+        timings += [_cycle_timing(insertion, model, caches, depth) for insertion in ("deferred", "leaf")]
 
     def once(timing: _Timing) -> float:
         for cache in caches:
@@ -131,28 +131,51 @@ def _measure_at(
         return Curve(points or chain.points)
 
     chain = Curve(tuple((timing.rows, timing.median) for timing in kept if timing.kind == "chain"))
-    alone = [timing.seconds for timing in kept if timing.kind == "chain" and timing.rows == cycle_rows]
-    whole = [timing.seconds for timing in kept if timing.kind == "cycle"]
-    pairs = zip(whole[0], alone[0], strict=True) if whole and alone else []
-    streams = max(statistics.median([both - one for both, one in pairs] or [0.0]), 0.0)
-    return PassCosts(kept[0].median, chain, curve("tree"), curve("parallel"), streams)
+    return PassCosts(kept[0].median, chain, *(curve(kind) for kind in ("tree", "parallel", "deferred", "leaf")))
 
 
 def _pass_timing(kind: str, model: SpecStreamModel, caches: Sequence[Any], tree: DraftTree) -> _Timing:
     node_tokens = mx.array([1] * tree.size)
-    with_streams = kind in ("parallel", "cycle")
 
     def run() -> None:
         with mx.stream(generation_stream):
-            verified = model.verify(node_tokens, tree, caches, insert_streams=kind == "parallel")
+            insertion: Insertion = "parallel" if kind == "parallel" else "deferred"
+            verified = model.verify(node_tokens, tree, caches, insertion=insertion)
             drawn = mx.argmax(verified.logits, axis=-1)
             mx.async_eval(drawn)  # type: ignore[no-untyped-call]
             drawn.tolist()
             model.commit(verified, [0], caches)
-            if with_streams:
-                mx.eval(top_candidates(model.stream_logits(verified, 0, caches), 1))
 
     return _Timing(kind, tree.size, run, 1, [])
+
+
+def _cycle_timing(insertion: Insertion, model: SpecStreamModel, caches: Sequence[Any], depth: int) -> _Timing:
+    """Passes over a chain whose drafts are all right, with their streams, one after another as the loop makes them."""
+    tree = DraftTree.chain(depth)
+
+    def start(node_tokens: mx.array) -> tuple[VerificationPass, mx.array]:
+        verified = model.verify(node_tokens, tree, caches, insertion=insertion, num_streams=depth)
+        return verified, mx.argmax(verified.logits, axis=-1)
+
+    def run() -> None:
+        with mx.stream(generation_stream):
+            verified, drawn = start(mx.array([1] * tree.size))
+            for left in reversed(range(CYCLES)):
+                mx.async_eval(drawn)  # type: ignore[no-untyped-call]
+                model.commit(verified, range(tree.size), caches)
+                if insertion == "deferred":
+                    drawn.tolist()
+                guesses = mx.argmax(model.stream_logits(verified, depth, caches, depth), axis=-1)
+                node_tokens = mx.concatenate([drawn[depth:], guesses])
+                if insertion == "deferred":
+                    mx.async_eval(node_tokens)  # type: ignore[no-untyped-call]
+                before = drawn
+                if left:
+                    verified, drawn = start(node_tokens)
+                before.tolist()
+            node_tokens.tolist()
+
+    return _Timing(insertion, depth + 1, run, CYCLES, [])
 
 
 def _plain(model: SpecStreamModel, caches: Sequence[Any]) -> None:

@@ -12,6 +12,7 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from specstream_mlx.drafting import Insertion
 from specstream_mlx.tree import DraftTree, Path
 
+FloatArray = npt.NDArray[np.float64]
 Rates = Sequence[Sequence[float]]  # (gamma, K): how often stream d + 1's k-th guess is right when its parent was
 
 
@@ -54,26 +56,46 @@ class PassCosts:
         chain: verification of T rows whose mask is causal.
         tree: verification of T rows with a tree's mask.
         parallel: verification of T rows with the streams of every row inserted beside them.
-        streams: the stream pass of deferred insertion.
+        deferred: a whole pass over a chain of T rows, then a pass for T - 1 streams of the row where the text ended.
+        leaf: a whole pass over a chain of T rows with T - 1 streams of the last one, the text having ended there.
     """
 
     plain: float
     chain: Curve
     tree: Curve
     parallel: Curve
-    streams: float
+    deferred: Curve
+    leaf: Curve
 
-    def of(self, tree: DraftTree, insertion: Insertion) -> float:
-        """A whole pass over ``tree``, the streams for the next tree included."""
+    def stream_pass(self, num_streams: int) -> float:
+        """A pass for streams alone."""
+        return max(self.deferred.at(num_streams + 1) - self.chain.at(num_streams + 1), 0.0)
+
+    def of(self, tree: DraftTree, insertion: Insertion, end: float) -> float:
+        """A whole pass over ``tree``, the streams for the next tree included.
+
+        Args:
+            end: how often the text ends at ``tree.leaf``; elsewhere leaf insertion needs a stream pass besides.
+        """
+        at_leaf, more = self.at_leaf(tree, insertion)
+        return at_leaf + (1 - end) * more
+
+    def at_leaf(self, tree: DraftTree, insertion: Insertion) -> tuple[float, float]:
+        """A whole pass over ``tree`` where the text ends at its leaf, and what more it costs elsewhere."""
         if insertion == "parallel":
-            return self.parallel.at(tree.size)
-        return (self.chain if tree.is_chain else self.tree).at(tree.size) + self.streams
+            return self.parallel.at(tree.size), 0.0
+        verification = (self.chain if tree.is_chain else self.tree).at(tree.size)
+        streams = self.stream_pass(tree.max_depth)
+        if insertion == "deferred":
+            return verification + streams, 0.0
+        rows = tree.max_depth + 1
+        with_leaf = verification + self.leaf.at(rows) - self.chain.at(rows)
+        return max(with_leaf, min(verification, self.leaf.at(rows))), streams
 
-    def best_of(self, tree: DraftTree, insertion: Insertion | None = None) -> tuple[float, Insertion]:
-        """A pass with the cheaper insertion, or with the given one."""
-        if insertion is None:
-            insertion = "parallel" if self.of(tree, "parallel") < self.of(tree, "deferred") else "deferred"
-        return self.of(tree, insertion), insertion
+    def best_of(self, tree: DraftTree, end: float, insertion: Insertion | None = None) -> tuple[float, Insertion]:
+        """A pass with the cheapest insertion, or with the given one."""
+        ways = get_args(Insertion) if insertion is None else (insertion,)
+        return min(((self.of(tree, way, end), way) for way in ways), key=lambda found: found[0])
 
 
 class Candidates:
@@ -84,6 +106,7 @@ class Candidates:
         self.trees = tuple(trees)
         paths = sorted({path for tree in trees for path in tree.paths[1:]}, key=lambda path: (len(path), path))
         index = {path: place for place, path in enumerate(paths)}
+        self._leaves = np.array([len(tree.paths[tree.leaf]) for tree in trees])
         self._member = np.array(
             [[path in held for path in paths] for held in (set(t.paths) for t in trees)], dtype=float
         )
@@ -93,7 +116,7 @@ class Candidates:
             parents = np.array([index.get(path[:-1], -1) for path in level])
             self._levels.append((parents, np.array([min(path[-1], num_ranks) for path in level])))
 
-    def tokens(self, rates: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    def tokens(self, rates: npt.ArrayLike) -> FloatArray:
         """Expected tokens per pass of every tree, (C,), under (gamma, K) rates."""
         padded = np.pad(np.asarray(rates, dtype=float), ((0, 0), (0, 1)))
         before, parts = np.ones(1), []
@@ -104,6 +127,12 @@ class Candidates:
             offset += len(before) if depth else 0
             before = parts[-1]
         return 1 + self._member @ np.concatenate(parts) if parts else np.ones(len(self.trees))
+
+    def ends(self, rates: npt.ArrayLike) -> FloatArray:
+        """How often the text ends at the leaf of every tree, (C,), under (gamma, K) rates."""
+        first = np.asarray(rates, dtype=float)[:, 0]
+        reached = np.concatenate([np.ones(1), np.cumprod(first)])
+        return np.append(reached, np.zeros(max(self._leaves.max() - len(first), 0)))[self._leaves]
 
 
 @dataclass(frozen=True)
@@ -146,12 +175,13 @@ def best_paths(rates: Rates) -> Iterator[Path]:
 
 
 def candidate_trees(rates: Rates, max_rows: int) -> list[DraftTree]:
-    """Every tree that can be best under some costs: the chains, and of each size the likeliest paths."""
+    """Trees that can be best under some costs: the chains, and of each size and depth the likeliest paths."""
     trees = [DraftTree.chain(depth) for depth in range(1, min(len(rates), max_rows - 1) + 1)]
-    paths: list[Path] = []
-    for path in itertools.islice(best_paths(rates), max_rows - 1):
-        paths.append(path)
-        trees.append(DraftTree.from_paths(paths))
+    for depth in range(len(rates), 0, -1):
+        paths: list[Path] = []
+        for path in itertools.islice(best_paths(rates[:depth]), max_rows - 1):
+            paths.append(path)
+            trees.append(DraftTree.from_paths(paths))
     return list(dict.fromkeys(trees))
 
 
@@ -182,7 +212,8 @@ def solve(
     if not trees:
         return plain
     plans = [] if drafting else [plain]
-    for tree, tokens in zip(trees, Candidates(trees, len(rates[0])).tokens(rates), strict=True):
-        seconds, inserted = costs.best_of(tree, insertion)
+    candidates = Candidates(trees, len(rates[0]))
+    for tree, tokens, end in zip(trees, candidates.tokens(rates), candidates.ends(rates), strict=True):
+        seconds, inserted = costs.best_of(tree, float(end), insertion)
         plans.append(Plan(tree, inserted, float(tokens), seconds, costs.plain))
     return max(plans, key=lambda plan: plan.tokens / plan.seconds)
