@@ -269,10 +269,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report-seconds", type=float, default=60)
     parser.add_argument("--stop", type=int, default=0, help="end after this many steps, for measurements")
+    parser.add_argument("--start", type=Path, help="go on from the model in this directory")
     namespace, settings = parse_settings(parser, arguments)
     keep_freed_memory()
     torch.set_num_threads(namespace.threads)
-    pretrain(settings, namespace.out, namespace.report_seconds, stop=namespace.stop)
+    pretrain(settings, namespace.out, namespace.report_seconds, stop=namespace.stop, start=namespace.start)
 
 
 if __name__ == "__main__":
