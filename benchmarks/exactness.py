@@ -1,8 +1,10 @@
 """Compare our tokens with mlx-lm's over a wide grid: prompts x trees x insertions x samplers x drafters.
 
     scripts/with-openblas python -m benchmarks.exactness --prompts 200
+    scripts/with-openblas python -m benchmarks.exactness --prompts 1000 --models bundled --in-turn
 
-Every family runs on a tiny random float32 model, and the bundled model on its held-out prompts. The reference is
+Every family runs on a tiny random float32 model, and the bundled model on held-out prompts of its recipe, as many as
+are asked for. The reference is
 ``mlx_lm.generate.generate_step`` on the same weights with the same seed. Random streams are rarely right, so for
 three prompts in four a scripted drafter stands in: right at a random rank seven times in ten, always right, never
 right. The last line is one JSON document; the exit code is 1 when any token differs.
@@ -22,10 +24,12 @@ import mlx.core as mx
 import mlx_lm
 from mlx_lm.sample_utils import make_sampler
 
-from recipes.text_to_sql.heldout import HELDOUT
+from recipes.text_to_sql.heldout import HELDOUT_SEED
+from recipes.text_to_sql.task import examples
 from specstream_mlx import DraftOptions, load
 from tests.tiny import (
     END_OF_TEXT,
+    EVERY_FAMILY,
     FAMILIES,
     NumberTokenizer,
     drafter,
@@ -55,23 +59,26 @@ class Arm:
 
 
 def tiny_arm(family: str, num_prompts: int) -> Arm:
-    """A random model; prompts of 1 to 80 tokens."""
-    prompts = [random_prompt(1 + (37 * index) % 80, seed=index) for index in range(num_prompts)]
-    return Arm(family, make_model(family, seed=1), NumberTokenizer(), prompts, (END_OF_TEXT,), 16)
+    """A random model; prompts of 1 to 80 tokens, as far as its context holds them."""
+    model = make_model(family, seed=1)
+    longest = min(80, (model.context_length or 512) - 1)
+    prompts = [random_prompt(1 + (37 * index) % longest, seed=index) for index in range(num_prompts)]
+    return Arm(family, model, NumberTokenizer(), prompts, (END_OF_TEXT,), 16)
 
 
 def bundled_arm(num_prompts: int) -> Arm:
-    """The bundled model on held-out questions of its recipe."""
+    """The bundled model on held-out questions of its recipe, which makes as many as are asked for."""
     model, tokenizer = load()
-    lines = HELDOUT.read_text(encoding="utf-8").splitlines()
-    texts = (json.loads(line)["prompt"] for line in itertools.islice(lines, num_prompts))
-    prompts = [tokenizer.encode(text) for text in texts]
+    questions = itertools.islice(examples("heldout", HELDOUT_SEED), num_prompts)
+    prompts = [tokenizer.encode(question.prompt) for question in questions]
     return Arm("bundled", model, tokenizer, prompts, tuple(tokenizer.eos_token_ids), 128)
 
 
-def cases(arm: Arm) -> Iterator[tuple[bool, dict[str, Any]]]:
+def cases(arm: Arm, in_turn: bool = False) -> Iterator[tuple[bool, dict[str, Any]]]:
     """Run the grid, yielding whether the tokens were equal and which case it was."""
+    drafts = list(itertools.product(TREES, INSERTIONS))
     for index, prompt in enumerate(arm.prompts):
+        turn = index // len(ACCURACIES) % len(drafts)
         accuracy = ACCURACIES[index % len(ACCURACIES)]
         for temp in TEMPERATURES:
             sampler = make_sampler(temp)
@@ -84,7 +91,7 @@ def cases(arm: Arm) -> Iterator[tuple[bool, dict[str, Any]]]:
                 sampler=sampler,
                 prefill_step_size=PREFILL_STEP,
             )
-            for tree, insertion in itertools.product(TREES, INSERTIONS):
+            for tree, insertion in drafts[turn : turn + 1] if in_turn else drafts:
                 script: Callable[[], AbstractContextManager[None]] = nullcontext
                 if accuracy is not None:
                     script = lambda: drafter(arm.model, expected, len(prompt), accuracy, index)  # noqa: B023, E731
@@ -108,14 +115,15 @@ def main() -> int:
     """Run and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--prompts", type=int, default=200, help="prompts per model")
-    parser.add_argument("--models", nargs="+", default=[*FAMILIES, "bundled"], choices=[*FAMILIES, "bundled"])
+    parser.add_argument("--models", nargs="+", default=[*FAMILIES, "bundled"], choices=[*EVERY_FAMILY, "bundled"])
+    parser.add_argument("--in-turn", action="store_true", help="one tree and insertion per prompt instead of all")
     arguments = parser.parse_args()
     report: dict[str, Any] = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__, "models": {}}
     different = 0
     for name in arguments.models:
         arm = bundled_arm(arguments.prompts) if name == "bundled" else tiny_arm(name, arguments.prompts)
         started, counts, failed = time.perf_counter(), [0, 0], []
-        for number, (equal, case) in enumerate(cases(arm), start=1):
+        for number, (equal, case) in enumerate(cases(arm, arguments.in_turn), start=1):
             counts[equal] += 1
             if not equal:
                 failed.append(case)

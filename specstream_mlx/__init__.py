@@ -1,6 +1,7 @@
 """Speculative Streaming on MLX: one model drafts and verifies, the text stays exactly the same."""
 
 from specstream_mlx.bundled import default_model_path
+from specstream_mlx.caches import PrefixCache
 from specstream_mlx.checkpoint import load
 from specstream_mlx.drafting import DraftOptions
 from specstream_mlx.generate import GenerationResponse, generate, stream_generate
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DraftOptions",
     "GenerationResponse",
+    "PrefixCache",
     "SpecStreamModel",
     "default_model_path",
     "generate",

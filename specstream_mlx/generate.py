@@ -12,16 +12,16 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
-from mlx_lm.generate import generation_stream, wired_limit
+from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from specstream_mlx.caches import CacheGrowth, check_caches, is_full
 from specstream_mlx.control import Control, steer
 from specstream_mlx.drafting import DraftMode, DraftOptions, DraftPlan, DraftReport, Insertion
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.model import SpecStreamModel, VerificationPass
 from specstream_mlx.sampling import LogitsProcessor, Sampler, TargetSampler
 from specstream_mlx.tree import DraftTree
-from specstream_mlx.tree_attention import check_caches
 from specstream_mlx.verification import accept
 
 _CLEAR_CACHE_EVERY = 64  # passes
@@ -116,23 +116,43 @@ class Loop:
     """The state of one generation between passes."""
 
     model: SpecStreamModel
-    caches: Sequence[Any]
+    caches: list[Any]
     plan: DraftPlan
     control: Control | None  # None: the plan's tree in every pass, or plain decoding
     sampler: TargetSampler
     history: list[int] | None = None  # every id before the root, kept only for logits processors
     keeps_cache: bool = False  # whether somebody goes on with the caches afterwards
+    growth: CacheGrowth = field(default_factory=CacheGrowth)
     watch: Callable[[int, mx.array], None] | None = None  # told the tokens so far and (gamma, V) stream logits
     statistics: DraftStatistics = field(init=False)
     choice: tuple[DraftTree | None, Insertion] | None = None  # how the next tree is drafted; None: plain decoding
+    adapter: str | None = field(init=False)  # of the model, when the generation began
 
     def __post_init__(self) -> None:
+        self.adapter = self.model.adapter
         self.statistics = DraftStatistics([0] * self.model.gamma, [0] * self.model.gamma)
         self.choose()
 
+    @property
+    def may_draft(self) -> bool:
+        """Whether rejected rows can be taken back, and streams may be used at all."""
+        return self.plan.drafts and not is_full(self.caches)
+
+    def check_adapter(self) -> None:
+        """Refuse to go on with another adapter than the text so far was made with.
+
+        Raises:
+            UsageError: the model's adapter was switched.
+        """
+        if self.model.adapter != self.adapter:
+            raise UsageError(
+                f"the adapter was switched from {self.adapter!r} to {self.model.adapter!r} in the middle of a "
+                "generation; finish or close it first"
+            )
+
     def choose(self) -> None:
         """Decide how to draft the next tree."""
-        if not self.plan.drafts:
+        if not self.may_draft:
             self.choice = None
         elif self.control is None:
             self.choice = (self.plan.tree, self.plan.insertion)
@@ -143,7 +163,7 @@ class Loop:
 
     def build(self, tree: DraftTree, node_tokens: mx.array, drafted: bool, remaining: int | None) -> _Pass:
         """A verification pass and the target's draws on it; at least one of the ``remaining`` tokens will be its."""
-        num_streams = self._num_streams(remaining and remaining - 1)
+        num_streams = self._num_streams(remaining and remaining - 1, self.caches[0].offset + 1)
         verified = self.model.verify(
             node_tokens,
             tree,
@@ -161,19 +181,25 @@ class Loop:
         verified, tree = current.verified, current.verified.tree
         num_tokens = tree.leaf + 1
         left = None if remaining is None else remaining - num_tokens
+        cached = verified.start + num_tokens
         if (left is not None and left <= 0) or self.history is not None or self.watch is not None:
             return None
         if self.choice is None:
-            stays = self.control.stays_plain if self.control is not None else not self.plan.drafts
+            stays = not self.may_draft or (self.control is not None and self.control.stays_plain)
             if not stays or tree.size > 1 or current.drafted:
                 return None
         else:
+            if self.sampler.in_order:
+                return None
             self.choose()
             fixed = self.choice is not None and self.choice[0] is not None and self.plan.prune_threshold is None
-            if not fixed or not self.model.has_streams_of(verified, tree.leaf, self._num_streams(left)):
+            if not fixed or not self.model.has_streams_of(verified, tree.leaf, self._num_streams(left, cached)):
+                return None
+            if tree.size > 1 and self.growth.changes(self.caches, cached):  # which could not be taken back
                 return None
         before = None if tree.size == 1 else [_attributes(cache) for cache in self.caches]
         self.model.commit(verified, range(num_tokens), self.caches)
+        self.growth.advance(self.caches)
         self.sampler.advance(num_tokens)
         following = self.build(*self._draft(verified, tree.leaf, current.drawn[tree.leaf : num_tokens], left), left)
         return _Foreseen(following.verified, following.drawn, following.drafted, num_tokens, before)
@@ -197,7 +223,8 @@ class Loop:
     def _draft(
         self, verified: VerificationPass, node: int, root: mx.array, remaining: int | None
     ) -> tuple[DraftTree, mx.array, bool]:
-        num_streams = self._num_streams(remaining)
+        cached = self.caches[0].offset
+        num_streams = self._num_streams(remaining, cached)
         if self.choice is None or num_streams == 0:
             return DraftTree.chain(0), root, False
         if not self.model.has_streams_of(verified, node, num_streams):
@@ -205,18 +232,24 @@ class Loop:
         logits = self.model.stream_logits(verified, node, self.caches, num_streams)
         if self.watch is not None:
             self.watch(self.statistics.generation_tokens, logits)
-        return *self.plan.draft(root, logits, self.choice[0], self._max_depth(remaining)), True
+        return *self.plan.draft(root, logits, self.choice[0], self._max_depth(remaining, cached)), True
 
-    def _max_depth(self, remaining: int | None) -> int | None:
-        """The deepest guess of use; the other modes draft their whole tree whatever is still wanted."""
-        return remaining - 1 if self.plan.mode == "auto" and remaining is not None else None
+    def _max_depth(self, remaining: int | None, cached: int) -> int | None:
+        """The deepest guess of use after ``cached`` rows.
 
-    def _num_streams(self, remaining: int | None) -> int:
-        """How many streams the next tree needs."""
+        Only auto minds how many tokens are still wanted; the other modes draft their whole tree.
+        """
+        reach = self.growth.max_depth(self.caches, cached)
+        if self.plan.mode != "auto" or remaining is None:
+            return reach
+        return remaining - 1 if reach is None else min(reach, remaining - 1)
+
+    def _num_streams(self, remaining: int | None, cached: int) -> int:
+        """How many streams the next tree needs, whose root follows ``cached`` rows."""
         if self.choice is None:
             return 0
         deepest = self.model.gamma if self.choice[0] is None else self.choice[0].max_depth
-        max_depth = self._max_depth(remaining)
+        max_depth = self._max_depth(remaining, cached)
         return deepest if max_depth is None else max(min(deepest, max_depth), 0)
 
     def record(self, made: _Pass, nodes: Sequence[int], seconds: float | None) -> None:
@@ -272,7 +305,7 @@ def generate_tokens(
     prompt and every token yielded, as mlx-lm leaves them.
     """
     model, caches = loop.model, loop.caches
-    prefill(model, prompt[:-1], caches, prefill_step_size, progress, len(prompt))
+    prefill(model, prompt[:-1], caches, prefill_step_size, progress, len(prompt), loop.growth)
     if loop.history is not None:
         loop.history = prompt[:-1]
     current: _Pass | None = None
@@ -296,6 +329,7 @@ def generate_tokens(
                 away = time.perf_counter()
                 yield tokens
                 clock.left(time.perf_counter() - away)
+                loop.check_adapter()
             elif progress is not None:
                 progress(len(prompt), len(prompt))
             verified = current.verified
@@ -321,6 +355,7 @@ def generate_tokens(
                 loop.sampler.advance(len(tokens))
                 with mx.stream(generation_stream):
                     model.commit(verified, accepted.nodes, caches)
+                    loop.growth.advance(caches)
                     if not finished:
                         left = None if remaining is None else remaining - len(tokens)
                         draft = loop.draft(verified, accepted.nodes[-1], root, left)
@@ -335,7 +370,7 @@ def generate_tokens(
             model.commit(foreseen.verified, [0], caches)
             loop.sampler.advance(0)
         elif loop.keeps_cache:
-            prefill(model, [root], caches, prefill_step_size, None, 1)
+            prefill(model, [root], caches, prefill_step_size, None, 1, loop.growth)
         current = foreseen = None
         yield tokens
     finally:
@@ -346,15 +381,17 @@ def generate_tokens(
                 loop.sampler.advance(-foreseen.num_tokens)
             model.commit(current.verified, [0], caches)
             loop.sampler.advance(0)
+        loop.growth.advance(caches)
 
 
 def prefill(
     model: SpecStreamModel,
     tokens: list[int],
-    caches: Sequence[Any],
+    caches: list[Any],
     step_size: int,
     progress: Callable[[int, int], None] | None,
     total: int,
+    growth: CacheGrowth | None = None,
 ) -> None:
     """Run the prompt but its last token through the base in chunks, as mlx-lm does."""
     with mx.stream(generation_stream):
@@ -362,8 +399,33 @@ def prefill(
             if progress is not None:
                 progress(begin, total)
             model(mx.array(tokens[begin : begin + step_size])[None], cache=caches)
+            if growth is not None:
+                growth.advance(caches)
             mx.eval([cache.state for cache in caches])
             mx.clear_cache()
+
+
+def cache_tokens(
+    model: SpecStreamModel,
+    tokens: list[int],
+    growth: CacheGrowth,
+    *,
+    prefill_step_size: int = 2048,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Any]:
+    """Caches that hold ``tokens``, as mlx-lm leaves them when it is asked for no further one.
+
+    Raises:
+        InvalidInputError: more tokens than the model's context holds.
+        UsageError, UnsupportedError: as ``CacheGrowth.check``.
+    """
+    growth.check(model, None, len(tokens))
+    check_context(model, 0, len(tokens))
+    caches = growth.make_caches(model, len(tokens))
+    for part in (tokens[:-1], tokens[-1:]):
+        prefill(model, part, caches, prefill_step_size, progress, len(tokens), growth)
+        progress = None
+    return caches
 
 
 def stream_generate(
@@ -375,8 +437,12 @@ def stream_generate(
     logits_processors: Sequence[LogitsProcessor] | None = None,
     draft: DraftMode = "auto",
     seed: int | None = None,
-    prompt_cache: Sequence[Any] | None = None,
+    prompt_cache: list[Any] | None = None,
     *,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START,
+    max_kv_size: int | None = None,
     draft_options: DraftOptions | None = None,
     stop: Sequence[str] = (),
     prefill_step_size: int = 2048,
@@ -390,10 +456,13 @@ def stream_generate(
         prompt: text, ids or an array of ids.
         max_tokens: most tokens to generate; -1 for no limit.
         sampler: from (1, V) log-probabilities to ids, as ``mlx_lm.sample_utils.make_sampler`` makes; None: greedy.
-        logits_processors: as in mlx-lm, called with all ids so far along the path and (1, V) logits.
+        logits_processors: as in mlx-lm, called with all ids so far and (1, V) logits. They and a ``sampler`` of one's
+            own may remember things: all but mlx-lm's own are called once per token, in order.
         draft: "auto", "tree", "chain" or "off".
         seed: makes sampled text repeatable; equal to mlx-lm's text after ``mx.random.seed(seed)``.
         prompt_cache: caches of an earlier call, changed in place; ``prompt`` then holds the new tokens only.
+        kv_bits, kv_group_size, quantized_kv_start: quantise the cache from so many tokens on, as mlx-lm does.
+        max_kv_size: most tokens that the cache holds; longer texts forget, and decode plainly from there.
         draft_options: a tree, an insertion or a pruning threshold of one's own.
         stop: strings that end the text; the text stops before them.
         prefill_step_size: prompt tokens per prefill pass.
@@ -402,7 +471,7 @@ def stream_generate(
     Raises:
         InvalidInputError: empty or over-long prompt, ids outside the vocabulary.
         UsageError: contradicting options, or drafting asked of a model without streams.
-        UnsupportedError: a prompt cache that cannot take back rows.
+        UnsupportedError: caches that cannot take back rows, or that this model cannot have.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
@@ -416,19 +485,25 @@ def stream_generate(
     plan, control = steer(draft, model, draft_options or DraftOptions())
     if plan.prune_threshold is not None:
         model.check_pruning(plan.insertion)
-    ids = _prompt_ids(tokenizer, prompt, vocab_size)
-    caches = model.make_cache() if prompt_cache is None else prompt_cache
-    check_caches(caches)
-    _check_context(model, caches[0].offset, len(ids))
+    ids = prompt_ids(tokenizer, prompt, vocab_size)
+    growth = CacheGrowth(kv_bits, kv_group_size, quantized_kv_start, max_kv_size)
+    if prompt_cache is not None:
+        check_caches(prompt_cache)
+    caches = growth.make_caches(model, len(ids) - 1) if prompt_cache is None else prompt_cache
+    check_context(model, caches[0].offset, len(ids))
     max_tokens = model.tokens_within_context(max_tokens, caches[0].offset + len(ids))
+    growth.check(model, prompt_cache, len(ids) + max_tokens if max_tokens > 0 else None)
     loop = Loop(
         model,
         caches,
         plan,
         control,
-        TargetSampler(sampler, logits_processors, vocab_size, seed),
+        TargetSampler(
+            sampler, logits_processors, vocab_size, seed, max_tokens=max_tokens, stop_tokens=tokenizer.eos_token_ids
+        ),
         history=[] if logits_processors else None,
         keeps_cache=prompt_cache is not None,
+        growth=growth,
     )
     stop_tokens = set(tokenizer.eos_token_ids)
     detokenizer = tokenizer.detokenizer
@@ -546,7 +621,7 @@ def to_list(ids: mx.array) -> list[int]:
     return ids.tolist()  # type: ignore[return-value]
 
 
-def _prompt_ids(tokenizer: TokenizerWrapper, prompt: str | Sequence[int] | mx.array, vocab_size: int) -> list[int]:
+def prompt_ids(tokenizer: TokenizerWrapper, prompt: str | Sequence[int] | mx.array, vocab_size: int) -> list[int]:
     """Ids of a prompt, with special tokens as mlx-lm adds them.
 
     Raises:
@@ -565,7 +640,7 @@ def _prompt_ids(tokenizer: TokenizerWrapper, prompt: str | Sequence[int] | mx.ar
     return ids
 
 
-def _check_context(model: SpecStreamModel, cached: int, new: int) -> None:
+def check_context(model: SpecStreamModel, cached: int, new: int) -> None:
     """Raise InvalidInputError when the prompt leaves no room for a token in the model's context."""
     context = model.context_length
     if context is not None and cached + new >= context:

@@ -16,30 +16,33 @@ The insertion says which nodes are anchors: every node (parallel, as in the pape
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from specstream_mlx.calibration.times import PassTimes
+from specstream_mlx.adapters import OWN, Adapter, AdapterShelf, read_adapter
+from specstream_mlx.caches import commit_rows, drop_rows
 from specstream_mlx.config import StreamConfig
 from specstream_mlx.drafting import Insertion
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.families import family_of
+from specstream_mlx.files import resolve
 from specstream_mlx.streams import Streams
 from specstream_mlx.tree import DraftTree
 from specstream_mlx.tree_attention import (
     BoolMatrix,
     PassContext,
+    Reach,
     ValueRotation,
-    attention_mask,
-    check_caches,
-    commit_rows,
-    drop_rows,
+    WindowView,
     install,
+    reach,
+    windows_of,
     with_streams,
 )
 
@@ -96,13 +99,14 @@ class SpecStreamModel(nn.Module):
         super().__init__()
         self.base = base
         self.model_type = model_type
-        self.stream_config = stream_config
-        self.streams = streams
         self.family = family_of(base, model_type)
-        self.pass_times = PassTimes()
         self.context = PassContext()  # what the modules wrapped by the seam read; stream-only LoRA layers share it
-        check_caches(self.make_cache())
+        self.windows = windows_of(make_prompt_cache(base))
         install(self.family, self.context)
+        self._shelf = AdapterShelf(base)
+        if stream_config is not None:
+            self.add_adapter(OWN, Adapter(stream_config, streams))
+        self.use_adapter(OWN if stream_config is not None else None)
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         """The base model: (B, L) ids -> (B, L, V) logits."""
@@ -133,6 +137,74 @@ class SpecStreamModel(nn.Module):
             return max_tokens
         left = self.context_length - num_tokens
         return left if max_tokens == -1 else min(max_tokens, left)
+
+    def load_adapter(self, path_or_repo: str | Path, name: str | None = None) -> str:
+        """Read an adapter and keep it in memory, beside any others; ``use_adapter`` puts it to use.
+
+        Args:
+            path_or_repo: a stream adapter, a LoRA that mlx-lm wrote, or a repository id.
+            name: what to call it here; None: the directory's name, or the repository's.
+
+        Returns:
+            The name.
+
+        Raises:
+            UsageError: the name is taken.
+            InvalidInputError: a damaged adapter, or one of another base. The model is as it was.
+            UnsupportedError: a format version or a kind of adapter that we do not run. The model is as it was.
+        """
+        directory = resolve(path_or_repo)
+        local = Path(path_or_repo).expanduser().is_dir()
+        name = name or (directory.resolve().name if local else str(path_or_repo))
+        self._shelf.check_free(name)
+        with self._shelf.bare_base():
+            adapter = read_adapter(directory, self.base, self.family, self.context)
+        self.add_adapter(name, adapter)
+        return name
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Keep an adapter that was made here, beside any others.
+
+        Raises:
+            UsageError: the name is taken.
+        """
+        self._shelf.check_free(name)
+        self._shelf.resident[name] = adapter
+
+    def use_adapter(self, name: str | None) -> None:
+        """Put a loaded adapter to use, or with None the base alone, which then decodes plainly.
+
+        Takes no time worth the name: the base's weights stay where they are. The streams that lie in a model's own
+        directory are an adapter too, called ``"own"``. A prompt cache goes on with the adapter it was made with, or
+        with any that leaves the text to the base.
+
+        Raises:
+            UsageError: no adapter of this name is loaded.
+        """
+        adapter = self._shelf.put(name)
+        self.stream_config, self.streams = adapter.stream_config, adapter.streams
+        self.pass_times = adapter.pass_times
+
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter's memory; when it is in use, the base alone is in use afterwards.
+
+        Raises:
+            UsageError: no adapter of this name is loaded.
+        """
+        self._shelf.get(name)
+        if self.adapter == name:
+            self.use_adapter(None)
+        del self._shelf.resident[name]
+
+    @property
+    def adapter(self) -> str | None:
+        """The name of the adapter in use; None: the base alone."""
+        return self._shelf.name
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Every adapter in memory, by name; ``num_bytes`` is what it takes."""
+        return dict(self._shelf.resident)
 
     @property
     def gamma(self) -> int:
@@ -165,9 +237,13 @@ class SpecStreamModel(nn.Module):
             )
 
     def make_cache(self) -> list[Any]:
-        """A fresh prompt cache, one mlx-lm cache per layer."""
-        caches: list[Any] = make_prompt_cache(self.base)
-        return caches
+        """A fresh prompt cache, one of mlx-lm's plain caches per layer, also where a window limits what it sees."""
+        return [KVCache() for _ in self.layers]
+
+    def reaches(self, start: int, depths: Depths, visible: BoolMatrix | None) -> dict[int | None, Reach]:
+        """What the rows of a pass see, for each window that a layer has; as ``reach`` takes them."""
+        named = self.family.SHARED_ATTENTION
+        return {window: reach(start, depths, visible, window, named=named) for window in set(self.windows)}
 
     def verify(
         self,
@@ -297,7 +373,7 @@ class SpecStreamModel(nn.Module):
         if not layers:
             return hidden
         positions = None if rows.consecutive else mx.array(rows.depths + start)
-        mask = attention_mask(start, len(rows.depths), rows.visible)
+        reaches = self.reaches(start, rows.depths, rows.visible)
         num_main_rows = None if num_streams is None else rows.num_main
         epsilon = self.stream_config.stream_id.epsilon if self.stream_config is not None else None
         stream_index: mx.array | None = None
@@ -306,10 +382,11 @@ class SpecStreamModel(nn.Module):
             stream_index = mx.array([0] * rows.num_main + [1 + row % num_streams for row in range(num_stream_rows)])
         with self.context.rows_at(positions, num_main_rows):
             for index in layers:
-                cache = caches[index]
+                seen = reaches[self.windows[index]]
+                cache = WindowView(caches[index], seen.first) if seen.first else caches[index]
                 if stream_index is not None and epsilon is not None:
                     cache = ValueRotation(cache, stream_index, epsilon)
-                hidden = self.layers[index](hidden, mask, cache)
+                hidden = self.layers[index](hidden, seen.mask, cache)
         return hidden
 
     @property

@@ -1,4 +1,4 @@
-"""The seam to stock mlx-lm blocks: positions, masks and the KV cache of a pass over a tree.
+"""The seam to stock mlx-lm blocks: positions and masks of a pass over a tree.
 
 A stock block is called as ``layer(h, mask, cache)``. Three things make it verify a tree:
 
@@ -6,20 +6,25 @@ A stock block is called as ``layer(h, mask, cache)``. Three things make it verif
   that embedding and, inside ``rows_at``, gives every row its own position by treating rows as batch entries (a family
   with learned positions has none: its rows get theirs with the token embedding, and attention knows no position);
 * mask: a boolean (T, S + T) array, prefix then ancestors; a chain needs no more than the causal mask;
-* cache: a pass appends all its rows; ``commit_rows`` keeps the accepted ones, ``drop_rows`` none.
+* cache: a pass appends all its rows to mlx-lm's own caches, and takes back the rejected ones (``caches.py``).
 
-Caches are mlx-lm's own objects, so prompt caches stay interchangeable with mlx-lm.
+Where mlx-lm gives a layer with a sliding window a rotating cache, which overwrites rows that a rejected draft would
+need back, that layer gets a plain one here, and its rows see what lies within the window by their positions
+(``reach``): the same rows as in mlx-lm.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
-from mlx_lm.models.cache import KVCache
+from mlx.utils import tree_map
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 
 from specstream_mlx.errors import UnsupportedError
 from specstream_mlx.families.decoder import DecoderFamily
@@ -34,7 +39,7 @@ class PassContext:
         self.positions: mx.array | None = None  # (L,) absolute position of every row; None: consecutive
         self.num_main_rows: int | None = None  # rows from this one on are stream rows; None: all are main
         self.in_pass = False  # whether a pass of ours is being built
-        self._rotation: tuple[object, tuple[mx.array, mx.array]] | None = None
+        self._rotations: dict[object, tuple[mx.array, mx.array]] = {}
 
     def rotation(self, rope: nn.RoPE, offset: Any, length: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """Cosines ``[cos, cos]`` and sines ``[-sin, sin]`` of a pass's rows, (L, dims), made once for all layers.
@@ -43,7 +48,7 @@ class PassContext:
         """
         places = self.positions
         key = (rope.dims, rope.base, rope.scale, offset if places is None else id(places), length, dtype)
-        if self._rotation is None or self._rotation[0] != key:
+        if key not in self._rotations:
             half = rope.dims // 2
             ones = mx.repeat(mx.array([1, 0], dtype=dtype), half)
             if places is None:
@@ -51,8 +56,8 @@ class PassContext:
             else:
                 turned = rope(mx.broadcast_to(ones, (length, 1, 1, 2 * half)), offset=places)[:, 0, 0]
             cos, sin = turned[:, :half], turned[:, half:]
-            self._rotation = key, (mx.concatenate([cos, cos], axis=1), mx.concatenate([-sin, sin], axis=1))
-        return self._rotation[1]
+            self._rotations[key] = mx.concatenate([cos, cos], axis=1), mx.concatenate([-sin, sin], axis=1)
+        return self._rotations[key]
 
     @contextmanager
     def rows_at(self, positions: mx.array | None, num_main_rows: int | None = None) -> Iterator[None]:
@@ -63,7 +68,7 @@ class PassContext:
             yield
         finally:
             self.positions, self.num_main_rows, self.in_pass = before
-            self._rotation = None
+            self._rotations = {}
 
 
 class TreeRope(nn.Module):
@@ -75,17 +80,24 @@ class TreeRope(nn.Module):
         self._context = context
         # MLX's CPU backend makes cosines and sines anew in every call: a quarter of a small model's step.
         self._shares_rotation = type(rope) is nn.RoPE and not rope.traditional
+        # The base of this one grows with the length of the text, token by token in plain decoding.
+        self.one_offset = type(rope) is DynamicNTKScalingRoPE
 
     def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
         """Rotate ``x`` of shape (1, H, L, D_h); ``offset`` counts only when no positions are set."""
         positions = self._context.positions
         if self._shares_rotation and self._context.in_pass and x.shape[0] == 1 and runs_on_cpu():
             return self._rotate(x, offset)
-        if positions is None:
+        by_row = self.one_offset and self._context.in_pass
+        if positions is None and not by_row:
             return self._rope(x, offset=offset)
         batch, heads, length, size = x.shape
         rows = x.transpose(0, 2, 1, 3).reshape(batch * length, heads, 1, size)
-        rows = self._rope(rows, offset=positions)
+        if by_row:
+            places: Any = range(offset, offset + length) if positions is None else positions.tolist()
+            rows = mx.concatenate([self._rope(rows[i : i + 1], offset=place) for i, place in enumerate(places)])
+        else:
+            rows = self._rope(rows, offset=positions)
         return rows.reshape(batch, length, heads, size).transpose(0, 2, 1, 3)
 
     def _rotate(self, x: mx.array, offset: Any) -> mx.array:
@@ -126,6 +138,21 @@ class ValueRotation:
         return self._cache.update_and_fetch(keys, turned)
 
 
+class WindowView:
+    """A KV cache that shows attention its rows from ``first`` on; everything else is the wrapped cache's."""
+
+    def __init__(self, cache: Any, first: int) -> None:
+        self._cache = cache
+        self._first = first
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        """Append (1, H_kv, L, D_h) keys and values."""
+        return tree_map(lambda rows: rows[..., self._first :, :], self._cache.update_and_fetch(keys, values))
+
+
 def install(family: DecoderFamily, context: PassContext) -> None:
     """Wrap the rotary embedding of every layer's attention in place, where the family has one.
 
@@ -145,20 +172,72 @@ def install(family: DecoderFamily, context: PassContext) -> None:
             attention.rope = TreeRope(rope, context)
 
 
-def check_caches(caches: Sequence[Any]) -> None:
-    """Refuse caches whose rows cannot be taken back one by one.
+def runs_batches(family: DecoderFamily) -> bool:
+    """Whether mlx-lm itself can run several texts of unequal length at once."""
+    ropes = (getattr(getattr(layer, family.ATTENTION), "rope", None) for layer in family.layers)
+    return family.SHARED_ATTENTION and not any(isinstance(rope, TreeRope) and rope.one_offset for rope in ropes)
+
+
+def windows_of(caches: Sequence[Any]) -> list[int | None]:
+    """How far back each layer sees, in rows, as mlx-lm's own caches for a model tell; None: without limit.
 
     Raises:
-        UnsupportedError: a cache is not mlx-lm's plain ``KVCache``, or layers disagree about their length.
+        UnsupportedError: a layer keeps the past in a form from which rows cannot be taken back.
     """
+    windows: list[int | None] = []
     for index, cache in enumerate(caches):
-        if type(cache) is not KVCache:
+        if type(cache) is KVCache:
+            windows.append(None)
+        elif type(cache) is RotatingKVCache and cache.keep == 0 and isinstance(cache.max_size, int):
+            windows.append(cache.max_size)
+        else:
             raise UnsupportedError(
-                f"cache of layer {index}: {type(cache).__name__} cannot take back rejected rows; models with sliding "
-                "windows, recurrent state or a size-limited cache are not supported"
+                f"layer {index} keeps the past in a {type(cache).__name__}, from which rejected rows cannot be taken "
+                "back; run this model with mlx-lm"
             )
-    if len({cache.offset for cache in caches}) > 1:
-        raise UnsupportedError("prompt cache: layers hold different numbers of tokens; make a fresh cache")
+    return windows
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What the rows of a pass see in a layer: cached rows from ``first`` on and one another, under ``mask``."""
+
+    first: int
+    mask: mx.array | str | None
+
+
+def reach(
+    start: int, depths: npt.NDArray[np.int32], visible: BoolMatrix | None, window: int | None, *, named: bool = True
+) -> Reach:
+    """What the L rows of a pass that follow ``start`` cached ones see in a layer with this window.
+
+    A row at position ``p`` sees positions ``p - window + 1 .. p``, a stream by the position it is rotated to. Cached
+    rows lie at the position of their index.
+
+    Args:
+        depths: (L,) positions relative to ``start``.
+        visible: (L, L) bool, which rows of the pass see which; None: each sees all before it.
+        window: rows, the row itself counted; None: without limit.
+        named: whether the mask may be "causal".
+    """
+    length = len(depths)
+    unlimited = window is None or start + int(depths.max()) < window
+    if visible is None and not (unlimited and named):
+        visible = np.tri(length, dtype=np.bool_)
+    if window is None or unlimited:
+        return Reach(0, attention_mask(start, length, visible))
+    assert visible is not None
+    positions = start + depths
+    first = max(0, int(positions.min()) - window + 1)
+    seen = np.concatenate([np.ones((length, start - first), dtype=np.bool_), visible], axis=1)
+    seen &= within(window, positions, np.concatenate([np.arange(first, start), positions]))
+    return Reach(first, None if seen.all() else mx.array(seen))
+
+
+def within(window: int, positions: npt.NDArray[Any], others: npt.NDArray[Any]) -> BoolMatrix:
+    """Which ``others`` lie in the window of a row at each of ``positions``: (..., L) and (..., S) -> (..., L, S)."""
+    near: BoolMatrix = positions[..., :, None] - others[..., None, :] < window
+    return near
 
 
 def attention_mask(start: int, length: int, visible: BoolMatrix | None) -> mx.array | str | None:
@@ -208,24 +287,3 @@ def with_streams(tree_mask: BoolMatrix, anchors: Sequence[int], num_streams: int
             [np.repeat(tree_mask[list(anchors)], num_streams, axis=0), own],
         ]
     )
-
-
-def commit_rows(cache: Any, start: int, rows: Sequence[int]) -> None:
-    """Keep, of the rows appended after ``start``, just ``rows`` (rising), moved together; drop the others.
-
-    Rows that already lie in place are not touched, so committing a chain moves nothing.
-    """
-    in_place = 0
-    while in_place < len(rows) and rows[in_place] == in_place:
-        in_place += 1
-    end = start + len(rows)
-    if in_place < len(rows):
-        source = mx.array([start + row for row in rows[in_place:]])
-        cache.keys[..., start + in_place : end, :] = mx.take(cache.keys, source, axis=2)
-        cache.values[..., start + in_place : end, :] = mx.take(cache.values, source, axis=2)
-    cache.offset = end
-
-
-def drop_rows(cache: Any, start: int) -> None:
-    """Forget every row appended after ``start``."""
-    commit_rows(cache, start, ())

@@ -5,7 +5,7 @@ the walk from the root goes on while the drawn token is a child. What is emitted
 text is plain decoding's whatever the tree holds.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from specstream_mlx.tree import DraftTree
@@ -32,7 +32,7 @@ class Accepted:
 def accept(
     tree: DraftTree,
     node_tokens: Sequence[int],
-    drawn: Sequence[int],
+    drawn: Sequence[int] | Mapping[int, int],
     *,
     max_tokens: int | None = None,
     stop_tokens: Container[int] = (),
@@ -45,7 +45,7 @@ def accept(
     Args:
         tree: the tree that was verified, T nodes.
         node_tokens: token of every node, (T,); the root's is the newest token.
-        drawn: the target's draw at every node, (T,).
+        drawn: the target's draw at every node, (T,); only those on the path are read, from the root on.
         max_tokens: most tokens to emit; the walk ends there.
         stop_tokens: end-of-text ids; the walk ends with the first one drawn.
     """

@@ -12,9 +12,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from specstream_mlx import generate, load
-from specstream_mlx.checkpoint import resolve
 from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.files import resolve
 from specstream_mlx.tree import DraftTree
 from tests.tiny import make_model, our_tokens, random_prompt, save_directory, save_streams
 
@@ -260,12 +260,17 @@ def test_damaged_directories_are_named(copy, damage, message):
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "no_such_family"])
-def test_unsupported_families(copy, model_type):
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("no_such_family", "is not supported; supported: cohere, "),
+        ("mamba", "has layers that fold the past into one state, from which rejected tokens cannot be taken back"),
+        ("qwen3_next", "has layers that fold the past into one state"),
+    ],
+)
+def test_unsupported_families(copy, model_type, reason):
     change_json(copy / "config.json", model_type=model_type)
-    with pytest.raises(
-        UnsupportedError, match=f"config.json: model_type: '{model_type}' is not supported; supported: "
-    ):
+    with pytest.raises(UnsupportedError, match=f"config.json: model_type: '{model_type}' {reason}"):
         load(copy)
 
 
@@ -273,6 +278,10 @@ def test_rotary_settings_that_mlx_lm_would_overlook_are_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
     (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=r"rope_parameters .* put its rope_theta"):
+        load(copy)
+    nested = {"model_type": "gemma3", "text_config": {"rope_parameters": config["rope_parameters"]}}
+    (copy / "config.json").write_text(json.dumps(nested))
     with pytest.raises(UnsupportedError, match=r"rope_parameters .* put its rope_theta"):
         load(copy)
 

@@ -1,10 +1,13 @@
 """Families of our own and the seam they share with mlx-lm's: OPT's shape, learned positions and where they end."""
 
 import json
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import mlx_lm.models.llama
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -14,7 +17,7 @@ from mlx_lm.utils import load_model, quantize_model
 from specstream_mlx import DraftOptions, load, stream_generate
 from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
-from specstream_mlx.families import FAMILIES, model_classes
+from specstream_mlx.families import FAMILIES, RECURRENT, model_classes
 from specstream_mlx.families.learned_positions import OPTFamily
 from specstream_mlx.fingerprint import tensor_sha256
 from specstream_mlx.tree import DraftTree
@@ -67,6 +70,15 @@ def test_opt_gives_the_logits_of_transformers(shape, tmp_path):
     assert np.abs(expected).max() > 0.5, "logits too small to prove anything"
 
 
+def test_recurrent_models_are_told_from_unknown_ones():
+    """Names the models of mlx-lm that keep a recurrent state now, and the supported ones that do from now on."""
+    sources = {path.stem: path.read_text() for path in Path(mlx_lm.models.llama.__file__).parent.glob("*.py")}
+    users = {name for name, text in sources.items() if re.search(r"\bArraysCache\(", text)} - {"cache", "gear"}
+    heirs = {"falcon_mamba", "gear", "lfm2-vl", "longcat_flash_ngram", "prism_hadamard_qwen35", "qwen3_5_moe"}
+    assert users | heirs == RECURRENT
+    assert not RECURRENT & FAMILIES.keys()
+
+
 def test_other_activations_are_refused():
     with pytest.raises(ValueError, match="activation_function 'gelu' is not supported"):
         make_base("opt", activation_function="gelu")
@@ -114,17 +126,18 @@ def test_quantised_opt_keeps_its_positions_and_its_text(tmp_path):
     assert our_tokens(loaded, prompt, 20, draft="tree", tokenizer=NumberTokenizer()) == expected
 
 
-@pytest.mark.parametrize("family", LEARNED)
+@pytest.mark.parametrize("family", [*LEARNED, "gemma2", "gemma3", "gpt_neox", "gpt_oss", "phi", "qwen3_moe"])
 def test_directories_come_back(family, tmp_path):
     """Red when: a size is read under llama's name, the norm of the fingerprint is not found, or LoRA paths differ."""
     model = make_model(family, seed=7)
     path = save_directory(model, tmp_path / "model")
     layers = model.family.LAYERS
-    module = "self_attn.q_proj" if model.model_type == "opt" else "mlp.c_fc"
-    width = 32 if model.model_type == "opt" else 128
+    linears = ((name, part) for name, part in model.layers[3].named_modules() if isinstance(part, nn.Linear))
+    module, linear = min(linears, key=lambda found: found[0])
+    width = linear.weight.shape[0]
     tensors = mx.load(str(path / WEIGHTS_NAME))
     tensors |= {
-        f"lora.{layers}.3.{module}.lora_a": mx.random.normal((32, 2), key=mx.random.key(1)),
+        f"lora.{layers}.3.{module}.lora_a": mx.random.normal((linear.weight.shape[1], 2), key=mx.random.key(1)),
         f"lora.{layers}.3.{module}.lora_b": mx.random.normal((2, width), key=mx.random.key(2)),
     }
     mx.eval(tensors)
@@ -157,12 +170,30 @@ def test_directories_come_back(family, tmp_path):
         load(path)
 
 
+def test_stream_lora_on_experts_is_refused_by_name(tmp_path):
+    model = make_model("mixtral", seed=7)
+    path = save_directory(model, tmp_path / "model")
+    name = "lora.model.layers.3.block_sparse_moe.switch_mlp.up_proj"
+    tensors = mx.load(str(path / WEIGHTS_NAME))
+    tensors |= {f"{name}.lora_a": mx.zeros((32, 2)), f"{name}.lora_b": mx.zeros((2, 64))}
+    mx.eval(tensors)
+    (path / WEIGHTS_NAME).unlink()
+    mx.save_safetensors(str(path / WEIGHTS_NAME), tensors)
+    lossless = {"mode": "lossless", "lora_rows": "streams", "lora": {"rank": 2, "scale": 2.0}}
+    config = json.loads((path / CONFIG_NAME).read_text())
+    (path / CONFIG_NAME).write_text(json.dumps(config | lossless))
+    with pytest.raises(InvalidInputError, match=f"{name}: LoRA on stream rows needs a linear layer, .* a SwitchLinear"):
+        load(path)
+
+
 def test_the_tensor_of_the_fingerprint():
     """The last layer norm with weights, under the name that trainers write; a model without any has none."""
     names = {
         "opt": "model.decoder.final_layer_norm.weight",
         "opt-post-norm": "model.decoder.layers.3.final_layer_norm.weight",
         "gpt2": "model.ln_f.weight",
+        "gpt_neox": "model.final_layer_norm.weight",
+        "phi": "model.final_layernorm.weight",
         "llama": "model.norm.weight",
     }
     for family, name in names.items():
@@ -270,3 +301,23 @@ def test_unsupported_settings_are_named_on_loading(tmp_path):
     (path / "config.json").write_text(json.dumps(config | {"activation_function": "gelu"}))
     with pytest.raises(UnsupportedError, match="activation_function 'gelu' is not supported"):
         load(path)
+
+
+def test_settings_that_transformers_refuses_are_one_line(tmp_path):
+    """Red when: its error, which is none of the usual ones, comes through as a bug of ours."""
+    path = save_directory(make_model("gemma2", seed=8), tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"query_pre_attn_scalar": 8.5}))
+    with pytest.raises(InvalidInputError, match=r"tokenizer files cannot be loaded .*query_pre_attn_scalar"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("gemma2", "attention of gemma2 cannot read a quantised cache"), ("gemma3", "a layer with a sliding window")],
+)
+def test_caches_that_a_family_cannot_have_quantised(family, reason):
+    """Red when: mlx-lm's own failure on quantised rows comes through as a bug of ours."""
+    model = make_model(family, seed=8, base_changes={"head_dim": 32})
+    with pytest.raises(UnsupportedError, match=f"kv_bits: .*{reason}.*; drop it"):
+        our_tokens(model, random_prompt(5, seed=1), 4, kv_bits=8, kv_group_size=32, quantized_kv_start=0)

@@ -4,12 +4,14 @@ The reference is always ``mlx_lm.generate.generate_step`` on the same weights. E
 turns the test red; all were made once by hand.
 """
 
+import copy
 import functools
 import random
 import sys
 from typing import get_args
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from specstream_mlx.calibration.planner import Curve, PassCosts, candidate_trees
 from specstream_mlx.drafting import Insertion, make_plan
 from specstream_mlx.generate import Loop
 from specstream_mlx.tree import DraftTree
+from tests import tiny
 from tests.tiny import (
     END_OF_TEXT,
     FAMILIES,
@@ -86,6 +89,54 @@ def test_tokens_equal_mlx_lm_in_every_family(family_model, draft, insertion):
                 sampler=sampler if temp else None,
             )
         assert tokens == expected
+
+
+@pytest.mark.parametrize("name", tiny.VARIANTS)
+def test_tokens_equal_mlx_lm_in_every_variant_of_a_family(name):
+    """Red when: a scale or cap of the family is left out, or a window sees a row more or less than mlx-lm's.
+
+    Prompt and text are longer than the windows, the prefill's chunks shorter; windows longer than the text are those
+    of the branches in tests/test_tree_attention.py.
+    """
+    model = make_model(name, seed=3)
+    tokenizer = NumberTokenizer(end_of_text=())
+    prompt = random_prompt(19, seed=1)
+    trees = {0.0: [("chain:4", "leaf"), ("best-first:8", "deferred")], 0.8: [("best-first:8", "parallel")]}
+    for temp, drafts in trees.items():
+        more = {"seed": 7, "sampler": make_sampler(temp), "prefill_step_size": 5}
+        expected = plain_tokens(model.base, prompt, 20, end_of_text=(), **more)
+        for tree, insertion in drafts:
+            with drafter(model, expected, len(prompt), 0.7, seed=1):
+                drafting = {"draft": "tree", "draft_options": options(tree, insertion), "tokenizer": tokenizer}
+                assert our_tokens(model, prompt, 20, **drafting, **more) == expected
+
+
+@pytest.mark.parametrize("draft", ["off", "tree"])
+@pytest.mark.parametrize("name", tiny.WINDOWED)
+def test_a_cache_goes_on_beyond_the_window(name, draft):
+    """Red when: the window is counted from where a call began; and stock mlx-lm goes on with our caches."""
+    model = make_model(name, seed=5)
+    first, second = random_prompt(7, seed=10), random_prompt(4, seed=11)
+    tokenizer = NumberTokenizer(end_of_text=())
+    caches = model.make_cache()
+    text = our_tokens(model, first, 10, draft=draft, prompt_cache=caches, tokenizer=tokenizer)
+    expected = plain_tokens(model.base, [*first, *text, *second], 10, end_of_text=())
+    assert text == plain_tokens(model.base, first, 10, end_of_text=())
+    copies = copy.deepcopy(caches)
+    assert our_tokens(model, second, 10, draft=draft, prompt_cache=caches, tokenizer=tokenizer) == expected
+    assert plain_tokens(model.base, second, 10, prompt_cache=copies, end_of_text=()) == expected
+
+
+@pytest.mark.parametrize("name", ["cohere", "gemma2", "gemma3", "gpt_neox", "gpt_oss", "granite", "mixtral", "phi"])
+def test_tokens_equal_mlx_lm_on_a_quantised_base(name):
+    """Red when: the head or the embedding of a family is looked up past its quantised form."""
+    model = make_model(name, seed=6)
+    nn.quantize(model.base, group_size=32, bits=8)
+    prompt = random_prompt(14, seed=3)
+    expected = plain_tokens(model.base, prompt, 10, end_of_text=())
+    with drafter(model, expected, len(prompt), 0.7, seed=1):
+        tokens = our_tokens(model, prompt, 10, draft="tree", tokenizer=NumberTokenizer(end_of_text=()))
+    assert tokens == expected
 
 
 @pytest.mark.parametrize("insertion", INSERTIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,20 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import sentencepiece  # noqa: E402
+from mlx_lm import load as load_stock  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import LlamaForCausalLM  # noqa: E402
 
-from recipes.text_to_sql import build  # noqa: E402
+from recipes.text_to_sql import build, lossless  # noqa: E402
 from recipes.text_to_sql.evaluate import acceptance_by_rank, evaluate, guess_ranks, read_examples, run  # noqa: E402
+from recipes.text_to_sql.evaluate import main as measure  # noqa: E402
 from recipes.text_to_sql.finetune import BASE_NAME, FinetuneSettings, finetune, fresh_examples  # noqa: E402
 from recipes.text_to_sql.heldout import HELDOUT, write_heldout  # noqa: E402
 from recipes.text_to_sql.pretrain import PretrainSettings, pretrain  # noqa: E402
 from recipes.text_to_sql.rescale import rescale  # noqa: E402
 from recipes.text_to_sql.stamps import is_current, write_stamp  # noqa: E402
 from recipes.text_to_sql.tokenizer import ExampleEncoder  # noqa: E402
+from specstream_cli.app import main as program  # noqa: E402
 from specstream_mlx import default_model_path, load  # noqa: E402
 from specstream_mlx.bundled import samples  # noqa: E402
 from specstream_mlx.tree import DraftTree  # noqa: E402
@@ -185,6 +189,42 @@ def test_the_figures_are_complete(out: Path) -> None:
     assert figures["tokens_per_pass"].keys() == {"off", "chain", "tree", "auto"}
     assert figures["tokens_per_pass"]["off"] == 1
     assert [len(row) for row in figures["acceptance_by_rank"]] == [4] * 4
+
+
+def test_a_lossless_adapter_is_made_and_measured(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches answers that are not the bare base's, and a step that is done again."""
+    shutil.copytree(out / "text-to-sql-base", tmp_path / "text-to-sql-base")
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(HELDOUT.read_text().splitlines()[:2]) + "\n")
+    monkeypatch.setattr(lossless, "HELDOUT", few)
+    commands: list[str] = []
+
+    def in_this_process(arguments: list[Any]) -> None:
+        command, *words = map(str, arguments[1:])
+        commands.append(command)
+        if command == "specstream_mlx":
+            assert program(words) == 0
+        else:
+            measure(words)
+
+    monkeypatch.setattr(lossless, "run_python", in_this_process)
+    options = ["--num-prompts", "6", "--max-tokens", "6", "--num-stream-layers", "1", "--rank", "2"]
+    options += ["--iters", "2", "--warmup", "1", "--out", str(tmp_path)]
+    lossless.main(options)
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["num_examples"], figures["same_as_bare_base"]) == (2, 2)
+    assert figures["tokens_per_pass"].keys() == {"off", "chain", "tree", "auto"}
+    adapted, _ = load(tmp_path / "text-to-sql-base-mlx", adapter=tmp_path / "lossless")
+    assert figures["adapter_bytes"] > adapted.adapters["lossless"].num_bytes > 0
+    lossless.main(options)
+    assert commands == ["specstream_mlx", "recipes.text_to_sql.evaluate"]
+    model, _ = load_stock(str(out / "model"))
+    model.model.norm.weight = -model.model.norm.weight
+    monkeypatch.setattr("recipes.text_to_sql.evaluate.load_stock", lambda path: (model, None))
+    with pytest.raises(AssertionError, match="other tokens than mlx-lm's on example 1"):
+        evaluate(tmp_path / "text-to-sql-base-mlx", read_examples(few), tmp_path / "lossless")
 
 
 def test_acceptance_by_rank_follows_drafted_paths() -> None:

@@ -1,14 +1,13 @@
 """The seam to mlx-lm. A failure here names the assumption that a new mlx-lm broke."""
 
 import inspect
+import re
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 from specstream_mlx.errors import UnsupportedError
 from specstream_mlx.families import FAMILIES as FAMILY_CLASSES
@@ -16,53 +15,46 @@ from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.tree import DraftTree
 from specstream_mlx.tree_attention import (
     PassContext,
+    Reach,
     TreeRope,
     ValueRotation,
     attention_mask,
-    check_caches,
-    commit_rows,
-    drop_rows,
+    reach,
+    windows_of,
     with_streams,
 )
-from tests.tiny import FAMILIES, ROTARY_FAMILIES, make_base, make_model, random_prompt
+from tests.family_cases import TOLERANCE, tree_error
+from tests.tiny import EVERY_FAMILY, WINDOW, WINDOWED, make_base, make_model, random_prompt
 
 
-@pytest.mark.parametrize("family", ROTARY_FAMILIES)
-def test_what_the_seam_assumes_of_mlx_lm(family):
-    base = make_base(family)
-    layer = base.model.layers[0]
-    parameters = list(inspect.signature(type(layer).__call__).parameters)
-    assert parameters[1:4] == ["x", "mask", "cache"], "blocks are no longer called as layer(x, mask, cache)"
-    assert hasattr(layer.self_attn, "rope"), "the rotary embedding is no longer at self_attn.rope"
-    source = inspect.getsource(type(layer.self_attn).__call__)
-    assert "self.rope(queries, offset=cache.offset)" in source, "attention no longer asks rope by cache.offset"
-    assert "cache.update_and_fetch(keys, values)" in source, "attention no longer appends by update_and_fetch"
-    assert hasattr(base.model, "embed_tokens"), "the embedding is no longer at model.embed_tokens"
-    assert hasattr(base.model, "norm"), "the final norm is no longer at model.norm"
-    assert hasattr(base, "lm_head"), "the LM head is no longer at lm_head"
+@pytest.mark.parametrize("name", EVERY_FAMILY)
+def test_what_the_seam_assumes_of_mlx_lm(name):
+    base = make_base(name)
+    family = FAMILY_CLASSES[base.model_type](base)
+    for layer in family.layers:
+        parameters = list(inspect.signature(type(layer).__call__).parameters)
+        assert parameters[1:4] == ["x", "mask", "cache"], "blocks are no longer called as layer(x, mask, cache)"
+        attention = getattr(layer, family.ATTENTION)
+        source = inspect.getsource(type(attention).__call__)
+        asks = re.search(r"self\.rope\(q\w*, offset=cache\.offset\)", source)
+        assert bool(asks) is family.ROTARY, "attention no longer asks rope by cache.offset, or does where it did not"
+        assert hasattr(attention, "rope") is family.ROTARY, "the rotary embedding is no longer at .rope"
+        appends = re.search(r"cache\.update_and_fetch\(k\w*, v\w*\)", source)
+        assert appends, "attention no longer appends by update_and_fetch"
     caches = make_prompt_cache(base)
-    assert {type(cache) for cache in caches} == {KVCache}, "plain models no longer get a KVCache per layer"
+    expected = {KVCache, RotatingKVCache} if name in WINDOWED else {KVCache}
+    assert {type(cache) for cache in caches} == expected, "mlx-lm now makes other caches for this family"
     base(mx.array([[1, 2, 3]]), cache=caches)
-    cache = caches[0]
-    assert cache.offset == 3, "the cache no longer counts its rows in offset"
-    assert cache.keys.shape[:2] == (1, 2), "keys are no longer (B, H_kv, S, D_h)"
-    assert cache.keys.shape[2] >= 3, "keys no longer hold a row per token along axis 2"
-
-
-def test_what_the_seam_assumes_of_gpt2():
-    base = make_base("gpt2")
-    block = base.model.h[0]
-    assert list(inspect.signature(type(block).__call__).parameters)[1:4] == ["x", "mask", "cache"]
-    source = inspect.getsource(type(block.attn).__call__)
-    assert "cache.update_and_fetch(keys, values)" in source, "attention no longer appends by update_and_fetch"
-    assert "offset" not in source, "attention now asks for positions; they were added to the embedding"
-    tokens, caches = mx.array([[1, 2, 3]]), make_prompt_cache(base)
-    assert {type(cache) for cache in caches} == {KVCache}
-    hidden = base.model.wte(tokens) + base.model.wpe(mx.arange(3))
-    for layer in base.model.h:
-        hidden = layer(hidden, "causal", None)
-    logits = base.model.wte.as_linear(base.model.ln_f(hidden))
-    assert mx.allclose(base(tokens), logits, atol=1e-5), "the parts no longer make up the model"
+    for cache in caches:
+        assert cache.offset == 3, "the cache no longer counts its rows in offset"
+        assert cache.keys.shape[0] == 1, "keys are no longer (B, H_kv, S, D_h)"
+        assert cache.keys.shape[2] >= 3, "keys no longer hold a row per token along axis 2"
+    tokens = mx.array([random_prompt(9, seed=1)])
+    hidden = family.embed(tokens, np.arange(9, dtype=np.int32))
+    mask = "causal" if family.SHARED_ATTENTION else mx.tri(9, dtype=mx.bool_)
+    for layer in family.layers:
+        hidden = layer(hidden, mask, None)
+    assert mx.allclose(base(tokens), family.head(family.norm(hidden)), atol=1e-5), "the parts no longer make the model"
 
 
 @pytest.mark.parametrize(
@@ -78,12 +70,13 @@ def test_what_the_seam_assumes_of_gpt2():
             "original_max_position_embeddings": 64,
         },
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "dynamic", "factor": 2.0},
     ],
     ids=lambda scaling: scaling["rope_type"] if scaling else "default",
 )
 def test_rope_gives_every_row_its_own_position(rope_scaling):
     """Red when rows are rotated by their index in the pass."""
-    rope = make_base("llama", rope_scaling=rope_scaling).model.layers[0].self_attn.rope
+    rope = make_base("llama", rope_scaling=rope_scaling, max_position_embeddings=20).model.layers[0].self_attn.rope
     context = PassContext()
     wrapped = TreeRope(rope, context)
     x = mx.random.normal((1, 4, 5, 8), key=mx.random.key(1))
@@ -117,20 +110,45 @@ def test_shared_cosines_and_sines_are_the_ropes_own(dims, size, scale, dtype):
         assert mx.array_equal(rotated, rows.reshape(1, length, 3, size).transpose(0, 2, 1, 3))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_branch_in_a_tree_equals_the_branch_alone(family):
-    """Red when the mask shows a sibling, or a node's position is not its depth."""
-    model = make_model(family, seed=1)
-    prompt = random_prompt(9, seed=1)
-    tree = DraftTree.from_paths([(0, 0, 0), (0, 1), (1, 0), (2,)])
-    node_tokens = mx.array(random_prompt(tree.size, seed=2))
-    caches = model.make_cache()
-    model(mx.array([prompt]), cache=caches)
-    logits = model.verify(node_tokens, tree, caches).logits
-    for node in range(tree.size):
-        branch = [node_tokens[ancestor].item() for ancestor in tree.ancestors(node)]
-        alone = model(mx.array([prompt + branch]), cache=model.make_cache())[0, -1]
-        assert mx.allclose(logits[node], alone, atol=1e-4)
+@pytest.mark.parametrize(
+    ("name", "length"), [*((name, 9) for name in EVERY_FAMILY), *((name, 2 * WINDOW) for name in WINDOWED)]
+)
+def test_a_branch_in_a_tree_equals_the_branch_alone(name, length):
+    """Red when the mask shows a sibling, a position is not a depth, a scale is left out, a window ends elsewhere."""
+    assert tree_error(make_model(name, seed=1), length) <= TOLERANCE
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_a_window_reaches_back_from_every_rows_own_position(window):
+    """Red when the window counts rows of the pass, or the first cached row is one off."""
+    tree = DraftTree.from_paths([(0, 0), (1,)])
+    depths = np.array(tree.depths, dtype=np.int32)
+    for start in range(8):
+        found = reach(start, depths, tree.ancestor_mask, window)
+        columns = [*range(start), *(start + depths)]
+        for row, depth in enumerate(depths):
+            expected = [
+                start + depth - columns[column] < window and (column < start or tree.ancestor_mask[row, column - start])
+                for column in range(start + 4)
+            ]
+            assert not any(expected[: found.first])
+            shown = np.array(found.mask)[row] if isinstance(found.mask, mx.array) else np.ones(4 + start - found.first)
+            assert shown.tolist() == expected[found.first :]
+
+
+def test_a_plain_step_beyond_the_window_needs_no_mask():
+    one, root = np.ones((1, 1), dtype=bool), np.zeros(1, dtype=np.int32)
+    assert reach(30, root, one, 12) == Reach(19, None)
+    assert reach(11, root, one, 12) == Reach(0, None)
+    assert reach(7, np.arange(3, dtype=np.int32), None, 12) == Reach(0, "causal")
+
+
+def test_layers_that_keep_the_past_otherwise_are_refused():
+    """Red when a cache that overwrites rows is taken for one with a window."""
+    assert windows_of([KVCache(), RotatingKVCache(max_size=8)]) == [None, 8]
+    for cache in (RotatingKVCache(max_size=8, keep=4), ArraysCache(2), QuantizedKVCache()):
+        with pytest.raises(UnsupportedError, match=f"layer 1 keeps the past in a {type(cache).__name__}, from which"):
+            windows_of([KVCache(), cache])
 
 
 @pytest.mark.parametrize(
@@ -170,39 +188,6 @@ def test_masks_over_cached_rows():
     assert np.array(mask).astype(int).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]
 
 
-rows_of = st.lists(st.integers(0, 7), unique=True, max_size=8).map(sorted)
-
-
-@settings(max_examples=30, deadline=None)
-@given(start=st.integers(0, 260), rows=rows_of)
-def test_the_cache_contract(start, rows):
-    """After a commit the next append gives what a fresh cache of the kept rows gives; red when rows are misplaced."""
-    noise = mx.random.normal((1, 2, start + 8 + 3, 4), key=mx.random.key(start))
-    cache, fresh = KVCache(), KVCache()
-    if start:
-        cache.update_and_fetch(noise[..., :start, :], noise[..., :start, :] + 1)
-    cache.update_and_fetch(noise[..., start : start + 8, :], noise[..., start : start + 8, :] + 1)
-    commit_rows(cache, start, rows)
-    assert cache.offset == start + len(rows)
-    keys, values = cache.update_and_fetch(noise[..., -3:, :], noise[..., -3:, :] + 1)
-    order = [*range(start), *(start + row for row in rows), *range(start + 8, start + 11)]
-    expected = mx.take(noise, mx.array(order), axis=2)
-    fresh_keys, fresh_values = fresh.update_and_fetch(expected, expected + 1)
-    assert mx.array_equal(keys, fresh_keys)
-    assert mx.array_equal(values, fresh_values)
-
-
-def test_committing_a_chain_moves_nothing():
-    cache = KVCache()
-    rows = mx.ones((1, 2, 6, 4))
-    cache.update_and_fetch(rows, rows)
-    keys = cache.keys
-    commit_rows(cache, 2, [0, 1])
-    assert cache.keys is keys
-    drop_rows(cache, 1)
-    assert (cache.keys is keys, cache.offset) == (True, 1)
-
-
 def test_value_rotation_turns_stream_rows_only():
     cache = ValueRotation(KVCache(), mx.array([0, 1, 2]), epsilon=0.5)
     values = mx.random.normal((1, 2, 3, 4), key=mx.random.key(0))
@@ -212,16 +197,3 @@ def test_value_rotation_turns_stream_rows_only():
     assert np.allclose(np.array(turned)[..., :2], expected.real, atol=1e-6)
     assert np.allclose(np.array(turned)[..., 2:], expected.imag, atol=1e-6)
     assert cache.offset == 3
-
-
-@pytest.mark.parametrize("cache", [RotatingKVCache(max_size=8), QuantizedKVCache()], ids=lambda c: type(c).__name__)
-def test_other_caches_are_refused_by_name(cache):
-    with pytest.raises(UnsupportedError, match=f"cache of layer 1: {type(cache).__name__}"):
-        check_caches([KVCache(), cache])
-
-
-def test_caches_of_unequal_length_are_refused():
-    longer = KVCache()
-    longer.offset = 3
-    with pytest.raises(UnsupportedError, match="different numbers of tokens"):
-        check_caches([KVCache(), longer])

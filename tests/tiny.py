@@ -20,6 +20,71 @@ from specstream_mlx.families import model_classes
 from specstream_mlx.streams import Streams
 
 ROTARY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+WINDOW = 12  # of the models that have one; shorter than most texts of the tests
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Rotary models and variants that differ from those above in a setting, and what tells them apart.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama-linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "llama-llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "llama-yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    "llama-dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 28},
+    "llama-sliding": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": WINDOW,
+    },
+    "cohere": {"layer_norm_eps": 1e-5, "logit_scale": 0.25, "use_qk_norm": True},
+    "cohere2": {"layer_norm_eps": 1e-5, "logit_scale": 0.25, "sliding_window": WINDOW},
+    "gemma": {},
+    "gemma2": {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": WINDOW, "sliding_window_pattern": 3},
+    "gemma3": {},
+    "glm": {},
+    "glm4": {"attention_bias": True, "partial_rotary_factor": 0.5},
+    "gpt_neox": {
+        "layer_norm_eps": 1e-5,
+        "num_key_value_heads": 4,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.5,
+    },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_scaling": None,
+    },
+    "granite": {
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo2": {},
+    "olmo3": {"sliding_window": WINDOW},
+    "phi": {"num_key_value_heads": 4, "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+    "phi3-longrope": {
+        "rope_scaling": {"type": "longrope", "long_factor": [1.5, 2.0, 3.0, 4.0], "short_factor": [1.0] * 4},
+        "original_max_position_embeddings": 64,
+    },
+    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 32} | _EXPERTS,
+    "qwen3_moe": {"num_experts": 4, "decoder_sparse_step": 2, "mlp_only_layers": [], "norm_topk_prob": True} | _EXPERTS,
+    "seed_oss": {},
+    "smollm3": {"no_rope_layer_interval": 3},
+    "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5, "qk_layernorm": True},
+    "starcoder2": {},
+}
+WINDOWED = ("llama-sliding", "cohere2", "gemma3", "gemma3_text", "gpt_oss", "olmo3")
 # Learned positions: models, and what tells the variants of one model_type apart.
 LEARNED = {
     "opt": {"model_type": "opt"},
@@ -27,7 +92,8 @@ LEARNED = {
     "opt-projected": {"model_type": "opt", "word_embed_proj_dim": 16, "do_layer_norm_before": False},
     "gpt2": {"model_type": "gpt2"},
 }
-FAMILIES = (*ROTARY_FAMILIES, *LEARNED)
+FAMILIES = (*ROTARY_FAMILIES, *LEARNED)  # the whole grid of tests runs on these
+EVERY_FAMILY = (*FAMILIES, *VARIANTS)
 VOCAB_SIZE = 97
 END_OF_TEXT = 5
 
@@ -37,8 +103,11 @@ def base_config(family: str, **changes: Any) -> dict[str, Any]:
     if family == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_ctx": 512, "n_positions": 512, "layer_norm_epsilon": 1e-5}
         return {"vocab_size": VOCAB_SIZE} | sizes | LEARNED[family] | changes
+    if family == "gemma3":  # the language model is a part of it
+        text = base_config("gemma3_text", **changes)
+        return {"model_type": family, "vocab_size": VOCAB_SIZE, "text_config": text}
     config = {
-        "model_type": family,
+        "model_type": family.partition("-")[0],
         "hidden_size": 32,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
@@ -55,7 +124,7 @@ def base_config(family: str, **changes: Any) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
     }
-    return config | rotary | changes
+    return config | rotary | VARIANTS.get(family, {}) | changes
 
 
 def stream_config(**changes: Any) -> StreamConfig:
@@ -206,7 +275,7 @@ def drafter(
     original = model.stream_logits
 
     def scripted(verified: Any, node: int, caches: Any, num_streams: int | None = None) -> mx.array:
-        logits = np.array(original(verified, node, caches, num_streams), dtype=np.float32)
+        logits = np.array(original(verified, node, caches, num_streams).astype(mx.float32))
         position = verified.start + verified.tree.depths[node] + 1 - prompt_length  # index of the next root
         for stream in range(logits.shape[0]):
             index = position + 1 + stream

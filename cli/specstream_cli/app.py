@@ -14,7 +14,9 @@ import typer
 from typer.main import get_command
 
 from specstream_cli.benchmark import benchmark
+from specstream_cli.cache_prompt import cache_prompt
 from specstream_cli.calibrate import calibrate
+from specstream_cli.chat import chat
 from specstream_cli.convert import convert
 from specstream_cli.generate import generate
 from specstream_cli.inspect import inspect
@@ -51,8 +53,9 @@ def _program(
     """Speculative Streaming on MLX: one model drafts and verifies, the text stays exactly the same."""
 
 
-for _command in (generate, convert, inspect, calibrate, train, benchmark):
+for _command in (generate, chat, convert, inspect, calibrate, train, benchmark):
     app.command()(_command)
+app.command("cache_prompt")(cache_prompt)  # mlx-lm's spelling
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

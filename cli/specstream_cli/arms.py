@@ -48,6 +48,7 @@ class Arm:
     name: str
     start: Callable[[list[int]], Iterator[Step]]
     weight_bytes: int = 0
+    model: Any = None  # of the baseline
     runs: list[list[Run]] = field(default_factory=list)
 
     def seconds(self, kind: str) -> list[float]:
@@ -102,6 +103,16 @@ def differences(arms: Sequence[Arm]) -> dict[str, list[int]]:
     return {
         arm.name: [i for i, run in enumerate(arm.runs[0]) if (run.tokens, run.text) != reference[i]] for arm in arms[1:]
     }
+
+
+def judge(stock: Any, prompt: Sequence[int], run: Run) -> tuple[str, bool]:
+    """What is to be said about an answer that is not the baseline's, and whether rounding explains it."""
+    from specstream_mlx.exactness import check_exact
+
+    difference = check_exact(stock, prompt, run.tokens)
+    if difference is None:
+        return "equal tokens as far as it goes, and another end or text", False
+    return str(difference), difference.is_tie
 
 
 def measure(
@@ -165,7 +176,7 @@ def stock_arm(name: str, stock: Any, tokenizer: Any, weight_bytes: int, max_toke
             passes += not pending
             yield Step([response.token], response.text, passes + pending)
 
-    return Arm(name, start, weight_bytes)
+    return Arm(name, start, weight_bytes, stock)
 
 
 def stream_arm(name: str, model: Any, tokenizer: Any, weight_bytes: int, max_tokens: int, **more: Any) -> Arm:

@@ -1,14 +1,35 @@
-"""``specstream-mlx generate``: stream the answer to one prompt."""
+"""``specstream-mlx generate``: stream the answer to one prompt, or to those of a file."""
 
-import json
+import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from specstream_cli.batch import SEPARATOR, Batch, totals, totals_line
+from specstream_cli.chat_template import ChatTemplate
+from specstream_cli.exact import ExactCheck
+from specstream_cli.sampling import (
+    ContextSize,
+    FrequencyPenalty,
+    LogitBias,
+    MinP,
+    MinTokensToKeep,
+    PresencePenalty,
+    RepetitionPenalty,
+    Sampling,
+    Seed,
+    Temp,
+    TopK,
+    TopP,
+    XtcProbability,
+    XtcThreshold,
+)
 from specstream_cli.terminal import Answer, Progress, ReaderGone, answer, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.validation import any_repo_id, invalid_input, tree_spec, usage_error, utf8, utf8_each, within
 
@@ -33,6 +54,9 @@ def generate(
             help="The prompt; '-' reads standard input. Without --model a sample question is answered.",
         ),
     ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="Answer the prompts of a file in turn: JSON lines with a 'prompt' each.")
+    ] = None,
     system_prompt: Annotated[
         str | None, typer.Option(callback=utf8, help="System message of the chat template.")
     ] = None,
@@ -42,6 +66,9 @@ def generate(
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Give the model the raw prompt.")
     ] = False,
+    prefill_response: Annotated[
+        str | None, typer.Option(callback=utf8, help="Beginning of the answer, which the model goes on with.")
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", callback=within(1), help="Most tokens to generate.")
     ] = 256,
@@ -53,21 +80,21 @@ def generate(
         list[str] | None,
         typer.Option(callback=utf8_each, help="A further end-of-text token, as text or id; may be repeated."),
     ] = None,
-    temp: Annotated[float, typer.Option(callback=within(0), help="Sampling temperature; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(callback=within(0, 1, above=True), help="Nucleus sampling; 1 is off.")] = 1.0,
-    top_k: Annotated[int, typer.Option(callback=within(0), help="Sample among the k likeliest; 0 is off.")] = 0,
-    min_p: Annotated[
-        float, typer.Option(callback=within(0, 1), help="Least probability relative to the likeliest token.")
-    ] = 0.0,
-    xtc_probability: Annotated[
-        float, typer.Option(callback=within(0, 1), help="How often XTC removes the likeliest tokens.")
-    ] = 0.0,
-    xtc_threshold: Annotated[
-        float, typer.Option(callback=within(0, 0.5), help="Probability from which XTC may remove a token.")
-    ] = 0.1,
-    seed: Annotated[
-        int | None, typer.Option(callback=within(0, 2**64 - 1), help="Same seed, same text, whatever the draft.")
-    ] = None,
+    temp: Temp = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    min_tokens_to_keep: MinTokensToKeep = 1,
+    xtc_probability: XtcProbability = 0.0,
+    xtc_threshold: XtcThreshold = 0.1,
+    repetition_penalty: RepetitionPenalty = 0.0,
+    repetition_context_size: ContextSize = 20,
+    presence_penalty: PresencePenalty = 0.0,
+    presence_context_size: ContextSize = 20,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    frequency_context_size: ContextSize = 20,
+    logit_bias: LogitBias = None,
+    seed: Seed = None,
     draft: Annotated[
         DraftMode,
         typer.Option(help="How to draft; every choice gives the same tokens. 'off' decodes plainly."),
@@ -92,147 +119,217 @@ def generate(
     prefill_step_size: Annotated[
         int, typer.Option(callback=within(1), help="Prompt tokens per prefill pass; less needs less memory.")
     ] = 2048,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="Quantise the key-value cache to so many bits: 2, 3, 4, 5, 6 or 8.")
+    ] = None,
+    kv_group_size: Annotated[int, typer.Option(help="Numbers that share a scale in the quantised cache.")] = 64,
+    quantized_kv_start: Annotated[
+        int, typer.Option(callback=within(0), help="With --kv-bits, tokens after which the cache is quantised.")
+    ] = 5000,
+    max_kv_size: Annotated[
+        int | None,
+        typer.Option(callback=within(5), help="Most tokens in the cache; a longer text forgets all but the first 4."),
+    ] = None,
+    prompt_cache_file: Annotated[
+        str | None, typer.Option(help="Go on from a prompt cache of cache_prompt or mlx-lm; --prompt is what follows.")
+    ] = None,
+    check_exact: Annotated[
+        bool,
+        typer.Option("--check-exact", help="Compare with plain decoding by mlx-lm; exit code 5 beyond rounding."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No statistics on standard error.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
 ) -> None:
     """Answer a prompt, printing the text as it is made."""
-    _refuse_contradictions(draft, tree, insertion, prune_threshold)
-    chat = _Chat.of(system_prompt, chat_template_config, ignore_chat_template)
-    if model is not None and prompt is None:
-        raise usage_error("--prompt: missing; --model needs a prompt ('-' reads standard input)")
-    question = _read_prompt(prompt)
+    refuse_contradictions(draft, tree, insertion, prune_threshold)
+    sampling = Sampling(
+        temp=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        min_tokens_to_keep=min_tokens_to_keep,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        repetition_penalty=repetition_penalty,
+        repetition_context_size=repetition_context_size,
+        presence_penalty=presence_penalty,
+        presence_context_size=presence_context_size,
+        frequency_penalty=frequency_penalty,
+        frequency_context_size=frequency_context_size,
+        logit_bias=logit_bias,
+    )
+    chat = ChatTemplate.of(system_prompt, chat_template_config, ignore_chat_template, prefill_response)
+    if prompts_file is not None and prompt is not None:
+        raise usage_error("--prompts-file: contradicts --prompt; drop one")
+    if prompt is None and prompts_file is None and (model is not None or prompt_cache_file is not None):
+        option = "--model" if model is not None else "--prompt-cache-file"
+        raise usage_error(f"--prompt: missing; {option} needs a prompt ('-' reads standard input)")
+    if prompt_cache_file is not None and (prompts_file is not None or check_exact):
+        option = "--prompts-file" if prompts_file is not None else "--check-exact"
+        raise usage_error(f"--prompt-cache-file: an answer uses the cache up, which {option} cannot do; drop one")
+    if check_exact and temp > 0 and seed is None:
+        raise usage_error("--check-exact: sampled text can be compared for the same seed only; give --seed")
+    question = None if prompt is None else read_prompt(prompt)
     quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
     with answer() as out:
         from specstream_mlx import DraftOptions, load, stream_generate
 
-        if question is None:
+        batch = None if prompts_file is None else Batch.read(prompts_file)
+        if question is None and batch is None:
             from specstream_mlx.bundled import sample_prompt
 
             question = sample_prompt()
             if not quiet:
                 to_stderr(question)
-        target, tokenizer = load(model, adapter=adapter)
-        _add_eos_tokens(tokenizer, extra_eos_token or [])
-        sampler = None
-        if temp > 0:
-            from mlx_lm.sample_utils import make_sampler
+        caches = None
+        if prompt_cache_file is None:
+            target, tokenizer = load(model, adapter=adapter)
+        else:
+            from specstream_mlx.prompt_cache import load_prompt_cache, model_of
 
-            special = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids] if xtc_probability > 0 else []
-            sampler = make_sampler(
-                temp,
-                top_p=top_p,
-                min_p=min_p,
-                top_k=top_k,
-                xtc_probability=xtc_probability,
-                xtc_threshold=xtc_threshold,
-                xtc_special_tokens=special,
+            cache_file = Path(prompt_cache_file).expanduser()
+            target, tokenizer = load(model_of(cache_file, model), adapter=adapter)
+            caches = load_prompt_cache(cache_file, target)
+        add_eos_tokens(tokenizer, extra_eos_token or [])
+        sampling.check(target.args.vocab_size)
+        how: dict[str, Any] = {
+            "sampler": sampling.sampler(tokenizer),
+            "logits_processors": sampling.logits_processors(),
+            "seed": seed,
+            "prefill_step_size": prefill_step_size,
+            "kv_bits": kv_bits,
+            "kv_group_size": kv_group_size,
+            "quantized_kv_start": quantized_kv_start,
+            "max_kv_size": max_kv_size,
+        }
+        check = ExactCheck(target, model, adapter, how) if check_exact else None
+
+        def start(prompt: str | list[int], progress: Progress | None) -> Iterator[Any]:
+            return iter(
+                stream_generate(
+                    target,
+                    tokenizer,
+                    prompt,
+                    max_tokens=max_tokens,
+                    draft=draft,
+                    draft_options=DraftOptions(tree=tree, insertion=insertion, prune_threshold=prune_threshold),
+                    stop=tuple(stop or ()),
+                    prompt_progress_callback=prompt_progress(progress, prefill_step_size),
+                    prompt_cache=caches,
+                    **how,
+                )
             )
-        with progress_bar(quiet=quiet) as progress:
-            responses = stream_generate(
-                target,
-                tokenizer,
-                chat.apply(tokenizer, question),
-                max_tokens=max_tokens,
-                sampler=sampler,
-                draft=draft,
-                draft_options=DraftOptions(tree=tree, insertion=insertion, prune_threshold=prune_threshold),
-                seed=seed,
-                stop=tuple(stop or ()),
-                prefill_step_size=prefill_step_size,
-                prompt_progress_callback=_prompt_progress(progress, prefill_step_size),
-            )
-            first = next(iter(responses), None)
-        if first is not None and first.draft.note:
+
+        session = _Session(out, as_json, quiet, tokenizer, start, check)
+        if batch is not None:
+            statistics = session.answer_batch(batch, batch.encode(target, tokenizer, chat.prompt))
+        else:
+            assert question is not None
+            statistics = session.answer_prompt(chat.prompt(tokenizer, question, cached=caches is not None))
+    if not quiet:
+        to_stderr(statistics)
+    if check is not None:
+        check.finish(quiet=quiet)
+
+
+@dataclass(frozen=True)
+class _Session:
+    """Answers with one model and one set of flags, on their way to standard output."""
+
+    out: Answer
+    as_json: bool
+    quiet: bool
+    tokenizer: Any
+    start: Callable[[str | list[int], Progress | None], Iterator[Any]]
+    check: ExactCheck | None
+
+    def answer_prompt(self, prompt: str | list[int]) -> str:
+        """Answer one prompt; the line of statistics."""
+        run = _Run(None if self.as_json else self.out)
+        with progress_bar(quiet=self.quiet) as progress:
+            responses = self.start(prompt, progress)
+            first = next(responses)
+        if first.draft.note:
             to_stderr(f"warning: {first.draft.note}")
-        run = _Run(out, as_json)
-        run.consume([first] if first is not None else [])
+        with _keeping(run.end_line if not self.as_json else lambda: self.out.write_json(run.document())):
+            self._consume(run, prompt, chain([first], responses))
+        return statistics_line(run.last)
+
+    def answer_batch(self, batch: Batch, encoded: list[list[int]]) -> str:
+        """Answer the prompts of a file in turn; the line of statistics."""
+        answers: list[dict[str, Any]] = []
+
+        def finish() -> None:
+            if self.as_json:
+                self.out.write_json({"answers": answers} | totals(answers))
+
+        # A bar and a text on one terminal would overwrite each other.
+        hidden = self.quiet or (not self.as_json and self.out.stream.isatty())
+        with _keeping(finish), progress_bar(quiet=hidden) as progress:
+            for index, (prompt, line, ids) in enumerate(zip(batch.prompts, batch.lines, encoded, strict=True)):
+                if index and not self.as_json:
+                    self.out.write(f"{SEPARATOR}\n")
+                run = _Run(None if self.as_json else self.out)
+
+                def keep(run: _Run = run, prompt: str = prompt) -> None:
+                    run.end_line()
+                    if run.last is not None:
+                        answers.append({"prompt": prompt} | run.document())
+
+                with _keeping(keep):
+                    self._consume(run, ids, self.start(ids, None), f"{batch.path}:{line}: ")
+                if progress is not None:
+                    progress("prompts", index + 1, len(encoded))
+        return totals_line(answers)
+
+    def _consume(self, run: "_Run", prompt: str | list[int], responses: Iterable[Any], name: str = "") -> None:
         run.consume(responses)
-        run.finish()
-    if not quiet and run.last is not None:
-        to_stderr(statistics_line(run.last))
+        if self.check is not None:
+            run.exact = self.check.compare(self.tokenizer, prompt, run.token_ids, name)
+
+
+@contextlib.contextmanager
+def _keeping(finish: Callable[[], None]) -> Iterator[None]:
+    """Run ``finish`` in the end. Ctrl-C and errors keep the answer: what was generated is on standard output then."""
+    try:
+        yield
+    except ReaderGone:
+        raise
+    except BaseException:
+        finish()
+        raise
+    finish()
 
 
 @dataclass
 class _Run:
-    """The answer so far. Ctrl-C keeps it: what was generated is on standard output before the exception goes on."""
+    """One answer so far, printed as it is made where ``out`` is given."""
 
-    out: Answer
-    as_json: bool
+    out: Answer | None
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     last: Any = None
+    exact: dict[str, Any] | None = None
 
     def consume(self, responses: Iterable[Any]) -> None:
-        try:
-            for response in responses:
-                self.last = response
-                self.texts.append(response.text)
-                self.token_ids.extend(int(token) for token in response.tokens)
-                if not self.as_json and response.text:
-                    self.out.write(response.text)
-        except ReaderGone:
-            raise
-        except BaseException:
-            self.finish()
-            raise
+        for response in responses:
+            self.last = response
+            self.texts.append(response.text)
+            self.token_ids.extend(int(token) for token in response.tokens)
+            if self.out is not None and response.text:
+                self.out.write(response.text)
 
-    def finish(self) -> None:
-        if not self.as_json:
-            self.out.write("\n" if self.last is not None else "")
-        elif self.last is not None:
-            self.out.write_json(to_json("".join(self.texts), self.token_ids, self.last))
+    def end_line(self) -> None:
+        if self.out is not None and self.last is not None:
+            self.out.write("\n")
+
+    def document(self) -> dict[str, Any]:
+        found = to_json("".join(self.texts), self.token_ids, self.last)
+        return found if self.exact is None else found | {"exact": self.exact}
 
 
-@dataclass(frozen=True)
-class _Chat:
-    """How a question becomes the model's prompt."""
-
-    system_prompt: str | None
-    template_arguments: Mapping[str, Any]
-    ignored: bool
-
-    @classmethod
-    def of(cls, system_prompt: str | None, config: str | None, ignored: bool) -> "_Chat":
-        arguments: Any = {}
-        if config is not None:
-            try:
-                arguments = json.loads(config)
-            except (ValueError, RecursionError) as error:
-                raise usage_error(f"--chat-template-config: not valid JSON ({error}); give an object") from None
-            if not isinstance(arguments, dict):
-                raise usage_error(f"--chat-template-config: got {config}, expected a JSON object")
-        for option, value in (("--system-prompt", system_prompt), ("--chat-template-config", config)):
-            if ignored and value is not None:
-                raise usage_error(f"{option}: contradicts --ignore-chat-template; drop one")
-        return cls(system_prompt, arguments, ignored)
-
-    def apply(self, tokenizer: Any, question: str) -> str | list[int]:
-        """The prompt as text, or as ids where the template has already written the special tokens.
-
-        Raises:
-            UsageError: an option needs a chat template and the tokenizer has none.
-            InvalidInputError: the template refuses the messages.
-        """
-        if self.ignored or not tokenizer.has_chat_template:
-            if self.system_prompt is not None or self.template_arguments:
-                option = "--system-prompt" if self.system_prompt is not None else "--chat-template-config"
-                raise usage_error(f"{option}: this tokenizer has no chat template; put everything into --prompt")
-            return question
-        messages = [{"role": "user", "content": question}]
-        if self.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.template_arguments
-            )
-        except Exception as error:  # the template is a program of the model's author and may raise anything
-            reason = " ".join(str(error).split())
-            raise invalid_input(f"chat template: refused the messages ({reason})") from error
-        return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _prompt_progress(progress: Progress | None, step_size: int) -> Callable[[int, int], None] | None:
+def prompt_progress(progress: Progress | None, step_size: int) -> Callable[[int, int], None] | None:
     """Show the prompt's progress where it takes more than one pass."""
     if progress is None:
         return None
@@ -244,7 +341,7 @@ def _prompt_progress(progress: Progress | None, step_size: int) -> Callable[[int
     return report
 
 
-def _refuse_contradictions(
+def refuse_contradictions(
     draft: DraftMode, tree: str | None, insertion: Insertion | None, prune_threshold: float | None
 ) -> None:
     given = {"--tree": tree, "--insertion": insertion, "--prune-threshold": prune_threshold}
@@ -254,10 +351,8 @@ def _refuse_contradictions(
             raise usage_error(f"{option}: has no meaning with --draft {draft}; drop one")
 
 
-def _read_prompt(prompt: str | None) -> str | None:
+def read_prompt(prompt: str) -> str:
     """The text of ``--prompt``; ``-`` is standard input, taken as it is."""
-    if prompt is None:
-        return None
     if prompt != "-":
         text = prompt.replace("\\n", "\n").replace("\\t", "\t")  # as mlx-lm does
     elif sys.stdin is None:
@@ -274,7 +369,7 @@ def _read_prompt(prompt: str | None) -> str | None:
     return text
 
 
-def _add_eos_tokens(tokenizer: Any, tokens: list[str]) -> None:
+def add_eos_tokens(tokenizer: Any, tokens: list[str]) -> None:
     """Add end-of-text tokens given as text or id; those the tokenizer does not know are reported together."""
     if not tokens:
         return

@@ -52,6 +52,8 @@ def for_people(found: Mapping[str, Any]) -> dict[str, Any]:
             shown[key] = f"{value:,} ({medusa / streams:,.0f} times the streams')"
         elif key.endswith("_parameters"):
             shown[key] = f"{value:,}"
+        elif key == "adapter_bytes":
+            shown[key] = f"{value:,} bytes"
         elif key == "files":
             shown[key] = {name: f"{size:,} bytes" for name, size in value.items()}
         elif key == "streams":

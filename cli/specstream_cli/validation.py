@@ -40,6 +40,13 @@ def within(low: float, high: float = math.inf, *, above: bool = False) -> Callab
     return check
 
 
+def finite(value: float) -> float:
+    """An option callback that refuses NaN and infinity."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"got {value}, expected a finite number")
+    return value
+
+
 def tree_spec(value: str | None) -> str | None:
     """An option callback for the spelling of a draft tree."""
     if value is not None and not TREE.fullmatch(value):

@@ -64,6 +64,7 @@ class Inspection:
     num_medusa_parameters: int | None = None
     medusa_formula: str | None = None
     num_lora_parameters: int | None = None
+    adapter_bytes: int | None = None  # of streams and LoRA as stored: what they take in memory over the base
     quantization: dict[str, Any] | None = None
     adapters: tuple[dict[str, Any], ...] = ()  # where there are several: the facts of each
     files: dict[str, int] | None = None  # name -> bytes
@@ -192,6 +193,8 @@ class _Findings:
         self.fields: dict[str, Any] = {}
 
     def result(self, kind: str) -> Inspection:
+        if kind not in ("stream adapter", "specstream model", "mlx-lm adapter"):
+            self.fields.pop("adapter_bytes", None)  # PyTorch's form is not what is loaded
         base = self.fields.get("base") or {}
         d, v = base.get("hidden_size"), base.get("vocab_size")
         if type(d) is int and type(v) is int:
@@ -269,6 +272,7 @@ class _Findings:
             file: TensorFile | None = self.attempt(lambda: open_tensors(weights))
             if file is not None:
                 own = {n: t for n, t in file.tensors.items() if not n.startswith(LORA_PREFIX)}
+                self._count(file)
                 self._sidecar_lora(file)
                 form_b = self.attempt(lambda: from_stream_file(TensorFile(file.path, own, file.num_bytes), {}, None))
                 source = self.attempt(lambda: join(source, form_b)) or source
@@ -313,8 +317,17 @@ class _Findings:
     def live(self, directory: Path) -> None:
         """A LoRA in mlx-lm's format."""
         self._live(self.attempt(lambda: read_live_adapter(directory)))
-        if not (directory / LIVE_WEIGHTS).exists():
-            self.problems.append(f"{directory / LIVE_WEIGHTS}: file not found; save the adapter again")
+        weights = directory / LIVE_WEIGHTS
+        if not weights.exists():
+            self.problems.append(f"{weights}: file not found; save the adapter again")
+            return
+        file: TensorFile | None = self.attempt(lambda: open_tensors(weights))
+        if file is not None:
+            self._count(file)
+
+    def _count(self, file: TensorFile) -> None:
+        size = sum(tensor.num_bytes for tensor in file.tensors.values())
+        self.fields["adapter_bytes"] = self.fields.get("adapter_bytes", 0) + size
 
     def _live(self, found: LiveAdapter | None) -> None:
         if found is None:

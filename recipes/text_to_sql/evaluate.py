@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm import load as load_stock
+from mlx_lm import stream_generate as stock_generate
 
 from specstream_mlx import SpecStreamModel, load, stream_generate
 from specstream_mlx.tree import DraftTree
@@ -78,13 +80,25 @@ def acceptance_by_rank(rows: list[list[int]], gamma: int) -> tuple[list[list[flo
     return table, counts
 
 
-def evaluate(directory: Path, examples: list[dict[str, str]]) -> dict[str, Any]:
-    """All figures of a model directory.
+def run_stock(model: Any, tokenizer: Any, prompt: str) -> tuple[list[int], str]:
+    """Greedy tokens and text of mlx-lm itself."""
+    tokens, text = [], ""
+    for response in stock_generate(model, tokenizer, prompt, max_tokens=MAX_TOKENS):
+        tokens.append(int(response.token))
+        text += response.text
+    return tokens, text
+
+
+def evaluate(directory: Path, examples: list[dict[str, str]], adapter: Path | None = None) -> dict[str, Any]:
+    """All figures of a model directory, or of a stream adapter over it.
 
     Raises:
-        AssertionError: two ways of drafting gave different tokens.
+        AssertionError: two ways of drafting gave different tokens, or a lossless adapter gave other tokens than mlx-lm
+            does with the directory alone.
     """
-    model, tokenizer = load(str(directory))
+    model, tokenizer = load(str(directory), adapter=adapter)
+    lossless = model.stream_config is not None and model.stream_config.mode == "lossless"
+    stock = load_stock(str(directory))[0] if adapter is not None and lossless else None
     totals: dict[str, dict[str, Any]] = {
         draft: {
             "generation_tokens": 0,
@@ -99,10 +113,13 @@ def evaluate(directory: Path, examples: list[dict[str, str]]) -> dict[str, Any]:
     rows: list[list[int]] = []
     for number, example in enumerate(examples, 1):
         plain: list[int] = []
+        if stock is not None:
+            reference = run_stock(stock, tokenizer, example["prompt"])
         for draft in DRAFTS:
             tokens, text, last = run(model, tokenizer, example["prompt"], draft)
             if draft == "off":
                 plain = tokens
+                assert stock is None or (tokens, text) == reference, f"other tokens than mlx-lm's on example {number}"
                 right += text.strip() == example["answer"]
             assert tokens == plain, f"draft {draft!r} gave other tokens than plain decoding on example {number}"
             total = totals[draft]
@@ -118,6 +135,7 @@ def evaluate(directory: Path, examples: list[dict[str, str]]) -> dict[str, Any]:
     table, counts = acceptance_by_rank(rows, model.gamma)
     return {
         "num_examples": len(examples),
+        "same_as_bare_base": len(examples) if stock is not None else None,
         "exact_match": round(right / len(examples), 4),
         "tokens_per_pass": {draft: total["tokens_per_pass"] for draft, total in totals.items()},
         "acceptance_by_rank": [[round(rate, 4) for rate in row] for row in table],
@@ -130,11 +148,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Read the command line, measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path("runs/text_to_sql/model"))
+    parser.add_argument("--adapter", type=Path, help="a stream adapter over the model")
     parser.add_argument("--examples", type=Path, default=HELDOUT)
     parser.add_argument("--count", type=int, help="only the first of the examples")
     parser.add_argument("--out", type=Path, help="write the JSON here instead of printing it")
     namespace = parser.parse_args(arguments)
-    figures = json.dumps(evaluate(namespace.model, read_examples(namespace.examples, namespace.count)), indent=2)
+    examples = read_examples(namespace.examples, namespace.count)
+    figures = json.dumps(evaluate(namespace.model, examples, namespace.adapter), indent=2)
     if namespace.out is None:
         print(figures)
     else:

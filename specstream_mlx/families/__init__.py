@@ -2,6 +2,8 @@
 
 The runtime drives the layers itself and needs four parts of a model: embedding, layers, final norm, LM head. Here is
 where each family's parts are found. A family whose embedding is scaled or whose logits are capped gets its own class.
+Windows and rotary embeddings need no word here: the caches that mlx-lm makes tell the former, and the seam wraps the
+latter whatever they are. docs/families.md says how each family is verified.
 """
 
 from collections.abc import Mapping
@@ -13,16 +15,59 @@ from specstream_mlx.errors import UnsupportedError
 from specstream_mlx.families import opt
 from specstream_mlx.families.decoder import DecoderFamily
 from specstream_mlx.families.learned_positions import GPT2Family, OPTFamily
+from specstream_mlx.families.variants import (
+    CohereFamily,
+    Gemma2Family,
+    Gemma3Family,
+    Gemma3VisionFamily,
+    GemmaFamily,
+    GPTNeoXFamily,
+    GraniteFamily,
+    PhiFamily,
+)
 
+_LLAMA_SHAPED = (
+    "glm",
+    "glm4",
+    "gpt_oss",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
 FAMILIES: dict[str, type[DecoderFamily]] = {
+    **dict.fromkeys(_LLAMA_SHAPED, DecoderFamily),
+    "cohere": CohereFamily,
+    "cohere2": CohereFamily,
+    "gemma": GemmaFamily,
+    "gemma2": Gemma2Family,
+    "gemma3": Gemma3VisionFamily,
+    "gemma3_text": Gemma3Family,
     "gpt2": GPT2Family,
-    "llama": DecoderFamily,
-    "mistral": DecoderFamily,
+    "gpt_neox": GPTNeoXFamily,
+    "granite": GraniteFamily,
     "opt": OPTFamily,
-    "phi3": DecoderFamily,
-    "qwen2": DecoderFamily,
-    "qwen3": DecoderFamily,
+    "phi": PhiFamily,
 }
+# Known to mlx-lm, and impossible here: what these keep of the past cannot be taken back token by token.
+RECURRENT = frozenset(
+    (
+        "baichuan_m1", "bailing_hybrid", "bailing_moe_linear", "bailing_moe_v3", "falcon_h1", "falcon_mamba", "gear",
+        "granitemoehybrid", "jamba", "kimi_k3", "kimi_linear", "lfm2", "lfm2-vl", "lfm2_moe", "longcat_flash_ngram",
+        "mamba", "mamba2", "nemotron_h", "olmo_hybrid", "plamo2", "prism_hadamard_qwen35", "qwen3_5", "qwen3_5_moe",
+        "qwen3_next", "recurrent_gemma", "rwkv7",
+    )
+)  # fmt: skip
 # The models that are written here because mlx-lm has none.
 OURS: dict[str, tuple[type[Any], type[Any]]] = {"opt": (opt.Model, opt.ModelArgs)}
 
@@ -33,6 +78,11 @@ def check_supported(model_type: object, where: str = "model_type") -> None:
     Raises:
         UnsupportedError: the family is not among ``FAMILIES``.
     """
+    if model_type in RECURRENT:
+        raise UnsupportedError(
+            f"{where}: {model_type!r} has layers that fold the past into one state, from which rejected tokens cannot "
+            "be taken back; run it with mlx-lm, or choose a model of attention alone"
+        )
     if model_type not in FAMILIES:
         raise UnsupportedError(f"{where}: {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
 

@@ -1,4 +1,4 @@
-"""Llama-shaped models: what the runtime asks of a model family."""
+"""What the runtime asks of a model family, answered for llama-shaped models."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -11,28 +11,34 @@ Positions = npt.NDArray[np.int32]
 
 
 class DecoderFamily:
-    """``model.embed_tokens``, ``model.layers``, ``model.norm``, and a tied or own ``lm_head``; rotary positions.
+    """Where the parts of a model are found; the paths are llama's, and most families share them.
 
     Attributes:
-        LAYERS: path of the list of blocks.
-        INPUT: paths of the modules that run before the first block; what is neither here nor a block runs after.
+        EMBEDDING, LAYERS, NORM: paths of the token embedding, the list of blocks and the final norm.
+        HEAD: path of the LM head; where a base has none, its embedding is the head.
         ATTENTION: name of a block's attention.
         ROTARY: whether attention applies a rotary embedding. Without one, positions are learned and added to the
             embedding of a token: there are no more of them than ``max_position_embeddings``, and ``stream_position``
             has no effect, because a stream starts from a hidden state and never passes the embedding.
+        SHARED_ATTENTION: whether blocks call mlx-lm's attention for all. One that is written out in the model wants
+            masks as arrays and caches of floats, and mlx-lm cannot run texts of unequal length at once through it.
         SIZES: this family's names for the sizes that others call as in llama's ``config.json``.
         layers: the blocks, N of them.
     """
 
+    EMBEDDING: ClassVar[str] = "model.embed_tokens"
     LAYERS: ClassVar[str] = "model.layers"
-    INPUT: ClassVar[tuple[str, ...]] = ("model.embed_tokens",)
+    NORM: ClassVar[str] = "model.norm"
+    HEAD: ClassVar[str] = "lm_head"
     ATTENTION: ClassVar[str] = "self_attn"
     ROTARY: ClassVar[bool] = True
+    SHARED_ATTENTION: ClassVar[bool] = True
     SIZES: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, base: Any) -> None:
         self._base = base
-        self.layers: list[Any] = base.model.layers
+        self.args = base.args
+        self.layers: list[Any] = at(base, self.LAYERS)
 
     @classmethod
     def size(cls, config: Mapping[str, Any], name: str) -> Any:
@@ -42,7 +48,7 @@ class DecoderFamily:
     @classmethod
     def fingerprint_tensor(cls, config: Mapping[str, Any]) -> str | None:
         """The small unquantised tensor that tells two bases of one shape apart; None when there is none."""
-        return "model.norm.weight"
+        return f"{cls.NORM}.weight"
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -51,14 +57,28 @@ class DecoderFamily:
 
     def embed(self, tokens: mx.array, positions: Positions) -> mx.array:
         """(B, L) ids -> (B, L, D); ``positions`` (L,) are the rows' absolute positions, unused here."""
-        return self._base.model.embed_tokens(tokens)
+        hidden: mx.array = at(self._base, self.EMBEDDING)(tokens)
+        return hidden
 
     def norm(self, hidden: mx.array) -> mx.array:
         """The final norm, (B, L, D) -> (B, L, D)."""
-        return self._base.model.norm(hidden)
+        normed: mx.array = at(self._base, self.NORM)(hidden)
+        return normed
 
     def head(self, normed: mx.array) -> mx.array:
         """The LM head on normed hidden states, (B, L, D) -> (B, L, V) logits."""
-        if self._base.args.tie_word_embeddings:
-            return self._base.model.embed_tokens.as_linear(normed)
-        return self._base.lm_head(normed)
+        owner, _, name = self.HEAD.rpartition(".")
+        module = at(self._base, owner)
+        logits: mx.array = module[name](normed) if name in module else at(self._base, self.EMBEDDING).as_linear(normed)
+        return logits
+
+    def over_heads(self, mask: mx.array) -> mx.array:
+        """A mask of its own for every sequence, (B, L, S), in the shape that spreads over the heads of a block."""
+        return mask[:, None]
+
+
+def at(module: Any, path: str) -> Any:
+    """The part of a model at a dotted path; the model itself at the empty one."""
+    for name in path.split(".") if path else ():
+        module = getattr(module, name)
+    return module

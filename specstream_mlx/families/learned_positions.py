@@ -37,17 +37,12 @@ class LearnedPositions(DecoderFamily):
 class OPTFamily(LearnedPositions):
     """``model.decoder.*``; pre-norm and post-norm, with and without projections around the blocks."""
 
+    EMBEDDING: ClassVar[str] = "model.decoder.embed_tokens"
     LAYERS: ClassVar[str] = "model.decoder.layers"
-    INPUT: ClassVar[tuple[str, ...]] = (
-        "model.decoder.embed_tokens",
-        "model.decoder.embed_positions",
-        "model.decoder.project_in",
-    )
 
     def __init__(self, base: Any) -> None:
-        self._base = base
+        super().__init__(base)
         self._decoder = base.model.decoder
-        self.layers: list[Any] = self._decoder.layers
 
     @classmethod
     def fingerprint_tensor(cls, config: Mapping[str, Any]) -> str | None:
@@ -60,7 +55,7 @@ class OPTFamily(LearnedPositions):
 
     def embed(self, tokens: mx.array, positions: Positions) -> mx.array:
         """(B, L) ids at (L,) absolute positions -> (B, L, D)."""
-        rows = self._within_table(positions, self._base.args.max_position_embeddings)
+        rows = self._within_table(positions, self.args.max_position_embeddings)
         return self._decoder.embed(tokens, rows)
 
     def norm(self, hidden: mx.array) -> mx.array:
@@ -75,8 +70,9 @@ class OPTFamily(LearnedPositions):
 class GPT2Family(LearnedPositions):
     """mlx-lm's ``gpt2``: ``model.h`` between ``wte`` + ``wpe`` and ``ln_f``; the head is ``wte``."""
 
+    EMBEDDING: ClassVar[str] = "model.wte"
     LAYERS: ClassVar[str] = "model.h"
-    INPUT: ClassVar[tuple[str, ...]] = ("model.wte", "model.wpe")
+    NORM: ClassVar[str] = "model.ln_f"
     ATTENTION: ClassVar[str] = "attn"
     SIZES: ClassVar[Mapping[str, str]] = {
         "hidden_size": "n_embd",
@@ -85,24 +81,8 @@ class GPT2Family(LearnedPositions):
         "max_position_embeddings": "n_positions",
     }
 
-    def __init__(self, base: Any) -> None:
-        self._base = base
-        self.layers: list[Any] = base.model.h
-
-    @classmethod
-    def fingerprint_tensor(cls, config: Mapping[str, Any]) -> str | None:
-        """The final norm's weight."""
-        return "model.ln_f.weight"
-
     def embed(self, tokens: mx.array, positions: Positions) -> mx.array:
         """(B, L) ids at (L,) absolute positions -> (B, L, D)."""
-        rows = self._within_table(positions, self._base.args.n_positions)
-        return self._base.model.wte(tokens) + self._base.model.wpe(rows)
-
-    def norm(self, hidden: mx.array) -> mx.array:
-        """The final norm, (B, L, D) -> (B, L, D)."""
-        return self._base.model.ln_f(hidden)
-
-    def head(self, normed: mx.array) -> mx.array:
-        """The LM head, which is the embedding: (B, L, D) -> (B, L, V) logits."""
-        return self._base.model.wte.as_linear(normed)
+        return super().embed(tokens, positions) + self._base.model.wpe(
+            self._within_table(positions, self.args.n_positions)
+        )

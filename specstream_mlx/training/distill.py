@@ -20,6 +20,7 @@ from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training.batches import Example, mixed_seed
 from specstream_mlx.training.datasets import Dataset, hold_out, plain_prompt, read_rows
+from specstream_mlx.tree_attention import runs_batches
 
 Prompt = tuple[int, ...]
 
@@ -178,11 +179,14 @@ def base_identity(path: Path, base_model: Mapping[str, Any]) -> str:
 def _answer(
     model: SpecStreamModel, tokenizer: Any, prompts: Sequence[Prompt], room: list[int], temp: float, seed: int
 ) -> list[tuple[int, ...]]:
-    """Answers with their end-of-text token, unless they were cut; one batch on mlx-lm's batched generation."""
+    """Answers with their end-of-text token, unless they were cut; one batch on mlx-lm's batched generation.
+
+    Where mlx-lm cannot run batches, one prompt after another.
+    """
     mx.random.seed(seed)
     sampler = make_sampler(temp) if temp else None
     stop = [[token] for token in sorted(tokenizer.eos_token_ids)]
-    size = len(prompts)
+    size = len(prompts) if runs_batches(model.family) else 1
     generator = BatchGenerator(
         model.base, stop_tokens=stop, sampler=sampler, completion_batch_size=size, prefill_batch_size=size
     )

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specstream_mlx.model import SpecStreamModel
-from specstream_mlx.tree_attention import BoolMatrix, ValueRotation
+from specstream_mlx.tree_attention import BoolMatrix, ValueRotation, within
 
 IntArray = npt.NDArray[np.int32]
 KeysValues = list[tuple[mx.array, mx.array]]
@@ -70,12 +70,15 @@ def forward_main(model: SpecStreamModel, tokens: mx.array, *, checkpoint: bool =
         tokens: (B, L) ids; padding on the right is harmless, since no earlier row sees it.
         checkpoint: keep the input of each block only, and compute the rest again for the gradient.
     """
-    hidden = model.family.embed(tokens, np.arange(tokens.shape[1], dtype=np.int32))
+    positions = np.arange(tokens.shape[1], dtype=np.int32)
+    hidden = model.family.embed(tokens, positions)
+    reaches = model.reaches(0, positions, None)
     trunk, keys_values = hidden, []
     for index, layer in enumerate(model.layers):
         if index == model.num_trunk_layers:
             trunk = hidden
-        run = _checkpointed(layer) if checkpoint else _plain(layer)
+        mask = reaches[model.windows[index]].mask
+        run = _checkpointed(layer, mask) if checkpoint else _plain(layer, mask)
         hidden, keys, values = run(hidden)
         if index >= model.num_trunk_layers:
             keys_values.append((keys, values))
@@ -102,14 +105,21 @@ def forward_streams(model: SpecStreamModel, trunk: mx.array, keys_values: KeysVa
     stream_numbers = np.tile(np.arange(1, model.gamma + 1, dtype=np.int32), num_anchors)
     ahead = stream_numbers if model.stream_config.stream_position == "anchor_plus_j" else np.zeros_like(stream_numbers)
     positions = np.repeat(anchors, model.gamma, axis=1) + ahead
-    mask = mx.array(stream_mask(anchors, trunk.shape[1], model.gamma))[:, None]
+    windows = model.windows[model.num_trunk_layers :]
+    seen = stream_mask(anchors, trunk.shape[1], model.gamma)
+    main_positions = np.broadcast_to(np.arange(trunk.shape[1]), trunk.shape[:2])
+    columns = np.concatenate([main_positions, positions], axis=1)
+    masks = {
+        window: model.family.over_heads(mx.array(seen if window is None else seen & within(window, positions, columns)))
+        for window in set(windows)
+    }
     epsilon = model.stream_config.stream_id.epsilon
     with model.context.rows_at(mx.array(positions.reshape(-1)), 0):
-        for layer, main in zip(model.layers[model.num_trunk_layers :], keys_values, strict=True):
+        for layer, main, window in zip(model.layers[model.num_trunk_layers :], keys_values, windows, strict=True):
             cache: Any = RecordedKeysValues(main)
             if epsilon is not None:
                 cache = ValueRotation(cache, mx.array(stream_numbers), epsilon)
-            hidden = layer(hidden, mask, cache)
+            hidden = layer(hidden, masks[window], cache)
     return hidden
 
 
@@ -121,22 +131,22 @@ def stream_mask(anchors: IntArray, num_main: int, gamma: int) -> BoolMatrix:
     return np.concatenate([sees_main, np.broadcast_to(own, (len(anchors), *own.shape))], axis=2)
 
 
-def _plain(layer: nn.Module) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]:
+def _plain(layer: nn.Module, mask: Any) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]:
     def run(hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         cache = RecordedKeysValues()
-        out = layer(hidden, "causal", cache)
+        out = layer(hidden, mask, cache)
         assert cache.keys_values is not None
         return out, *cache.keys_values
 
     return run
 
 
-def _checkpointed(layer: nn.Module) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]:
+def _checkpointed(layer: nn.Module, mask: Any) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]:
     """The same, with keys and values as outputs of the checkpointed function, so that gradients reach them."""
 
     def run(parameters: Any, hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         layer.update(parameters)
-        return _plain(layer)(hidden)
+        return _plain(layer, mask)(hidden)
 
     recomputed = mx.checkpoint(run)
     return lambda hidden: recomputed(layer.trainable_parameters(), hidden)

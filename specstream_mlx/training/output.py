@@ -19,7 +19,6 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from specstream_mlx.checkpoint import check_safetensors
 from specstream_mlx.config import (
     CONFIG_NAME,
     LORA_PREFIX,
@@ -29,6 +28,7 @@ from specstream_mlx.config import (
     read_json,
 )
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.files import check_safetensors
 from specstream_mlx.fingerprint import fingerprint
 from specstream_mlx.model import SpecStreamModel
 

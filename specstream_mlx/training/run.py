@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from specstream_mlx.bundled import default_model_path
-from specstream_mlx.checkpoint import load, resolve
+from specstream_mlx.checkpoint import load
 from specstream_mlx.config import PREFIX, StreamConfig, read_json
 from specstream_mlx.errors import UsageError
+from specstream_mlx.files import resolve
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training import distill, output, trainer
 from specstream_mlx.training.datasets import Dataset, read_dataset

@@ -8,11 +8,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
+from specstream_mlx.adapters import AdaptedLayer, Adapter
 from specstream_mlx.config import LORA_PREFIX, PREFIX, StreamConfig
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.streams import StreamLoRALinear, Streams
 
+TRAINED = "trained"  # the name of the adapter that is being trained
 _LORA = ("lora_a", "lora_b")
 _STREAM_STD = 0.02  # of a fresh stream embedding
 
@@ -22,8 +24,8 @@ def attach(
 ) -> None:
     """Give a loaded model fresh streams and LoRA, in place, float32, and freeze the rest.
 
-    Streams that the model has are discarded, a stream-only LoRA too. LoRA starts as zero, ``f_eta`` and the pruner
-    as the identity, so that training starts from the base.
+    They are an adapter of the model, called ``"trained"``; the one in use is put aside. LoRA starts as zero, ``f_eta``
+    and the pruner as the identity, so that training starts from the base.
 
     Args:
         model: as ``load`` returns it.
@@ -38,7 +40,9 @@ def attach(
         UsageError: a number does not fit the model.
     """
     check_fits(model, config, num_layers)
-    _remove_stream_lora(model)
+    model.use_adapter(None)
+    if TRAINED in model.adapters:
+        model.unload_adapter(TRAINED)
     total = len(model.layers)
     keys = iter(mx.random.split(mx.random.key(seed), 4096))
     hidden_size = model.family.size(vars(model.args), "hidden_size")
@@ -53,12 +57,11 @@ def attach(
             value = mx.random.uniform(-1, 1, shape, key=next(keys)) / math.sqrt(shape[1])
         fresh.append((name, value))
     streams.update(tree_unflatten(fresh))
-    model.stream_config, model.streams = config, streams
     model.freeze()
     count = config.num_stream_layers if config.mode == "lossless" else total if num_layers == -1 else num_layers
-    for layer in model.layers[-count:]:
-        wrapped = []
-        for path, linear in layer.named_modules():
+    layers = []
+    for index in range(total - count, total):
+        for path, linear in model.layers[index].named_modules():
             if not isinstance(linear, nn.Linear | nn.QuantizedLinear):
                 continue
             if config.mode == "lossless":
@@ -68,8 +71,9 @@ def attach(
                 lora = LoRALinear.from_base(linear, r=rank, dropout=0.0, scale=scale)
             bound = 1 / math.sqrt(_columns(linear))
             lora.lora_a = mx.random.uniform(-bound, bound, (_columns(linear), rank), key=next(keys))
-            wrapped.append((path, lora))
-        layer.update_modules(tree_unflatten(wrapped))
+            layers.append(AdaptedLayer(f"{model.family.LAYERS}.{index}.{path}", linear, lora))
+    model.add_adapter(TRAINED, Adapter(config, streams, tuple(layers)))
+    model.use_adapter(TRAINED)
     train_streams_and_lora(model)
 
 
@@ -152,12 +156,6 @@ def set_trained_tensors(model: SpecStreamModel, tensors: dict[str, mx.array]) ->
             [(name.removeprefix(LORA_PREFIX), v) for name, v in floats.items() if name.startswith(LORA_PREFIX)]
         )
     )
-
-
-def _remove_stream_lora(model: SpecStreamModel) -> None:
-    wrapped = [(path, m.linear) for path, m in model.base.named_modules() if isinstance(m, StreamLoRALinear)]
-    if wrapped:
-        model.base.update_modules(tree_unflatten(wrapped))
 
 
 def _residual(config: StreamConfig, name: str) -> bool:

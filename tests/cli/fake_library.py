@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 
@@ -82,7 +82,7 @@ class Library:
         self.loaded = (path_or_repo, adapter)
         if self.load_error is not None:
             raise self.load_error
-        return object(), self.tokenizer
+        return SimpleNamespace(args=SimpleNamespace(vocab_size=50)), self.tokenizer
 
     def stream_generate(self, model: object, tokenizer: Tokenizer, prompt: Any, **call: Any) -> Iterator[Response]:
         self.prompt, self.call = prompt, call

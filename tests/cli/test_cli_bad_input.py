@@ -8,6 +8,7 @@ import pytest
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError, VerificationError
 
 NUMBER = "expected a number"
+BIAS = """expected a JSON object of token ids and numbers, such as '{"42": -5}'"""
 TREE = "expected chain:DEPTH, cartesian:K1xK2x... or best-first:NODES, such as 'best-first:8'"
 
 
@@ -23,6 +24,23 @@ TREE = "expected chain:DEPTH, cartesian:K1xK2x... or best-first:NODES, such as '
         (["--min-p", "2"], f"--min-p: got 2.0, {NUMBER} of at least 0 and at most 1"),
         (["--xtc-probability", "2"], f"--xtc-probability: got 2.0, {NUMBER} of at least 0 and at most 1"),
         (["--xtc-threshold", "0.6"], f"--xtc-threshold: got 0.6, {NUMBER} of at least 0 and at most 0.5"),
+        (["--min-tokens-to-keep", "0"], f"--min-tokens-to-keep: got 0, {NUMBER} of at least 1"),
+        (["--repetition-penalty", "-0.1"], f"--repetition-penalty: got -0.1, {NUMBER} of at least 0"),
+        (["--repetition-context-size", "-1"], f"--repetition-context-size: got -1, {NUMBER} of at least 0"),
+        (["--presence-penalty", "inf"], "--presence-penalty: got inf, expected a finite number"),
+        (["--presence-context-size", "-1"], f"--presence-context-size: got -1, {NUMBER} of at least 0"),
+        (["--frequency-penalty", "nan"], "--frequency-penalty: got nan, expected a finite number"),
+        (["--frequency-context-size", "-1"], f"--frequency-context-size: got -1, {NUMBER} of at least 0"),
+        (["--logit-bias", "[1]"], f"--logit-bias: got [1], {BIAS}"),
+        (["--logit-bias", '{"a": 1}'], f'--logit-bias: got {{"a": 1}}, {BIAS}'),
+        (["--logit-bias", '{"-1": 1}'], f'--logit-bias: got {{"-1": 1}}, {BIAS}'),
+        (["--logit-bias", '{"1": true}'], f'--logit-bias: got {{"1": true}}, {BIAS}'),
+        (["--logit-bias", '{"1": NaN}'], f'--logit-bias: got {{"1": NaN}}, {BIAS}'),
+        (
+            ["--logit-bias", "{"],
+            "--logit-bias: not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
+            f"(char 1)); {BIAS}",
+        ),
         (["--max-tokens", "0"], f"--max-tokens: got 0, {NUMBER} of at least 1"),
         (["-m", "-5"], f"--max-tokens: got -5, {NUMBER} of at least 1"),
         (["--seed", "-1"], f"--seed: got -1, {NUMBER} of at least 0 and at most 18446744073709551615"),
@@ -43,6 +61,20 @@ def test_generate_refuses_values_before_loading(run, library, words, line):
     assert (result.code, result.stdout) == (2, "")
     assert result.stderr == f"error: {line}; see 'specstream-mlx generate --help'\n"
     assert library.loaded is None
+
+
+def test_values_that_do_not_fit_the_vocabulary_are_reported_together(run, library):
+    """mlx-lm would end in a traceback, or write outside the logits."""
+    words = ["--top-k", "50", "--min-tokens-to-keep", "51", "--logit-bias", '{"49": 1, "50": 1}']
+    result = run("generate", "--temp", "1", *words)
+    assert (result.code, result.stdout) == (3, "")
+    size = "the model's vocabulary has 50 tokens"
+    assert result.stderr.splitlines()[-3:] == [
+        f"error: --top-k: got 50, {size}; give fewer, or 0 to sample among all",
+        f"error: --min-tokens-to-keep: got 51, {size}; give fewer",
+        f"error: --logit-bias: token id 50: {size}; give an id below",
+    ]
+    assert library.call == {}
 
 
 @pytest.mark.parametrize("words", [["--temp", "warm"], ["--draft", "twig"], ["--insertion", "late"], ["-m", "1.5"]])

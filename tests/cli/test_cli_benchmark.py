@@ -3,14 +3,17 @@
 import importlib.util
 import json
 
+import mlx.core as mx
 import pytest
 
+import specstream_mlx
 from specstream_cli import arms as engine
 from specstream_cli.arms import BASELINE, Arm, Run, Step, Workload, differences, look_up, measure, row, warm_up
 from specstream_cli.benchmark import measure_all
 from specstream_cli.quality import quality
 from specstream_mlx.calibration.shapes import SHAPES
 from specstream_mlx.errors import VerificationError
+from tests.adapter_cases import save_base, save_every_kind
 from tests.tiny import make_model, save_directory
 
 
@@ -29,12 +32,20 @@ def scripted(groups_by_arm):
     return [arm(name, groups) for name, groups in groups_by_arm.items()], calls
 
 
-def test_different_tokens_give_no_figure():
+@pytest.mark.parametrize("is_tie", [True, False])
+def test_different_tokens_give_no_figure_unless_rounding_explains_them(monkeypatch, is_tie):
+    """Red when: a difference above the bound is let through because ties are."""
+    monkeypatch.setattr("specstream_cli.benchmark.judge", lambda stock, prompt, run: (f"{run.tokens}", is_tie))
     arms, _ = scripted({BASELINE: [[1], [2], [3]], "auto": [[1], [2, 4]]})
-    with pytest.raises(VerificationError, match="auto: other tokens than mlx-lm on prompts 0, 1"):
-        measure_all(arms, [Workload("task", [[1], [2]], ["a", "b"])], 1, False, None)
-    (result,) = measure_all(arms, [Workload("task", [[1], [2]], ["a", "b"])], 1, True, None)
-    assert result["arms"][1]["prompts_with_equal_tokens"] == 0
+    load = Workload("task", [[1], [2]], ["a", "b"])
+    with pytest.raises(VerificationError, match=r"task: auto: prompt 1: \[1, 2, 4\]\nso no figure is given"):
+        measure_all(arms, [load], 1, False, None)
+    if is_tie:
+        (result,) = measure_all(arms, [load], 1, True, None)
+        assert result["arms"][1]["prompts_with_equal_tokens"] == 0
+    else:
+        with pytest.raises(VerificationError, match="rounding does not explain it"):
+            measure_all(arms, [load], 1, True, None)
 
 
 def test_arms_take_turns_after_a_warm_up():
@@ -147,6 +158,37 @@ def test_a_model_without_streams_is_measured_as_far_as_it_goes(run, tmp_path):
     assert run("benchmark", "--model", str(path), "--noise-streams").code == 2
 
 
+@pytest.mark.parametrize("kind", ["lossless", "shared", "plain"])
+def test_an_adapter_is_measured_against_what_mlx_lm_makes_of_it(run, tmp_path, kind):
+    """Red when: the baseline of a lossless adapter is not the bare base, or that of a fine-tune is."""
+    base = save_base(tmp_path / "base")
+    (base / "samples.jsonl").write_text('{"prompt": "w7 w8 w9"}\n{"prompt": "w17 w18 w19 w20"}\n')
+    adapter = save_every_kind(tmp_path, specstream_mlx.load(base)[0].base)[kind]
+    result = benchmark(run, base, "--adapter", str(adapter))
+    assert result.code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["adapter"] == kind
+    assert document["adapter_bytes"] == specstream_mlx.load(base, adapter=adapter)[0].adapters[kind].num_bytes > 0
+    (workload,) = document["workloads"]
+    assert [found["arm"] for found in workload["arms"]] == ["mlx-lm", "auto", "off"][:: 1 if kind != "plain" else 2]
+    assert {found["prompts_with_equal_tokens"] for found in workload["arms"]} == {2}
+    if kind == "lossless":
+        wrong = benchmark(run, make_another(base), "--adapter", str(adapter))
+        assert (wrong.code, wrong.stderr.count("\n")) == (3, 1)
+        assert "this is another base than 'org/base'" in wrong.stderr
+
+
+def make_another(base):
+    """The base with another final norm."""
+    file = base / "model.safetensors"
+    tensors = mx.load(str(file))
+    mx.eval(tensors)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    file.unlink()
+    mx.save_safetensors(str(file), tensors)
+    return base
+
+
 def test_noise_streams_change_no_token(run, directory):
     result = benchmark(run, directory, "--noise-streams", "--ignore-eos", "--draft", "auto", "--draft", "chain")
     assert result.code == 0, result.stderr
@@ -172,6 +214,8 @@ def test_random_weights_give_costs_and_say_so(run, monkeypatch):
     [
         (["--draft", "fast"], 2, "got 'fast', expected one of auto, tree, chain, off"),
         (["--dtype", "float16"], 2, "--dtype: goes with --random-weights"),
+        (["--random-weights", "llama-1b", "--adapter", "x"], 2, "--random-weights: contradicts --adapter"),
+        (["--adapter", "./nowhere"], 3, "no such directory"),
         (["--random-weights", "llama-9000b"], 2, "shape is 'llama-9000b', expected one of"),
         (["--random-weights", "llama-1b", "--dtype", "int8"], 2, "dtype is 'int8'"),
         (["--prompts-file", "nowhere.jsonl", "--prompts", "1"], 3, "nowhere.jsonl: cannot be read"),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlx_lm import sample_utils
 
 JSON_FIELDS = [
     "text",
@@ -85,13 +86,22 @@ def test_every_flag_reaches_the_library(run, library, model, tmp_path):
     words = f"generate --model {model} --adapter {adapter} -p hi -m 7 --draft tree --tree cartesian:2x2 --seed 3"
     words += " --insertion parallel --prune-threshold 0.25 --stop ; --stop END --prefill-step-size 16"
     words += " --extra-eos-token END --extra-eos-token 2 --temp 0.5 --top-p 0.9 --top-k 5 --min-p 0.1"
-    words += " --xtc-probability 0.5 --xtc-threshold 0.2"
+    words += ' --min-tokens-to-keep 2 --xtc-probability 0.5 --xtc-threshold 0.2 --logit-bias {"3":-1.5}'
+    words += " --repetition-penalty 1.1 --repetition-context-size 8 --presence-penalty 0.2 --presence-context-size 0"
+    words += " --frequency-penalty -0.1 --frequency-context-size 9"
+    words += " --kv-bits 4 --kv-group-size 32 --quantized-kv-start 9 --max-kv-size 50"
     assert run(*words.split()).code == 0
     assert library.loaded == (model, str(adapter))
     assert library.prompt == "hi"
     assert library.tokenizer.added == ["7", "2"]
     call = library.call
     assert callable(call.pop("sampler"))
+    assert [processor.__name__ for processor in call.pop("logits_processors")] == [
+        "logit_bias_processor",
+        "repetition_penalty_processor",
+        "presence_penalty_processor",
+        "frequency_penalty_processor",
+    ]
     assert call == {
         "max_tokens": 7,
         "draft": "tree",
@@ -99,6 +109,11 @@ def test_every_flag_reaches_the_library(run, library, model, tmp_path):
         "seed": 3,
         "stop": (";", "END"),
         "prefill_step_size": 16,
+        "prompt_cache": None,
+        "kv_bits": 4,
+        "kv_group_size": 32,
+        "quantized_kv_start": 9,
+        "max_kv_size": 50,
         "prompt_progress_callback": None,
     }
 
@@ -106,6 +121,25 @@ def test_every_flag_reaches_the_library(run, library, model, tmp_path):
 def test_temperature_zero_is_greedy(run, library, model):
     run("generate", "--model", model, "-p", "hi")
     assert library.call["sampler"] is None
+    assert library.call["logits_processors"] is None
+
+
+def test_sampling_flags_mean_what_they_mean_in_mlx_lm(run, library, model, monkeypatch):
+    """Red when: a flag is handed to another argument of mlx-lm, or a default differs."""
+    calls = {}
+    monkeypatch.setattr(sample_utils, "make_sampler", lambda *a, **k: calls.update(sampler=(a, k)))
+    monkeypatch.setattr(sample_utils, "make_logits_processors", lambda *a: calls.update(processors=a) or [])
+    run("generate", "--model", model, "-p", "hi", "--temp", "0.5", "--presence-penalty", "0.25")
+    defaults = {"top_p": 1.0, "min_p": 0.0, "min_tokens_to_keep": 1, "top_k": 0}
+    defaults |= {"xtc_probability": 0.0, "xtc_threshold": 0.1, "xtc_special_tokens": []}
+    assert calls == {"sampler": ((0.5,), defaults), "processors": ({}, 0.0, 20, 0.25, 20, 0.0, 20)}
+    words = "--temp 1 --top-p 0.9 --min-p 0.1 --min-tokens-to-keep 3 --top-k 4 --xtc-probability 0.3 "
+    words += '--xtc-threshold 0.2 --logit-bias {"3":1,"4":-2.5} --repetition-penalty 1.1 --repetition-context-size 1 '
+    words += "--presence-penalty 1.2 --presence-context-size 2 --frequency-penalty 1.3 --frequency-context-size 0"
+    run("generate", "--model", model, "-p", "hi", *words.split())
+    own = {"top_p": 0.9, "min_p": 0.1, "min_tokens_to_keep": 3, "top_k": 4}
+    own |= {"xtc_probability": 0.3, "xtc_threshold": 0.2, "xtc_special_tokens": [1, 10, 2]}
+    assert calls == {"sampler": ((1.0,), own), "processors": ({3: 1.0, 4: -2.5}, 1.1, 1, 1.2, 2, 1.3, 0)}
 
 
 def test_prompt_escapes_are_those_of_mlx_lm(run, library, model):
@@ -152,7 +186,7 @@ def test_a_template_that_refuses_is_one_line(run, library, model):
 def test_template_options_need_a_template(run, model, option, value):
     result = run("generate", "--model", model, "-p", "hi", option, value)
     assert result.code == 2
-    line = f"error: {option}: this tokenizer has no chat template; put everything into --prompt\n"
+    line = f"error: {option}: this tokenizer has no chat template; put everything into the prompt\n"
     assert result.stderr.endswith(line)
 
 
@@ -270,6 +304,7 @@ def test_help_and_version_import_nothing_heavy(child):
     code = (
         "import sys; from specstream_cli.app import main\n"
         "for words in (['--help'], ['generate', '--help'], ['convert', '--help'], ['inspect', '--help'],"
+        " ['chat', '--help'], ['cache_prompt', '--help'],"
         " ['generate', '--temp', 'x']): main(words)\n"
         "heavy = {'mlx', 'mlx_lm', 'transformers', 'torch', 'numpy', 'specstream_convert', 'specstream_mlx.model'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"

@@ -1,11 +1,13 @@
 """The program on real checkpoints: the bundled model, and a PyTorch fine-tune on its way to an answer."""
 
 import json
+import shutil
 
+import mlx.core as mx
 import mlx_lm
 import pytest
 
-from specstream_mlx import default_model_path
+from specstream_mlx import default_model_path, load
 from specstream_mlx.bundled import samples
 
 
@@ -74,6 +76,47 @@ def test_a_fine_tune_is_inspected_converted_and_answers(run, fine_tune, tmp_path
     assert drafted["token_ids"] == plain["token_ids"]
     assert run(*words, "--mlx-path", str(out)).code == 2  # exists; --overwrite replaces it
     assert run(*words, "--mlx-path", str(out), "--overwrite").code == 0
+
+
+@pytest.fixture(scope="module")
+def lossless_fine_tune(tmp_path_factory):
+    """The same in lossless mode: LoRA in the stream layers, for stream rows alone."""
+    from specstream_convert.torch_reference.testing import make_tiny_checkpoint
+
+    path = tmp_path_factory.mktemp("lossless")
+    return make_tiny_checkpoint("llama", path, mode="lossless", num_stream_layers=2, prune=True)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_lossless_fine_tune_answers_as_its_base_does(run, lossless_fine_tune, tmp_path, quantised):
+    """Red when: the LoRA of a lossless checkpoint is merged, dropped, or reaches the text on its way to an answer.
+
+    The converted directory and a sidecar over the base both decode mlx-lm's own tokens of the base. Over a quantised
+    base, whose rounding depends on the number of rows, logits of the prompt are compared, and they are the base's bits.
+    """
+    words = ["convert", "--adapter-path", str(lossless_fine_tune.adapter), "--hf-path", str(lossless_fine_tune.base)]
+    out, sidecar, base = tmp_path / "out", tmp_path / "sidecar", tmp_path / "base"
+    more = ["-q", "--q-group-size", "32"] if quantised else []
+    for extra in (["--mlx-path", str(out), *more], ["--mlx-path", str(sidecar), "--adapter-only"]):
+        result = run(*words, "--quiet", *extra)
+        assert result.code == 0, result.stderr
+    shutil.copytree(out, base)
+    for name in ("specstream.safetensors", "specstream_config.json"):
+        (base / name).unlink()
+    stock, tokenizer, *_ = mlx_lm.load(str(base))
+    tokens = mx.array([tokenizer.encode("a b c d")])
+    for adapted in (load(out)[0], load(base, adapter=sidecar)[0]):
+        assert adapted.stream_config.mode == "lossless"
+        assert len(adapted.adapters[adapted.adapter].layers) == 14
+        assert mx.array_equal(adapted(tokens), stock(tokens))
+    if quantised:
+        return
+    expected = [response.token for response in mlx_lm.stream_generate(stock, tokenizer, "a b c", max_tokens=16)]
+    for place in (["--model", str(out)], ["--model", str(base), "--adapter", str(sidecar)]):
+        for how in (["off"], ["auto"], ["chain", "--insertion", "parallel"], ["tree", "--insertion", "deferred"]):
+            answer = run("generate", *place, "-p", "a b c", "-m", "16", "--json", "--draft", *how)
+            assert json.loads(answer.stdout)["token_ids"] == expected
 
 
 @pytest.mark.parity

@@ -65,6 +65,8 @@ def test_phi3_longrope() -> None:
 def test_windows_that_mlx_lm_ignores() -> None:
     assert mlx_config(SIZES | {"model_type": "mistral", "sliding_window": 16}, WHERE)[2]
     assert not mlx_config(SIZES | {"model_type": "mistral", "sliding_window": None}, WHERE)[2]
+    layers = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    assert "window of 16 tokens, as layer_types says" in mlx_config(SIZES | layers, WHERE)[2][0]
 
 
 def test_code_of_the_checkpoint_is_dropped() -> None:
@@ -73,9 +75,16 @@ def test_code_of_the_checkpoint_is_dropped() -> None:
     assert any("auto_map" in note for note in notes)
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "bloom", "mixtral", "Llama", ""])
+@pytest.mark.parametrize("family", ["mamba", "bloom", "Llama", ""])
 def test_other_families(family: str) -> None:
     with pytest.raises(UnsupportedError, match="supported: llama, mistral, qwen2, qwen3, phi3"):
+        read(model_type=family)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "mixtral"])
+def test_families_that_run_but_do_not_convert(family: str) -> None:
+    """The message says what to do instead."""
+    with pytest.raises(UnsupportedError, match=f"'{family}' runs, but fine-tunes of it are not converted; .* train`"):
         read(model_type=family)
 
 

@@ -59,6 +59,7 @@ def test_output(lossless_case: Case, adapter_only: bool, kind: str) -> None:
     assert (found.kind, found.mode, found.gamma) == (kind, "lossless", GAMMA)
     assert found.num_stream_parameters == GAMMA * D
     assert found.num_lora_parameters == NUM_LORA // LAYERS
+    assert found.adapter_bytes == 4 * (GAMMA * D + NUM_LORA // LAYERS)
     assert found.problems == ()
 
 
@@ -178,6 +179,8 @@ def test_live_adapter(case: Case) -> None:
     assert (found.kind, found.num_lora_parameters, found.problems) == ("specstream model", NUM_LORA, ())
     alone = inspect_checkpoint(case.out / "adapters")
     assert (alone.kind, alone.num_lora_parameters, alone.problems) == ("mlx-lm adapter", NUM_LORA, ())
+    assert alone.adapter_bytes == 4 * NUM_LORA
+    assert found.adapter_bytes == 4 * (GAMMA * D + NUM_LORA)
     assert alone.lora == {
         "fine_tune_type": "lora",
         "ranks": [RANK],

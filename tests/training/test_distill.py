@@ -12,7 +12,7 @@ from specstream_mlx.training import distill
 from specstream_mlx.training.batches import Example
 from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.distill import DistillSettings, base_identity, bundled_prompts, own_answers, read_prompts
-from tests.tiny import END_OF_TEXT, plain_tokens, random_prompt
+from tests.tiny import END_OF_TEXT, NumberTokenizer, make_model, plain_tokens, random_prompt
 from tests.training.training_cases import save_base, words
 
 PROMPTS = [tuple(random_prompt(2 + i % 5, seed=i)) for i in range(13)]
@@ -53,6 +53,15 @@ def test_greedy_answers_are_mlx_lms_and_end_with_end_of_text(
     assert {answer[-1] in (END_OF_TEXT, early) for answer in greedy.values()} == {True, False}
     sampled = {example.prompt: example.answer for example in found.train[12:]}
     assert any(sampled[prompt] != greedy[prompt] for prompt in sampled)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "llama-dynamic"])
+def test_answers_of_models_that_mlx_lm_runs_in_batches_or_cannot(family: str) -> None:
+    """Red when: a batch is asked of a model that mlx-lm cannot batch."""
+    model = make_model(family, seed=3)
+    prompts = [tuple(random_prompt(length, seed=length)) for length in (5, 9)]
+    found = distill._answer(model, NumberTokenizer(), prompts, [8, 8], 0.0, 0)
+    assert found == [tuple(plain_tokens(model.base, prompt, 8)) for prompt in prompts]
 
 
 def test_answers_are_kept_and_an_interrupted_run_goes_on(

@@ -9,7 +9,8 @@ from mlx.utils import tree_flatten
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training.forward import forward_main, forward_streams, stream_mask
 from specstream_mlx.training.trainable import attach, trained_tensors
-from specstream_mlx.tree import DraftTree
+from tests import tiny
+from tests.family_cases import inference_logits
 from tests.tiny import FAMILIES, make_model, random_prompt, stream_config
 
 ATOL = 2e-5  # float32, logits around 10, other orders of summation
@@ -36,21 +37,18 @@ def with_lora(model: SpecStreamModel) -> SpecStreamModel:
     return model
 
 
-def inference_logits(model: SpecStreamModel, tokens: list[int], anchor: int) -> tuple[np.ndarray, np.ndarray]:
-    """Main and stream logits at one anchor, as generation computes them."""
-    caches = model.make_cache()
-    if anchor:
-        model(mx.array([tokens[:anchor]]), cache=caches)
-    verified = model.verify(mx.array(tokens[anchor : anchor + 1]), DraftTree.chain(0), caches)
-    model.commit(verified, [0], caches)
-    return np.array(verified.logits[0]), np.array(model.stream_logits(verified, 0, caches))
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        *((family, case) for family in FAMILIES for case in CASES),
+        *((family, "lossless") for family in (*tiny.WINDOWED, "gemma2", "gpt_neox", "llama-dynamic", "qwen3_moe")),
+        ("gemma3_text", "anchor"),
+    ],
+)
 def test_stream_logits_are_those_of_inference(family: str, case: str) -> None:
-    """Red when: a position, the mask, the value rotation, the initialisation or the LoRA gate differs."""
-    model = with_lora(make_model(family, seed=4, **CASES[case]))
+    """Red when: a position, the mask, a window, the value rotation, the initialisation or the LoRA gate differs."""
+    window = {"sliding_window": 6} if family in tiny.WINDOWED else {}
+    model = with_lora(make_model(family, seed=4, base_changes=window, **CASES[case]))
     rows = [random_prompt(length, seed=length) for length in (11, 7)]
     tokens = mx.array([rows[0], rows[1] + [0] * 4])  # padded on the right
     anchors = np.array([[1, 4, 10], [0, 6, 3]], dtype=np.int32)

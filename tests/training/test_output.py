@@ -32,14 +32,22 @@ def generated(base: Path, adapter: Path | None, draft: str) -> tuple[list[int], 
     return [token for response in responses for token in response.tokens], responses[-1].stream_passes
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("family", "case", "quantised"),
+    [
+        *(("llama", case, quantised) for case in CASES for quantised in (False, True)),
+        ("gemma2", "shared", False),
+        ("gemma3_text", "lossless", False),
+        ("qwen3_moe", "lossless", True),
+        ("qwen3_moe", "shared", False),
+    ],
+)
 def test_the_adapter_loads_at_once_and_computes_what_training_computed(
-    case: str, quantised: bool, tmp_path: Path
+    family: str, case: str, quantised: bool, tmp_path: Path
 ) -> None:
     """Red when: a tensor, the scale or the configuration in the directory is not the trained one."""
     sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
-    base = save_base(tmp_path / "base", **sizes)
+    base = save_base(tmp_path / "base", family, **sizes)
     if quantised:
         from mlx_lm import convert as quantise
 

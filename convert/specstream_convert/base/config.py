@@ -63,6 +63,11 @@ def mlx_config(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[s
     if not isinstance(model_type, str):
         raise UnsupportedError(f"{where}: model_type is {escaped(repr(model_type))}; this is not a model's config.json")
     if model_type not in LAYOUTS:
+        if model_type in FAMILIES:
+            raise UnsupportedError(
+                f"{where}: model_type {model_type!r} runs, but fine-tunes of it are not converted; make its streams "
+                f"with `specstream-mlx train`, or convert one of {', '.join(LAYOUTS)}"
+            )
         raise UnsupportedError(
             f"{where}: model_type {escaped(repr(model_type))} is not supported; supported: {', '.join(LAYOUTS)}"
         )
@@ -85,6 +90,12 @@ def mlx_config(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[s
         warnings.append(
             f"mlx-lm runs {model_type} without its sliding window of {window} tokens: "
             "longer prompts differ from PyTorch"
+        )
+    layer_types = config.get("layer_types")
+    if model_type in ("llama", "mistral") and isinstance(layer_types, list) and "sliding_attention" in layer_types:
+        warnings.append(
+            f"mlx-lm gives layers of {model_type} a sliding window of {window} tokens, as layer_types says: "
+            "longer prompts differ from PyTorch, which has none or one for all"
         )
     scaling = config.get("rope_scaling") or {}
     if scaling.get("rope_type", scaling.get("type")) in ("longrope", "su"):
