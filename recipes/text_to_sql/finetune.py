@@ -68,6 +68,7 @@ def finetune(
     *,
     save_steps: int = 100,
     log_steps: int = 20,
+    base_name: str = BASE_NAME,
     report: Callable[[str], None] = print,
 ) -> Path:
     """Fine-tune and return the PEFT checkpoint's directory, `adapter` under `out`."""
@@ -99,7 +100,7 @@ def finetune(
         log_every=log_steps,
         save_every=save_steps,
         resume=True,
-        base_name=BASE_NAME,
+        base_name=base_name,
     )
     train(config, fresh_examples(ExampleEncoder(base), settings), report=report)
     write_stamp(adapter, made_from)

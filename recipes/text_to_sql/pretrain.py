@@ -23,9 +23,12 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .batches import Batch, collate, stream
+from .stamps import digest
 from .task import examples
 from .tokenizer import ExampleEncoder, save_tokenizer, train_sentencepiece
 from .words import Split
+
+ATTENTION = "eager"  # faster than the fused kernel when trained on a CPU
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def make_model(settings: PretrainSettings) -> LlamaForCausalLM:
         eos_token_id=2,
         pad_token_id=None,
         initializer_range=0.02,
-        attn_implementation="eager",  # faster than the fused kernel when trained on a CPU
+        attn_implementation=ATTENTION,
     )
     return LlamaForCausalLM(config)
 
@@ -156,21 +159,35 @@ def pretrain(
     report_seconds: float = 60,
     save_seconds: float = 240,
     stop: int = 0,
+    start: Path | None = None,
+    report_count: int = 100,
 ) -> Path:
-    """Train the base and return its directory; `stop` breaks the run off before that step, for measurements."""
+    """Train the base and return its directory; `stop` breaks the run off before that step, for measurements.
+
+    With `start`, a model directory with its tokenizer, the training goes on from that model. Every report tells the
+    exact match on `report_count` held-out examples.
+    """
     base, checkpoint, log = out / "base", out / "pretrain.pt", out / "pretrain.jsonl"
     done = base / "pretrain_settings.json"
-    if done.exists() and json.loads(done.read_text()) == asdict(settings):
+    made_from: dict[str, Any] = asdict(settings)
+    if start is not None:
+        made_from["start"] = digest(start)
+    if done.exists() and json.loads(done.read_text()) == made_from:
         return base
     out.mkdir(parents=True, exist_ok=True)
-    encoder = prepare_tokenizer(settings, out / "tokenizer")
-    model = make_model(settings)
+    if start is None:
+        tokenizer, model = out / "tokenizer", make_model(settings)
+        encoder = prepare_tokenizer(settings, tokenizer)
+    else:
+        tokenizer, model = start, LlamaForCausalLM.from_pretrained(start, attn_implementation=ATTENTION)
+        encoder = ExampleEncoder(tokenizer)
+    model.train()
     optimizers = make_optimizers(model, settings)
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     first = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        if state["settings"] != asdict(settings):
+        if state["settings"] != made_from:
             raise SystemExit(f"{checkpoint} was made with other settings; delete it or choose another --out")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -203,7 +220,7 @@ def pretrain(
                 "tokens_per_second": round(tokens / (now - last_report)),
                 "loss": round(loss.item(), 4),
                 "answer_loss": round(sum(answer_losses) / len(answer_losses), 4),
-                "heldout_exact_match": exact_match(model, encoder, "heldout", 100),
+                "heldout_exact_match": exact_match(model, encoder, "heldout", report_count),
             }
             print(json.dumps(record), flush=True)
             with log.open("a", encoding="utf-8") as file:
@@ -211,7 +228,7 @@ def pretrain(
             tokens, answer_losses, last_report = 0, [], time.monotonic()
         if now - last_save >= save_seconds or step + 1 == settings.num_steps:
             state = {
-                "settings": asdict(settings),
+                "settings": made_from,
                 "step": step + 1,
                 "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -219,8 +236,8 @@ def pretrain(
             write_atomically(checkpoint, state)
             last_save = time.monotonic()
     model.save_pretrained(base)
-    save_tokenizer((out / "tokenizer" / "tokenizer.model").read_bytes(), base, settings.context_length)
-    done.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
+    save_tokenizer((tokenizer / "tokenizer.model").read_bytes(), base, settings.context_length)
+    done.write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
     return base
 
 
@@ -252,10 +269,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report-seconds", type=float, default=60)
     parser.add_argument("--stop", type=int, default=0, help="end after this many steps, for measurements")
+    parser.add_argument("--start", type=Path, help="go on from the model in this directory")
     namespace, settings = parse_settings(parser, arguments)
     keep_freed_memory()
     torch.set_num_threads(namespace.threads)
-    pretrain(settings, namespace.out, namespace.report_seconds, stop=namespace.stop)
+    pretrain(settings, namespace.out, namespace.report_seconds, stop=namespace.stop, start=namespace.start)
 
 
 if __name__ == "__main__":
