@@ -26,7 +26,7 @@ demo: $(VENV)/.installed ## Install, answer a sample question, and compare with 
 	@$(RUN) $(BIN)/python benchmarks/side_by_side.py
 
 test: $(VENV)/.tested ## Install with the test extras and run the tests
-	$(RUN) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(RUN) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(PYTEST_ARGS)
 
 lint: $(VENV)/.linted ## Check style, format and types
 	$(BIN)/ruff check .

@@ -550,5 +550,5 @@ def _property_model():
 @pytest.mark.parametrize("name", [*FAMILIES, "bundled"])
 def test_a_slice_of_the_exactness_grid(name):
     """Red when: any of the breaks above; ``python -m benchmarks.exactness`` runs the whole grid."""
-    arm = bundled_arm(4) if name == "bundled" else tiny_arm(name, 8)
+    arm = bundled_arm(4) if name == "bundled" else tiny_arm(name, 4)
     assert [case for equal, case in cases(arm) if not equal] == []

@@ -533,8 +533,10 @@ CASES = [
     Bad(39, "remote-code-flag", 2, ("--trust-remote-code",), "leave it out", options="--trust-remote-code"),
     *(Bad(40, name, 4, ("config.json", "model_type", "is not supported"), "supported: llama",
           config(BC, model_type=kind)) for name, kind in {
-              "unheard-of": "unheard_of", "mixture-of-experts": "mixtral", "path": "../../evil", "module": "os.path",
+              "unheard-of": "unheard_of", "path": "../../evil", "module": "os.path",
           }.items()),
+    Bad(40, "mixture-of-experts", 4, ("config.json", "model_type", "are not converted"), "specstream-mlx train",
+        config(BC, model_type="mixtral")),
     Bad(41, "missing", 3, (STREAM_CONFIG, "not found", f'"gamma": {GAMMA}', '"num_stream_layers": "?"'),
         "to be filled in", remove(SC)),
     Bad(41, "incomplete", 3, (STREAM_CONFIG, "missing gamma, mode", f'"gamma": {GAMMA}'), "to be filled in",
