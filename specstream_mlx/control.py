@@ -82,7 +82,7 @@ class Acceptance:
     rates are multiplied by what became of the same ranks there.
     """
 
-    PRIOR = 8.0  # trials that the planned rates count for
+    PRIOR = 4.0  # trials that the planned rates count for
     FADE = 0.98  # per drafted pass
 
     def __init__(self, rates: Rates) -> None:
