@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import load_adapters
 
 from specstream_mlx.calibration.times import PassTimes
-from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME, StreamConfig, read_json
+from specstream_mlx.config import BASE_SIZES, CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.families.decoder import DecoderFamily
 from specstream_mlx.files import check_safetensors, load_error
@@ -246,15 +246,7 @@ def _check_base(
     """The streams' base block against the base at hand: sizes, and the fingerprint when both sides have one."""
     problems = []
     trained_for = stream_config.base_model
-    keys = (
-        "model_type",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    )
-    for key in keys:
+    for key in BASE_SIZES:
         found = family.size(config, key)
         if key in trained_for and found is not None and trained_for[key] != found:
             problems.append(f"{where}: streams were trained for {key} {trained_for[key]!r}, this base has {found!r}")

@@ -18,6 +18,16 @@ CONFIG_NAME = "specstream_config.json"
 WEIGHTS_NAME = "specstream.safetensors"
 PREFIX = "specstream."  # of every stream tensor
 LORA_PREFIX = "lora."  # of a lossless checkpoint's LoRA, beside the stream tensors
+# What the ``base_model`` block records of a base beside its name and mark; the sizes must be those of the base at hand.
+BASE_SIZES = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+BASE_FIELDS = (*BASE_SIZES, "tie_word_embeddings")
 FORMAT = "specstream"
 FORMAT_VERSION = 1
 MAX_GAMMA = 32

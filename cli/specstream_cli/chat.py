@@ -74,22 +74,7 @@ def chat(
 ) -> None:
     """Talk with a model; every line is a question. 'q' quits, 'r' forgets the conversation, 'h' helps."""
     refuse_contradictions(draft, tree, insertion, prune_threshold)
-    sampling = Sampling(
-        temp=temp,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        min_tokens_to_keep=min_tokens_to_keep,
-        xtc_probability=xtc_probability,
-        xtc_threshold=xtc_threshold,
-        repetition_penalty=repetition_penalty,
-        repetition_context_size=repetition_context_size,
-        presence_penalty=presence_penalty,
-        presence_context_size=presence_context_size,
-        frequency_penalty=frequency_penalty,
-        frequency_context_size=frequency_context_size,
-        logit_bias=logit_bias,
-    )
+    sampling = Sampling.of(locals())
     template = ChatTemplate.of(system_prompt, chat_template_config, ignore_chat_template)
     quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
     with answer() as out:

@@ -143,22 +143,7 @@ def generate(
 ) -> None:
     """Answer a prompt, printing the text as it is made."""
     refuse_contradictions(draft, tree, insertion, prune_threshold)
-    sampling = Sampling(
-        temp=temp,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        min_tokens_to_keep=min_tokens_to_keep,
-        xtc_probability=xtc_probability,
-        xtc_threshold=xtc_threshold,
-        repetition_penalty=repetition_penalty,
-        repetition_context_size=repetition_context_size,
-        presence_penalty=presence_penalty,
-        presence_context_size=presence_context_size,
-        frequency_penalty=frequency_penalty,
-        frequency_context_size=frequency_context_size,
-        logit_bias=logit_bias,
-    )
+    sampling = Sampling.of(locals())
     chat = ChatTemplate.of(system_prompt, chat_template_config, ignore_chat_template, prefill_response)
     if prompts_file is not None and prompt is not None:
         raise usage_error("--prompts-file: contradicts --prompt; drop one")

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import typer
@@ -78,6 +78,11 @@ class Sampling:
     frequency_penalty: float
     frequency_context_size: int
     logit_bias: str | None
+
+    @classmethod
+    def of(cls, flags: Mapping[str, Any]) -> "Sampling":
+        """The sampling flags among all flags of a command, which go by the names of the fields."""
+        return cls(**{field.name: flags[field.name] for field in fields(cls)})
 
     def check(self, vocab_size: int) -> None:
         """Compare with the model's vocabulary what depends on it; problems are reported together.

@@ -11,21 +11,12 @@ from specstream_convert.changes.mapping import FineTune
 from specstream_convert.files.safetensors_io import mlx_dtype
 from specstream_convert.files.stored import StoredTensor
 from specstream_convert.messages import escaped, listing
-from specstream_mlx.config import StreamConfig
+from specstream_mlx.config import BASE_FIELDS, StreamConfig
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.fingerprint import fingerprint as mark_of
 from specstream_mlx.fingerprint import is_marked
 
 OTHER_BASE = "give the base it was trained on with --hf-path"
-COMPARED = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "tie_word_embeddings",
-)
 
 
 def fingerprint(
@@ -49,7 +40,7 @@ def check_base_matches(config: StreamConfig, where: Any, base: Base, vocab_size:
     if vocab_size is not None and recorded.get("vocab_size") == vocab_size:
         actual["vocab_size"] = vocab_size
     problems = []
-    for name in COMPARED:
+    for name in BASE_FIELDS:
         if name in recorded and recorded[name] != actual[name]:
             problems.append(
                 f"{where}: base_model.{name} is {escaped(repr(recorded[name]))}, "

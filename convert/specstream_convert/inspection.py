@@ -29,21 +29,12 @@ from specstream_convert.checks import check_base_matches, lossless_problems
 from specstream_convert.files.safetensors_io import TensorFile, open_tensors
 from specstream_convert.messages import escaped
 from specstream_convert.report import REPORT_NAME
-from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig, read_json
+from specstream_mlx.config import BASE_FIELDS, CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError, SpecStreamError
 from specstream_mlx.families import FAMILIES
 from specstream_mlx.families.decoder import DecoderFamily
 
 MEDUSA_HEADS = 4  # of the paper's comparison; used where no number of streams is known
-BASE_FIELDS = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "tie_word_embeddings",
-)
 TRAINER_FILES = ("trainer_state.json", "training_args.bin", "optimizer.pt")
 NO_STREAMS = StreamSource({}, (), ())
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from specstream_mlx.config import (
+    BASE_FIELDS,
     CONFIG_NAME,
     LORA_PREFIX,
     PREFIX,
@@ -36,15 +37,6 @@ ADAPTERS = "adapters/adapters.safetensors"
 CARD = "README.md"
 _PEFT_FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 """Families whose modules have one name in mlx-lm and in transformers."""
-_BASE_KEYS = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "tie_word_embeddings",
-)
 
 
 def describe_base(config: Mapping[str, Any], name: str, model: SpecStreamModel) -> dict[str, Any]:
@@ -55,7 +47,7 @@ def describe_base(config: Mapping[str, Any], name: str, model: SpecStreamModel) 
         name: repository id, or the directory's name.
         model: the loaded base.
     """
-    sizes = {key: model.family.size(config, key) for key in _BASE_KEYS}
+    sizes = {key: model.family.size(config, key) for key in BASE_FIELDS}
     base = {"name_or_path": name} | {key: value for key, value in sizes.items() if value is not None}
     tensor = model.family.fingerprint_tensor(config)
     if tensor is None:
