@@ -193,6 +193,8 @@ def hidden_rms(model: SpecStreamModel, examples: Sequence[Example]) -> float:
 
 def stream_lr_scale(settings: TrainSettings, rms: float) -> float:
     """The stream embeddings' learning rate, times LoRA's, for hidden states of this root mean square."""
+    if settings.stream_lr_scale is None and settings.optimizer == "sgd":  # whose steps are as long as the gradient is
+        return 1.0
     return settings.stream_lr_scale or STREAM_STEP * rms / settings.learning_rate
 
 
