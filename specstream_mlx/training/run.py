@@ -16,6 +16,8 @@ from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training import distill, output, trainer
 from specstream_mlx.training.datasets import Dataset, read_dataset
 from specstream_mlx.training.evaluation import Validation
+from specstream_mlx.training.export_peft import check_peft as check_peft_form
+from specstream_mlx.training.export_peft import export_peft
 from specstream_mlx.training.log import PLOT
 from specstream_mlx.training.restart import RestartPoints
 from specstream_mlx.training.settings import TrainSettings
@@ -92,7 +94,7 @@ class TrainRun:
         path = resolve(model) if model is not None else default_model_path()
         base, tokenizer = load(path, trust_remote_code=trust_remote_code)
         if check_peft:
-            output.check_peft(base.model_type)
+            check_peft_form(base.model_type)
         run = cls(model or str(path), path, base, tokenizer, chosen, target, adapter)
         check_fits(base, run._config(), chosen.num_layers)
         return run
@@ -186,7 +188,7 @@ class TrainRun:
         """Write the trained tensors in PEFT's form."""
         assert self.model.stream_config is not None
         tensors = trained_tensors(self.model)
-        output.export_peft(directory, self.model.stream_config, tensors, len(self.model.layers), self.name)
+        export_peft(directory, self.model.stream_config, tensors, len(self.model.layers), self.name)
 
     def upload(self, repo: str) -> None:
         """Upload the adapter to a Hugging Face repository."""
