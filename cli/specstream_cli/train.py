@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import typer
 
 from specstream_cli.terminal import Progress, answer, is_terminal, progress_bar, quieten_libraries, to_stderr
-from specstream_cli.train_config import read_config
+from specstream_cli.train_config import FEATURES, read_config
 from specstream_cli.validation import is_repo_id, repo_id, usage_error, within
 
 Mode = Literal["lossless", "shared"]
@@ -128,8 +128,8 @@ def train(
         str | None, typer.Option(callback=repo_id, help="Hugging Face repository to upload the adapter to.")
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model run code from its repository.")
-    ] = False,
+        bool | None, typer.Option("--trust-remote-code", help="Let the model run code from its repository.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary on standard error.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
@@ -138,13 +138,22 @@ def train(
     options = locals().copy()
     types = _types_in_file()
     given = {name: options[name] for name in types if options[name] is not None}
+    notes: list[str] = []
     if config is not None:
-        given = read_config(config, types) | given
+        in_file, notes = read_config(config.expanduser(), types)
+        if "data" in given:  # comes before what a file says of data
+            in_file.pop("hf_dataset", None)
+        both = in_file | given
+        if "num_layers" in in_file and both.get("mode", "lossless") == "lossless" and "resume_adapter_file" not in both:
+            del in_file["num_layers"]
+            notes.append(f"{config}: num_layers has no effect in lossless mode, where LoRA acts in the stream layers")
+        given = in_file | given
     begin = time.perf_counter()
     chosen = str(given["model"]) if "model" in given else None
     remote = is_repo_id(chosen, "--model") if chosen is not None else False
-    source = given.get("data")
-    remote = remote or (source is not None and not Path(source).expanduser().exists()) or upload_repo is not None
+    remote = remote or upload_repo is not None
+    for place in [one["path"] for one in given.get("hf_dataset", ())] or [given.get("data", ".")]:
+        remote = remote or not Path(place).expanduser().exists()
     _check_sources(given)
     output = Path(given.get("adapter_path", "stream_adapter")).expanduser()
     _check_outputs(output, export_peft, resume=resume, overwrite=overwrite)
@@ -157,10 +166,12 @@ def train(
             output,
             {key: value for key, value in given.items() if key in TrainRun.SETTINGS},
             adapter=_adapter_directory(given.get("resume_adapter_file")),
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=given.get("trust_remote_code", False),
             check_peft=export_peft is not None,
         )
         say = (lambda line: None) if quiet else to_stderr
+        for note in notes:
+            say(f"note: {note}")
         with progress_bar(quiet=quiet) as progress:
             examples = _examples(run, given, output, progress, say)
             say(f"{run.summary()}; {len(examples.train):,} rows to train on, {len(examples.valid):,} to validate on")
@@ -195,7 +206,9 @@ def _types_in_file() -> dict[str, type]:
 
 def _check_sources(given: Mapping[str, Any]) -> None:
     distill = given.get("self_distill", False)
-    if not distill and "data" not in given:
+    if distill and "hf_dataset" in given:
+        raise usage_error("hf_dataset: --self-distill takes prompts from a file; give --prompts, or drop one")
+    if not distill and "data" not in given and "hf_dataset" not in given:
         raise usage_error("nothing to train on: give --data, or --self-distill to train on the model's own answers")
     if distill and given.get("mode", "lossless") != "lossless":
         raise usage_error("--self-distill: goes with --mode lossless; shared mode trains new answers, give --data")
@@ -253,7 +266,8 @@ def _examples(
         tokens = sum(len(example.answer) for example in [*found.train, *found.valid])
         say(f"own answers: {tokens:,} tokens in {time.perf_counter() - begin:.0f} s, kept in {file}")
     else:
-        found = run.read(given["data"], given.get("mask_prompt"))
+        features = {name: given[name] for name in FEATURES if name in given}
+        found = run.read(given.get("hf_dataset") or given["data"], given.get("mask_prompt"), features)
     for note in found.notes:
         say(f"note: {note}")
     return found

@@ -23,7 +23,6 @@ from specstream_mlx.config import (
     BASE_FIELDS,
     CONFIG_NAME,
     LORA_PREFIX,
-    PREFIX,
     WEIGHTS_NAME,
     StreamConfig,
     read_json,

@@ -1,6 +1,6 @@
 """A training from a model's name to an adapter on disk: what the command line does, without its words."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -96,7 +96,7 @@ class TrainRun:
         if check_peft:
             check_peft_form(base.model_type)
         run = cls(model or str(path), path, base, tokenizer, chosen, target, adapter)
-        check_fits(base, run._config(), chosen.num_layers)
+        check_fits(base, run._config(), chosen.num_layers, chosen.lora_keys)
         return run
 
     @property
@@ -104,7 +104,12 @@ class TrainRun:
         """The longest row: as asked for, within the positions of a model that has learned ones."""
         return self.model.tokens_within_context(self.settings.max_seq_length, 0)
 
-    def read(self, data: str, mask_prompt: bool | None = None) -> Dataset:
+    def read(
+        self,
+        data: str | Sequence[Mapping[str, Any]],
+        mask_prompt: bool | None = None,
+        features: Mapping[str, str] | None = None,
+    ) -> Dataset:
         """Examples of a data set; see ``read_dataset``."""
         return read_dataset(
             data,
@@ -112,6 +117,7 @@ class TrainRun:
             mask_prompt=mask_prompt,
             max_seq_length=self.max_seq_length,
             seed=self.settings.seed,
+            features=features,
         )
 
     def own_answers(
@@ -166,6 +172,7 @@ class TrainRun:
             rank=self.settings.rank,
             scale=self.settings.scale,
             num_layers=self.settings.num_layers,
+            keys=self.settings.lora_keys,
             seed=self.settings.seed,
         )
         if self.adapter is not None:
@@ -234,5 +241,6 @@ def _settings_of(adapter: Path) -> dict[str, Any]:
         "stream_position": config.stream_position,
         "prune_rank": config.prune.rank if config.prune is not None else None,
         "num_layers": config.training.get("num_layers", -1),
+        "lora_keys": config.training.get("lora_keys"),
     }
     return found | {key: lora[key] for key in ("rank", "scale") if key in lora}

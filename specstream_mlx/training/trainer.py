@@ -173,7 +173,9 @@ def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
     """
     schedule = _schedule(settings)
     kind = _OPTIMIZERS[settings.optimizer]
-    options = _OPTIMIZER_DEFAULTS.get(settings.optimizer, {}) | settings.optimizer_config
+    options = _OPTIMIZER_DEFAULTS.get(settings.optimizer, {}) | (
+        settings.optimizer_config.get(settings.optimizer) or {}
+    )
     try:
         streams = kind(learning_rate=lambda step: settings.stream_lr_scale * schedule(step), **options)
         lora = kind(learning_rate=schedule, **options)

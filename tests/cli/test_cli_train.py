@@ -88,14 +88,14 @@ def test_a_configuration_file_gives_what_the_command_line_does_not(train, data, 
     file.write_text(
         f"model: {base}\ntrain: true\nfine_tune_type: lora\ndata: {data}\niters: 4\nlearning_rate: 1e-3\nmode: shared\n"
         "lora_parameters: {rank: 3, scale: 4.0, dropout: 0.0}\n"
-        "lr_schedule: {name: cosine_decay, arguments: [1e-3, 4]}\noptimizer_config: {weight_decay: 0.1}\n"
+        "lr_schedule: {name: cosine_decay, arguments: [1e-3, 4]}\noptimizer_config: {adamw: {weight_decay: 0.1}}\n"
     )
     result = run("train", "-c", str(file), "--iters", "3", "--gamma", "3", "--adapter-path", str(tmp_path / "out"))
     assert result.code == 0, result.stderr
     config, tensors = read_adapter(tmp_path / "out")
     assert (config.mode, config.gamma, config.training["iters"]) == ("shared", 3, 3)
     assert config.lora == {"rank": 3, "scale": 4.0, "placement": "live", "num_modules": 28}
-    assert config.training["optimizer_config"] == {"weight_decay": 0.1}
+    assert config.training["optimizer_config"] == {"adamw": {"weight_decay": 0.1}}
     assert tensors["lora.model.layers.0.self_attn.q_proj.lora_a"].shape == (32, 3)
 
 
@@ -107,7 +107,7 @@ def test_a_configuration_file_gives_what_the_command_line_does_not(train, data, 
         ("self_distill: 1", "self_distill: got 1, expected bool"),
         ("lora_parameters: {alpha: 3}", "lora_parameters.alpha: unknown"),
         ("lora_parameters: {dropout: 0.1}", "lora_parameters.dropout: not supported"),
-        ("fine_tune_type: dora", "fine_tune_type: only lora is supported"),
+        ("fine_tune_type: dora", "fine_tune_type: got 'dora', only lora is supported"),
         ("- a\n- b", "expected 'key: value' lines"),
         ("a: [", "not valid YAML"),
     ],
@@ -210,7 +210,7 @@ def test_options_of_the_file_are_options_of_the_command_line():
     assert types["mode"] is str
     assert types["self_distill"] is bool
     assert not {"config", "overwrite", "resume", "debug", "as_json", "quiet", "upload_repo"} & types.keys()
-    only_in_file = {"optimizer_config", "lr_schedule"}
+    only_in_file = {"optimizer_config", "lr_schedule", "lora_keys"}
     from dataclasses import fields
 
     assert {field.name for field in fields(TrainSettings)} - types.keys() == only_in_file

@@ -3,20 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
 import pytest
 
-from specstream_convert import ConvertOptions, convert, inspect_checkpoint
+from specstream_convert import inspect_checkpoint
 from specstream_mlx import load, stream_generate
 from specstream_mlx.errors import UnsupportedError
 from specstream_mlx.training.batches import make_batch
 from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.loss import LossWeights, loss_only
 from specstream_mlx.training.output import read_adapter
-from specstream_mlx.training.run import TrainRun
 from tests.tiny import random_prompt
-from tests.training.training_cases import QUICK, prepared, rows, same, save_base, write_rows
+from tests.training.training_cases import prepared, rows, same, save_base, write_rows
 
 DATA = Dataset(rows(11), rows(5))
 CASES: dict[str, dict[str, Any]] = {

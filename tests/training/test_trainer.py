@@ -175,7 +175,12 @@ def test_the_pruner_can_be_trained_afterwards_alone(base: Path, tmp_path: Path) 
     for mode in ("lossless", "shared"):
         first = whole(base, tmp_path / f"streams-{mode}", mode=mode)
         start = tmp_path / f"streams-{mode}"
-        changes = {"mode": mode, "prune_rank": 2, "pruner_only": True, "optimizer_config": {"weight_decay": 0.1}}
+        changes = {
+            "mode": mode,
+            "prune_rank": 2,
+            "pruner_only": True,
+            "optimizer_config": {"adamw": {"weight_decay": 0.1}},
+        }
         run = prepared(base, tmp_path / f"pruned-{mode}", start, **changes)
         run.train(DATA)
         config, tensors = read_adapter(tmp_path / f"pruned-{mode}")
