@@ -73,7 +73,10 @@ def read_dataset(
     names = dict(features or {})
     notes: list[str] = []
     if not isinstance(data, str):
-        loaded = [_read_hub({"hf_dataset": dict(one)}, one["path"], one, tokenizer, mask_prompt) for one in data]
+        loaded = [
+            _read_hub({"hf_dataset": dict(one)}, f"hf_dataset: {one['path']}", one, tokenizer, mask_prompt)
+            for one in data
+        ]
         parts = [[row for part in column for row in part] for column in zip(*loaded, strict=True)]
     elif (path := Path(data).expanduser()).exists():
         files = [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
@@ -177,7 +180,9 @@ def _read_hub(
             reason = "it has no split 'train'; name one as train_split of hf_dataset in a --config"
         elif isinstance(error, IndexError):
             reason = "a split has no rows"
-        raise InvalidInputError(f"{where}: not a data set to train on: {reason[:300]}") from error
+        if len(reason) > 300:  # the library prints all it knows, and says at the end what is wrong
+            reason = f"{reason[:140]} ... {reason[-150:]}"
+        raise InvalidInputError(f"{where}: not a data set to train on: {reason}") from error
     return [
         _encode(_encoder(part, tokenizer, mask_prompt, where), [part[i] for i in range(len(part))], where)
         if len(part)
