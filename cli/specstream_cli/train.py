@@ -144,7 +144,8 @@ def train(
         if "data" in given:  # comes before what a file says of data
             in_file.pop("hf_dataset", None)
         both = in_file | given
-        if "num_layers" in in_file and both.get("mode", "lossless") == "lossless" and "resume_adapter_file" not in both:
+        default = None if "resume_adapter_file" in both else "lossless"  # else the adapter's own
+        if "num_layers" in in_file and both.get("mode", default) == "lossless":
             del in_file["num_layers"]
             notes.append(f"{config}: num_layers has no effect in lossless mode, where LoRA acts in the stream layers")
         given = in_file | given
@@ -160,7 +161,10 @@ def train(
     quieten_libraries(offline=not remote, debug=debug)
     with answer() as out:
         from specstream_mlx.training.run import TrainRun
+        from specstream_mlx.upload import check_upload
 
+        if upload_repo is not None:
+            check_upload(upload_repo)
         run = TrainRun.prepare(
             chosen,
             output,
@@ -190,7 +194,7 @@ def train(
         result = run.result(found) | {"seconds": round(time.perf_counter() - begin, 1)}
         if as_json:
             out.write_json(result)
-    for line in _summary(result, output, export_peft):
+    for line in _summary(result, output, export_peft, upload_repo):
         say(line)
 
 
@@ -304,13 +308,15 @@ def event_line(event: Mapping[str, Any], iters: int) -> str | None:
     return None if is_terminal() else f"{where}  saved {event['path']}"
 
 
-def _summary(result: Mapping[str, Any], output: Path, export_peft: Path | None) -> list[str]:
+def _summary(result: Mapping[str, Any], output: Path, export_peft: Path | None, upload_repo: str | None) -> list[str]:
     lines = [
         f"wrote {output}: {result['adapter_bytes']:,} bytes, {result['trained_parameters']:,} trained parameters, "
         f"{result['seconds']:.0f} s, peak {result['peak_memory_gb']:.2f} GB"
     ]
     if export_peft is not None:
         lines.append(f"wrote {export_peft} (PEFT form)")
+    if upload_repo is not None:
+        lines.append(f"uploaded {output} to {upload_repo}")
     if not result["plot"]:
         lines.append("no plot: matplotlib is not installed; the figures are in training_log.jsonl")
     lines.append(f'try: specstream-mlx generate --model {result["model"]} --adapter {output} --prompt "..."')

@@ -81,7 +81,7 @@ def read_dataset(
     elif (path := Path(data).expanduser()).exists():
         files = [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
         parts = [_read_file(file, names, tokenizer, mask_prompt) for file in files if file.exists() or file == files[0]]
-    elif _REPO.fullmatch(data):
+    elif _REPO.fullmatch(data) and not path.parent.is_dir():  # a mistyped path is no download
         parts = _read_hub({"data": data} | names, f"--data: {data}", names, tokenizer, mask_prompt)
     else:
         raise InvalidInputError(f"--data: {data}: neither a file or directory nor a data set such as org/name")

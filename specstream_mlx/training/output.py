@@ -142,23 +142,6 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def upload(directory: Path, repo: str) -> None:
-    """Upload a finished directory to a Hugging Face repository.
-
-    Raises:
-        UsageError: it failed; the directory stays.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repo_id=repo, exist_ok=True)
-        api.upload_folder(folder_path=str(directory), repo_id=repo, repo_type="model")
-    except Exception as error:  # the hub raises many kinds: offline, forbidden, bad name
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{directory} is complete, but uploading to {repo} failed: {reason}") from error
-
-
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -28,6 +28,7 @@ from specstream_mlx.training.trainable import (
     train_pruner_only,
     trained_tensors,
 )
+from specstream_mlx.upload import upload
 
 
 @dataclass
@@ -199,7 +200,7 @@ class TrainRun:
 
     def upload(self, repo: str) -> None:
         """Upload the adapter to a Hugging Face repository."""
-        output.upload(self.target, repo)
+        upload(self.target, repo)
 
     def result(self, found: Validation | None) -> dict[str, Any]:
         """What came out, as a JSON object."""

@@ -99,6 +99,70 @@ def test_a_configuration_file_gives_what_the_command_line_does_not(train, data, 
     assert tensors["lora.model.layers.0.self_attn.q_proj.lora_a"].shape == (32, 3)
 
 
+EXAMPLE = """\
+train: true
+fine_tune_type: lora
+optimizer: adamw
+optimizer_config:
+  adamw: {betas: [0.9, 0.98], eps: 1e-6, weight_decay: 0.05, bias_correction: true}
+  sgd: {nonsense: 1}
+seed: 0
+num_layers: 3
+batch_size: 4
+iters: 2
+val_batches: 25
+learning_rate: 1e-5
+resume_adapter_file: null
+test: false
+test_batches: 100
+max_seq_length: 2048
+grad_checkpoint: false
+prompt_feature: question
+completion_feature: answer
+lora_parameters:
+  keys: ["self_attn.q_proj", "self_attn.v_proj"]
+  rank: 8
+  scale: 20.0
+  dropout: 0.0
+lr_schedule: {name: cosine_decay, warmup: 1, warmup_init: 1e-7, arguments: [1e-5, 1000, 1e-7]}
+"""
+
+
+@pytest.mark.parametrize("mode", ["shared", "lossless"])
+def test_the_example_file_of_mlx_lm_works(mode, base, data, run, tmp_path):
+    rows = Path(data).read_text().replace('"prompt"', '"question"').replace('"completion"', '"answer"')
+    Path(data).write_text(rows)
+    file = tmp_path / "lora_config.yaml"
+    file.write_text(EXAMPLE + f"model: {base}\ndata: {data}\nadapter_path: {tmp_path / 'out'}\n")
+    result = run("train", "-c", str(file), "--mode", mode, "--gamma", "2", "--export-peft", str(tmp_path / "peft"))
+    assert result.code == 0, result.stderr
+    assert "test_batches has no effect here: nothing is tested after a training" in result.stderr
+    assert ("num_layers has no effect in lossless mode" in result.stderr) == (mode == "lossless")
+    names = {name for name in read_adapter(tmp_path / "out")[1] if name.startswith("lora.")}
+    layers = (1, 2, 3) if mode == "shared" else (2, 3)
+    assert names == {
+        f"lora.model.layers.{layer}.self_attn.{part}_proj.lora_{side}"
+        for layer in layers
+        for part in "qv"
+        for side in "ab"
+    }
+    more = ["--model", base, "--data", data, "-c", str(file), "--adapter-path", str(tmp_path / "more")]
+    further = run("train", *more, "--resume-adapter-file", str(tmp_path / "out"), "--mode", mode, "--gamma", "2")
+    assert further.code == 0, further.stderr
+    words = ["--adapter-path", str(tmp_path / "peft"), "--adapter-only", "--mlx-path", str(tmp_path / "back")]
+    again = run("convert", *words)
+    assert again.code == 0, again.stderr
+    assert same(read_adapter(tmp_path / "back")[1], read_adapter(tmp_path / "out")[1])
+
+
+def test_a_lora_key_that_names_nothing_is_one_line(train, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("lora_parameters: {keys: [q_proj]}")
+    result = train("--config", file)
+    assert (result.code, result.stderr.count("\n")) == (2, 1)
+    assert "lora_parameters.keys: 'q_proj' is no linear layer of the blocks: mlp.up_proj, " in result.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -1,4 +1,4 @@
-"""``train --config`` takes the files of ``mlx_lm lora``: every key with its meaning, refused, or ignored with a note."""
+"""``train --config`` takes the files of ``mlx_lm lora``: each key with its meaning, refused, or ignored with a note."""
 
 from pathlib import Path
 from typing import Any

@@ -146,6 +146,17 @@ def test_what_cannot_be_read_is_one_line(data: Any, reason: str, hub: Hub, token
     assert "\n" not in str(caught.value)
 
 
+def test_a_mistyped_path_is_no_download(
+    hub: Hub, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when: the hub is asked for a file of a directory that is here."""
+    (tmp_path / "org").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidInputError, match="--data: org/pairs: neither a file or directory"):
+        read("org/pairs", tokenizer)
+    assert hub.asked == []
+
+
 def test_no_train_split_no_prompts_no_network_and_no_package(
     hub: Hub, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
