@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
+from specstream_cli.chat_template import ChatTemplate
 from specstream_cli.terminal import Progress, answer, is_terminal, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.train_config import FEATURES, read_config
 from specstream_cli.validation import is_repo_id, repo_id, usage_error, within
@@ -118,6 +119,9 @@ def train(
     answers: Annotated[
         str | None, typer.Option(help="File that keeps the answers; default: beside --adapter-path.")
     ] = None,
+    chat_template_config: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Further arguments of the chat template of the prompts.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Sampled answers beside each greedy one; default 1.")] = None,
     temp: Annotated[float | None, typer.Option(help="Temperature of the sampled answers; default 0.8.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer; default 256.")] = None,
@@ -210,6 +214,7 @@ def _types_in_file() -> dict[str, type]:
 
 def _check_sources(given: Mapping[str, Any]) -> None:
     distill = given.get("self_distill", False)
+    ChatTemplate.of(None, given.get("chat_template_config"))
     if distill and "hf_dataset" in given:
         raise usage_error("hf_dataset: --self-distill takes prompts from a file; give --prompts, or drop one")
     if not distill and "data" not in given and "hf_dataset" not in given:
@@ -219,7 +224,7 @@ def _check_sources(given: Mapping[str, Any]) -> None:
     if distill and "data" in given and "prompts" in given:
         raise usage_error("--prompts: --data gives the prompts already; drop one")
     if not distill:
-        for name in ("prompts", "answers", "samples", "temp", "max_tokens"):
+        for name in ("prompts", "answers", "chat_template_config", "samples", "temp", "max_tokens"):
             if name in given:
                 raise usage_error(
                     f"--{name.replace('_', '-')}: has no effect without --self-distill; add it or drop it"
@@ -260,13 +265,21 @@ def _examples(
         chosen = {key: given[key] for key in ("samples", "temp", "max_tokens") if key in given}
         file = Path(given.get("answers", output.with_name(output.name + ".answers.jsonl"))).expanduser()
         source = given.get("prompts", given.get("data"))
+        chat = ChatTemplate.of(None, given.get("chat_template_config"))
+        chat.is_used(run.tokenizer)
         begin = time.perf_counter()
-        found = run.own_answers(
-            None if source is None else Path(source).expanduser(),
-            file,
-            chosen,
-            None if progress is None else lambda done, total: progress("answers", done, total),
-        )
+        try:
+            found = run.own_answers(
+                None if source is None else Path(source).expanduser(),
+                file,
+                chosen,
+                None if progress is None else lambda done, total: progress("answers", done, total),
+                chat.arguments,
+            )
+        except KeyboardInterrupt:
+            if file.exists():
+                say(f"the answers so far are in {file}; the same command goes on")
+            raise
         tokens = sum(len(example.answer) for example in [*found.train, *found.valid])
         say(f"own answers: {tokens:,} tokens in {time.perf_counter() - begin:.0f} s, kept in {file}")
     else:

@@ -127,16 +127,16 @@ class TrainRun:
         file: Path,
         settings: Mapping[str, Any],
         progress: Callable[[int, int], None] | None = None,
+        template: Mapping[str, Any] | None = None,
     ) -> Dataset:
-        """Examples that the model answers itself; ``prompts`` None for the bundled list."""
-        if prompts is None:
-            asked = distill.encode_prompts(distill.bundled_prompts(), self.tokenizer)
-        else:
-            asked = distill.read_prompts(prompts, self.tokenizer)
+        """Examples that the model answers itself; ``prompts`` None for the bundled list.
+
+        ``template`` holds further arguments of the chat template.
+        """
         return distill.own_answers(
             self.model,
             self.tokenizer,
-            asked,
+            distill.read_prompts(prompts, self.tokenizer, template),
             distill.DistillSettings(**({"seed": self.settings.seed} | dict(settings))),
             file,
             identity=distill.base_identity(self.path, self._config().base_model),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -266,6 +267,62 @@ def test_ctrl_c_saves_and_resume_goes_on(train, base, data, tmp_path):
     assert (again.code, "--resume goes on" in again.stderr) == (2, True)
     changed = train("--iters", "1999", "--seed", "4", "--resume")
     assert (changed.code, "iters 2000 -> 1999" in changed.stderr) == (2, True)
+
+
+def test_ctrl_c_while_answering_keeps_the_answers_and_the_same_command_goes_on(base, run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"w{10 + i % 40} w{60 + i // 40}\n" for i in range(128)))
+    words = [
+        "--model",
+        base,
+        "--self-distill",
+        "--prompts",
+        str(prompts),
+        "--max-tokens",
+        "40",
+        "--samples",
+        "0",
+        *QUICK,
+    ]
+    command = [sys.executable, "-m", "specstream_cli.app", "train", *words, "--adapter-path", str(tmp_path / "out")]
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(str(root / name) for name in (".", "convert", "cli"))
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": paths}}
+    process = subprocess.Popen(command, text=True, **options)
+    answers = tmp_path / "out.answers.jsonl"
+    while not answers.exists() or not answers.stat().st_size:
+        with pytest.raises(subprocess.TimeoutExpired):  # not before there is an answer
+            process.wait(timeout=0.02)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr == f"the answers so far are in {answers}; the same command goes on\ninterrupted\n"
+    before = answers.read_bytes()
+    assert 0 < len(before.splitlines()) < 128
+    again = run(*command[3:])
+    assert again.code == 0, again.stderr
+    assert answers.read_bytes().startswith(before)
+    assert len(answers.read_text().splitlines()) == 128
+
+
+def test_the_chat_template_of_prompts_takes_flags(base, run, tmp_path):
+    model = tmp_path / "chatty"
+    shutil.copytree(base, model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }} {% endfor %}{{ 'w64' if enable_thinking else 'w65' }}"
+    )
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("w10\nw11\n")
+    words = ["train", "--model", str(model), *QUICK, "--adapter-path", str(tmp_path / "out"), "--max-tokens", "4"]
+    words += ["--self-distill", "--prompts", str(prompts), "--samples", "0"]
+    result = run(*words, "--chat-template-config", '{"enable_thinking": true}')
+    assert result.code == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.answers.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [[10, 64], [11, 64]]
+    broken = run(*words, "--overwrite", "--chat-template-config", "{")
+    assert (broken.code, "--chat-template-config: not valid JSON" in broken.stderr) == (2, True)
+    none = run(*[base if word == str(model) else word for word in words], "--overwrite", "--chat-template-config", "{}")
+    assert (none.code, "--chat-template-config: this tokenizer has no chat template" in none.stderr) == (2, True)
 
 
 def test_options_of_the_file_are_options_of_the_command_line():
