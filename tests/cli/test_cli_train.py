@@ -279,7 +279,7 @@ def test_ctrl_c_while_answering_keeps_the_answers_and_the_same_command_goes_on(b
         "--prompts",
         str(prompts),
         "--max-tokens",
-        "40",
+        "24",
         "--samples",
         "0",
         *QUICK,
