@@ -6,15 +6,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from specstream_cli.chat_template import ChatTemplate
 from specstream_cli.terminal import Progress, answer, is_terminal, progress_bar, quieten_libraries, to_stderr
-from specstream_cli.train_config import FEATURES, read_config
+from specstream_cli.train_config import FEATURES, read_config, refuse_flags
 from specstream_cli.validation import is_repo_id, repo_id, usage_error, within
 
 Mode = Literal["lossless", "shared"]
 StreamPosition = Literal["anchor_plus_j", "anchor"]
 Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
+
+
+class TrainCommand(TyperCommand):
+    """The command with a word for those who type the flags of ``mlx_lm lora`` by habit."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse those that are none here, then parse."""
+        refuse_flags(args)
+        return super().parse_args(ctx, args)
 
 
 def train(

@@ -1,16 +1,17 @@
 """``train --config``: a YAML file in the manner of ``mlx_lm lora``; what the command line gives comes first."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specstream_cli.validation import invalid_input
+from specstream_cli.validation import invalid_input, usage_error
 
 FEATURES = ("prompt_feature", "completion_feature", "text_feature", "chat_feature")
 _ONLY_IN_FILE: dict[str, type] = {
     "lr_schedule": dict,
     "optimizer_config": dict,
     "lora_parameters": dict,
+    "hf_dataset": object,
     **dict.fromkeys(FEATURES, str),
 }
 _LORA = {"rank": int, "scale": float, "dropout": float, "keys": list}
@@ -62,7 +63,7 @@ def read_config(path: Path, types: Mapping[str, type]) -> tuple[dict[str, Any], 
     ]
     notes = [f"{path}: {key} has no effect here: {why}" for key, why in _IGNORED.items() if given.get(key)]
     values = _checked(
-        {key: value for key, value in given.items() if key not in (*_FIXED, *_IGNORED, "hf_dataset")},
+        {key: value for key, value in given.items() if key not in (*_FIXED, *_IGNORED)},
         {**types, **_ONLY_IN_FILE},
         problems,
     )
@@ -72,11 +73,26 @@ def read_config(path: Path, types: Mapping[str, type]) -> tuple[dict[str, Any], 
     if "keys" in lora:
         values["lora_keys"] = lora.pop("keys")
     values = lora | values
-    if given.get("hf_dataset"):
-        values["hf_dataset"] = _data_sets(given["hf_dataset"], problems)
+    if "hf_dataset" in values:
+        values["hf_dataset"] = _data_sets(values["hf_dataset"], problems)
     if problems:
         raise invalid_input("\n".join(f"{path}: {problem}" for problem in problems))
     return values, notes
+
+
+def refuse_flags(words: Sequence[str]) -> None:
+    """Say of flags that ``mlx_lm lora`` has and this command has not why that is.
+
+    Raises:
+        UsageError: there is one.
+    """
+    reasons = {key: why for key, (_, why) in _FIXED.items() if key != "config"} | _IGNORED
+    for word in words:
+        why = (
+            reasons.get(word.partition("=")[0].removeprefix("--").replace("-", "_")) if word.startswith("--") else None
+        )
+        if why is not None:
+            raise usage_error(f"{word}: an option of mlx_lm lora alone: {why}; drop it")
 
 
 def _data_sets(raw: Any, problems: list[str]) -> list[dict[str, Any]]:

@@ -205,6 +205,10 @@ def test_a_bad_configuration_file_is_one_line(text, reason, train, tmp_path):
         (["--data", "/nowhere/at/all"], 3, "--data: /nowhere/at/all: neither a file or directory nor a data set"),
         (["--model", "/nowhere/at/all"], 3, "--model: /nowhere/at/all: no such directory"),
         (["--upload-repo", "x y"], 2, "--upload-repo"),
+        (["--train"], 2, "--train: an option of mlx_lm lora alone: this command only trains; drop it"),
+        (["--fine-tune-type=full"], 2, "--fine-tune-type=full: an option of mlx_lm lora alone: streams are trained"),
+        (["--report-to", "wandb"], 2, "--report-to: an option of mlx_lm lora alone: every figure is in the adapter's"),
+        (["--test-batches", "3"], 2, "--test-batches: an option of mlx_lm lora alone: nothing is tested"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(words, code, reason, train, tmp_path):

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import yaml
 from mlx_lm.lora import CONFIG_DEFAULTS, build_parser
+from typer.main import get_command
 
+from specstream_cli.app import app
 from specstream_cli.train import _types_in_file
-from specstream_cli.train_config import read_config
-from specstream_mlx.errors import InvalidInputError
+from specstream_cli.train_config import read_config, refuse_flags
+from specstream_mlx.errors import InvalidInputError, UsageError
 
 TAKEN = "taken"
 # Every key of mlx-lm's files: a value, and what becomes of it.
@@ -114,3 +116,13 @@ def test_a_value_of_the_wrong_kind_is_one_line(text: str, reason: str, tmp_path:
         read(tmp_path, text)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_no_flag_of_mlx_lm_is_just_unknown() -> None:
+    """Red when: a flag of ``mlx_lm lora`` is neither one of ours nor refused with the reason."""
+    ours = {option for parameter in get_command(app).commands["train"].params for option in parameter.opts}
+    theirs = {option for action in build_parser()._actions for option in action.option_strings} - {"-h", "--help"}
+    assert {"--train", "--test", "--report-to"} <= theirs - ours
+    for option in theirs - ours:
+        with pytest.raises(UsageError, match=f"{option}: an option of mlx_lm lora alone: "):
+            refuse_flags(["--iters", "5", option])
