@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import warnings
@@ -86,6 +87,7 @@ def quieten_libraries(*, offline: bool, debug: bool) -> None:
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # where it is imported already
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         warnings.simplefilter("ignore")
 
