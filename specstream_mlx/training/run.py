@@ -97,7 +97,7 @@ class TrainRun:
         if check_peft:
             check_peft_form(base.model_type)
         run = cls(model or str(path), path, base, tokenizer, chosen, target, adapter)
-        check_fits(base, run._config(), chosen.num_layers, chosen.lora_keys)
+        check_fits(base, run.config(), chosen.num_layers, chosen.lora_keys)
         return run
 
     @property
@@ -139,7 +139,7 @@ class TrainRun:
             distill.read_prompts(prompts, self.tokenizer, template),
             distill.DistillSettings(**({"seed": self.settings.seed} | dict(settings))),
             file,
-            identity=distill.base_identity(self.path, self._config().base_model),
+            identity=distill.base_identity(self.path, self.config().base_model),
             max_seq_length=self.max_seq_length,
             split_seed=self.settings.seed,
             progress=progress,
@@ -147,7 +147,7 @@ class TrainRun:
 
     def summary(self) -> str:
         """One line: what is trained how long."""
-        chosen = self._config()
+        chosen = self.config()
         return (
             f"{chosen.mode} mode: {chosen.gamma} streams over the top {chosen.num_stream_layers} of "
             f"{len(self.model.layers)} layers, LoRA of rank {self.settings.rank}, "
@@ -169,7 +169,7 @@ class TrainRun:
         """Attach streams and LoRA, train, write the adapter. See ``trainer.train``."""
         attach(
             self.model,
-            self._config(),
+            self.config(),
             rank=self.settings.rank,
             scale=self.settings.scale,
             num_layers=self.settings.num_layers,
@@ -204,7 +204,7 @@ class TrainRun:
 
     def result(self, found: Validation | None) -> dict[str, Any]:
         """What came out, as a JSON object."""
-        chosen = self._config()
+        chosen = self.config()
         return {
             "model": self.name,
             "adapter": str(self.target),
@@ -219,7 +219,8 @@ class TrainRun:
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
         }
 
-    def _config(self) -> StreamConfig:
+    def config(self) -> StreamConfig:
+        """The streams that are trained, and the base they belong to."""
         local = Path(self.name).expanduser()
         base = output.describe_base(
             read_json(self.path / "config.json"),
