@@ -610,7 +610,7 @@ BREAKS = (
     Break(
         "optimizer_config is not read",
         "specstream_mlx/training/trainer.py",
-        "(settings.optimizer_config.get(settings.optimizer) or {})",
+        "settings.optimizer_config.get(settings.optimizer) or {}",
         "{}",
         "tests/training/test_trainer.py::takes_its_own_arguments",
     ),
