@@ -20,7 +20,7 @@ from specstream_mlx.training.export_peft import check_peft as check_peft_form
 from specstream_mlx.training.export_peft import export_peft
 from specstream_mlx.training.log import PLOT
 from specstream_mlx.training.restart import RestartPoints
-from specstream_mlx.training.settings import TrainSettings
+from specstream_mlx.training.settings import TrainSettings, flag
 from specstream_mlx.training.trainable import (
     attach,
     check_fits,
@@ -83,7 +83,7 @@ class TrainRun:
         defaults = _settings_of(adapter) if adapter is not None else {}
         chosen = TrainSettings(**(defaults | dict(settings)))
         changed = [
-            f"--{name.replace('_', '-')} {getattr(chosen, name)} differs from its {value}"
+            f"{flag(name)} {getattr(chosen, name)} differs from its {value}"
             for name, value in defaults.items()
             if getattr(chosen, name) != value and (name, value) != ("prune_rank", None)
         ]

@@ -89,16 +89,16 @@ class TrainSettings:
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
-                problems.append(f"{_flag(name)}: got {value}, expected at least 1")
+                problems.append(f"{flag(name)}: got {value}, expected at least 1")
         if not 1 <= self.gamma <= MAX_GAMMA:
             problems.append(f"--gamma: got {self.gamma}, expected 1..{MAX_GAMMA}")
         for name in ("scale", "learning_rate", "stream_lr_scale", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                problems.append(f"{_flag(name)}: got {value}, expected a number above 0")
+                problems.append(f"{flag(name)}: got {value}, expected a number above 0")
         for name in ("stream_weight", "prune_weight", "latent_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                problems.append(f"{_flag(name)}: got {getattr(self, name)}, expected a number of at least 0")
+                problems.append(f"{flag(name)}: got {getattr(self, name)}, expected a number of at least 0")
         if self.max_seq_length < 4:
             problems.append(f"--max-seq-length: got {self.max_seq_length}, expected at least 4")
         if self.val_batches < -1:
@@ -107,7 +107,7 @@ class TrainSettings:
             problems.append(f"--warmup: got {self.warmup}, expected less than the {self.num_updates} updates")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                problems.append(f"{_flag(name)}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+                problems.append(f"{flag(name)}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
         optimizers = _CHOICES["optimizer"]
         for name, value in self.optimizer_config.items():
             if name not in optimizers or not isinstance(value, dict | None):
@@ -118,7 +118,7 @@ class TrainSettings:
         if self.lora_keys is not None and (
             not self.lora_keys or not all(isinstance(key, str) for key in self.lora_keys)
         ):
-            problems.append(f"lora_parameters.keys: got {self.lora_keys!r}, expected names such as self_attn.q_proj")
+            problems.append(f"{flag('lora_keys')}: got {self.lora_keys!r}, expected names such as self_attn.q_proj")
         if not 0 <= self.seed <= 2**31:
             problems.append(f"--seed: got {self.seed}, expected 0..{2**31}")
         if self.mode == "lossless" and self.num_layers != -1:
@@ -161,5 +161,6 @@ class TrainSettings:
         )
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def flag(name: str) -> str:
+    """What a setting is called where users give it."""
+    return "lora_parameters.keys" if name == "lora_keys" else "--" + name.replace("_", "-")
