@@ -12,7 +12,8 @@ What a main pass leaves behind (``MainPass``) being given, the loss is a sum ove
     main pass again, backwards from the sums ->  the other gradients of the parameters
 
 This is the chain rule with nothing left out, and only one piece is in memory at a time. Where the main stream is not
-trained, the third line falls away.
+trained, the third line falls away. Where it is, and all stream rows are one piece, all of it is one graph, which saves
+a main pass.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -101,33 +102,26 @@ def loss_and_gradients(
     before = model.trainable_parameters()
     parameters: _Parameters = dict(tree_flatten(before))
     tokens = mx.array(batch.tokens)
-    pieces = _pieces(model, batch, weights, rows_per_chunk, checkpoint=checkpoint)
-    found, by_parameter, by_main = _gradients_of_pieces(
-        model, forward_main(model, tokens), pieces, parameters, through_main=weights.main > 0
-    )
-    gradients = {name: by_parameter.get(name, mx.zeros_like(value)) for name, value in parameters.items()}
-    if weights.main:
-
-        def main_pass(*values: mx.array) -> list[mx.array]:
-            _set(model, parameters, values)
-            return forward_main(model, tokens, checkpoint=checkpoint).arrays
-
-        _, further = mx.vjp(main_pass, list(parameters.values()), by_main)
-        gradients = {name: gradients[name] + value for name, value in zip(parameters, further, strict=True)}
+    pieces = list(_pieces(model, batch, weights, rows_per_chunk, checkpoint=checkpoint))
+    if weights.main and not checkpoint and sum(len(piece.places) > 0 for piece in pieces) <= 1:
+        outcomes, gradients = _gradients_at_once(model, tokens, pieces, parameters)
+    else:
+        outcomes, gradients = _gradients_in_pieces(
+            model, tokens, pieces, parameters, through_main=weights.main > 0, checkpoint=checkpoint
+        )
     model.update(before)  # the functions above left traced arrays there
-    mx.eval(gradients)
-    return _report(batch, found), tree_unflatten(list(gradients.items()))
+    return _report(batch, pieces, outcomes), tree_unflatten(list(gradients.items()))
 
 
 def loss_only(model: SpecStreamModel, batch: Batch, weights: LossWeights, *, rows_per_chunk: int = 1024) -> LossReport:
     """The loss of one batch, for validation; of the streams too where they count nothing."""
     main = forward_main(model, mx.array(batch.tokens))
-    found = []
-    for piece in _pieces(model, batch, weights, rows_per_chunk, with_streams=True):
-        outcome = piece.run(main)
-        mx.eval(outcome)
-        found.append((piece, outcome))
-    return _report(batch, found)
+    pieces = list(_pieces(model, batch, weights, rows_per_chunk, with_streams=True))
+    outcomes = []
+    for piece in pieces:
+        outcomes.append(piece.run(main))
+        mx.eval(outcomes[-1])
+    return _report(batch, pieces, outcomes)
 
 
 _Parameters = dict[str, mx.array]
@@ -147,15 +141,57 @@ class _Piece:
     places: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
 
-def _gradients_of_pieces(
+def _gradients_at_once(
+    model: SpecStreamModel, tokens: mx.array, pieces: Sequence[_Piece], parameters: _Parameters
+) -> tuple[list[_Outcome], _Parameters]:
+    """What each piece gives, and the gradients of the parameters: one graph."""
+
+    def run(values: list[mx.array]) -> tuple[mx.array, list[_Outcome]]:
+        _set(model, parameters, values)
+        main = forward_main(model, tokens)
+        outcomes = [piece.run(main) for piece in pieces]
+        return sum((loss for loss, _ in outcomes), start=mx.array(0.0)), outcomes
+
+    (_, outcomes), gradients = mx.value_and_grad(run)(list(parameters.values()))
+    mx.eval(outcomes, gradients)
+    return outcomes, dict(zip(parameters, gradients, strict=True))
+
+
+def _gradients_in_pieces(
     model: SpecStreamModel,
-    main: MainPass,
-    pieces: Iterable[_Piece],
+    tokens: mx.array,
+    pieces: Sequence[_Piece],
     parameters: _Parameters,
     *,
     through_main: bool,
-) -> tuple[list[tuple[_Piece, _Outcome]], _Parameters, list[mx.array]]:
-    """Compute the pieces and their gradients one after another.
+    checkpoint: bool,
+) -> tuple[list[_Outcome], _Parameters]:
+    """The same, one piece after another, then the main pass backwards from their sums."""
+    outcomes, above, by_main = _sums_over_pieces(
+        model, forward_main(model, tokens), pieces, parameters, through_main=through_main
+    )
+    gradients = {name: above.get(name, mx.zeros_like(value)) for name, value in parameters.items()}
+    if through_main:
+
+        def main_pass(*values: mx.array) -> list[mx.array]:
+            _set(model, parameters, values)
+            return forward_main(model, tokens, checkpoint=checkpoint).arrays
+
+        _, further = mx.vjp(main_pass, list(parameters.values()), by_main)
+        gradients = {name: gradients[name] + value for name, value in zip(parameters, further, strict=True)}
+    mx.eval(gradients)
+    return outcomes, gradients
+
+
+def _sums_over_pieces(
+    model: SpecStreamModel,
+    main: MainPass,
+    pieces: Sequence[_Piece],
+    parameters: _Parameters,
+    *,
+    through_main: bool,
+) -> tuple[list[_Outcome], _Parameters, list[mx.array]]:
+    """Differentiate one piece after another.
 
     Returns:
         What each gave, the sums of the gradients of the parameters above the trunk, and with ``through_main`` those
@@ -166,7 +202,7 @@ def _gradients_of_pieces(
     mx.eval(main.trunk, main.keys_values)
     inputs = [*above.values(), *(main.arrays if through_main else [])]
     sums = [mx.zeros_like(array) for array in inputs]
-    found = []
+    outcomes = []
     for piece in pieces:
 
         def run(arrays: list[mx.array], piece: _Piece = piece) -> _Outcome:
@@ -177,8 +213,8 @@ def _gradients_of_pieces(
         sums = [total + gradient for total, gradient in zip(sums, gradients, strict=True)]
         del gradients
         mx.eval(outcome, sums)
-        found.append((piece, outcome))
-    return found, dict(zip(above, sums, strict=False)), sums[len(above) :]
+        outcomes.append(outcome)
+    return outcomes, dict(zip(above, sums[: len(above)], strict=True)), sums[len(above) :]
 
 
 def _set(model: SpecStreamModel, names: Iterable[str], values: Sequence[mx.array]) -> None:
@@ -275,13 +311,13 @@ def _counts(batch: Batch) -> npt.NDArray[np.int64]:
     return (batch.stream_targets != IGNORE).sum(axis=(0, 1))
 
 
-def _report(batch: Batch, found: Sequence[tuple[_Piece, _Outcome]]) -> LossReport:
+def _report(batch: Batch, pieces: Sequence[_Piece], outcomes: Sequence[_Outcome]) -> LossReport:
     targets = batch.stream_targets
     losses = np.zeros(targets.size, dtype=np.float32)
     right = np.zeros(targets.size, dtype=np.bool_)
     parts: dict[str, float] = {}
-    for piece, (_, outcome) in found:
-        for name, value in outcome.items():
+    for piece, (_, parts_of_piece) in zip(pieces, outcomes, strict=True):
+        for name, value in parts_of_piece.items():
             if name == "losses":
                 losses[piece.places] = np.array(value)
             elif name == "right":
@@ -291,7 +327,7 @@ def _report(batch: Batch, found: Sequence[tuple[_Piece, _Outcome]]) -> LossRepor
     counts = _counts(batch)
     per_stream = losses.reshape(targets.shape).sum(axis=(0, 1)) / np.maximum(counts, 1)
     return LossReport(
-        sum(float(np.array(loss)) for _, (loss, _) in found),
+        sum(float(np.array(loss)) for loss, _ in outcomes),
         streams=per_stream.tolist(),
         stream_right=right.reshape(targets.shape),
         stream_counts=counts.tolist(),
