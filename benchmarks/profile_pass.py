@@ -23,7 +23,7 @@ from specstream_mlx import DraftOptions, load, stream_generate
 from specstream_mlx.calibration.measure import encode_prompt, find_samples, read_prompts
 from specstream_mlx.control import steer
 from specstream_mlx.drafting import Insertion
-from specstream_mlx.generate import prefill
+from specstream_mlx.loop import prefill
 from specstream_mlx.sampling import TargetSampler
 from specstream_mlx.tree import DraftTree
 from specstream_mlx.verification import accept

@@ -23,7 +23,7 @@ from specstream_mlx import DraftOptions, stream_generate
 from specstream_mlx.calibration.calibration import Calibration
 from specstream_mlx.calibration.planner import Curve, PassCosts, candidate_trees
 from specstream_mlx.drafting import Insertion, make_plan
-from specstream_mlx.generate import Loop
+from specstream_mlx.loop import Loop
 from specstream_mlx.tree import DraftTree
 from tests import tiny
 from tests.tiny import (

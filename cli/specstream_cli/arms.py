@@ -201,7 +201,7 @@ def lookup_arm(model: Any, tokenizer: Any, weight_bytes: int, max_tokens: int, n
     import mlx.core as mx
     from mlx_lm.generate import generation_stream
 
-    from specstream_mlx.generate import prefill
+    from specstream_mlx.loop import prefill
     from specstream_mlx.tree import DraftTree
     from specstream_mlx.verification import accept
 

@@ -74,7 +74,10 @@ def train(
     optimizer: Annotated[Optimizer | None, typer.Option(help="Optimizer; default adamw.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of LoRA's; falls linearly; default 5e-4.")] = None,
     stream_lr_scale: Annotated[
-        float | None, typer.Option(help="Learning rate of the stream tensors, times LoRA's; default 1.")
+        float | None,
+        typer.Option(
+            help="Learning rate of the stream tensors, times LoRA's; default: what the hidden states ask for."
+        ),
     ] = None,
     warmup: Annotated[int | None, typer.Option(help="Updates until the peak; default 0.")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="Largest norm of a gradient; default 1.")] = None,
@@ -271,6 +274,8 @@ def _reporter(iters: int) -> Callable[[dict[str, Any]], None]:
 def event_line(event: Mapping[str, Any], iters: int) -> str | None:
     """An event of the log for people; None for those that only the log needs."""
     where = f"iter {event['iteration']}/{iters}"
+    if event["event"] == "start":
+        return f"stream embeddings learn {event['stream_lr_scale']:.3g} times as fast as LoRA"
     if event["event"] == "train":
         extra = "".join(
             f"  {name} {event[f'{name}_loss']:.3f}" for name in ("main", "prune", "latent") if f"{name}_loss" in event

@@ -9,7 +9,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from specstream_mlx.control import steer
 from specstream_mlx.drafting import DraftOptions, top_candidates
-from specstream_mlx.generate import Loop, generate_tokens
+from specstream_mlx.loop import Loop, generate_tokens
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.sampling import TargetSampler
 

@@ -94,7 +94,7 @@ class TrainRun:
         if check_peft:
             output.check_peft(base.model_type)
         run = cls(model or str(path), path, base, tokenizer, chosen, target, adapter)
-        check_fits(base, run._config(), chosen.num_layers)
+        check_fits(base, run.config(), chosen.num_layers)
         return run
 
     @property
@@ -130,7 +130,7 @@ class TrainRun:
             asked,
             distill.DistillSettings(**({"seed": self.settings.seed} | dict(settings))),
             file,
-            identity=distill.base_identity(self.path, self._config().base_model),
+            identity=distill.base_identity(self.path, self.config().base_model),
             max_seq_length=self.max_seq_length,
             split_seed=self.settings.seed,
             progress=progress,
@@ -138,7 +138,7 @@ class TrainRun:
 
     def summary(self) -> str:
         """One line: what is trained how long."""
-        chosen = self._config()
+        chosen = self.config()
         return (
             f"{chosen.mode} mode: {chosen.gamma} streams over the top {chosen.num_stream_layers} of "
             f"{len(self.model.layers)} layers, LoRA of rank {self.settings.rank}, "
@@ -160,7 +160,7 @@ class TrainRun:
         """Attach streams and LoRA, train, write the adapter. See ``trainer.train``."""
         attach(
             self.model,
-            self._config(),
+            self.config(),
             rank=self.settings.rank,
             scale=self.settings.scale,
             num_layers=self.settings.num_layers,
@@ -194,7 +194,7 @@ class TrainRun:
 
     def result(self, found: Validation | None) -> dict[str, Any]:
         """What came out, as a JSON object."""
-        chosen = self._config()
+        chosen = self.config()
         return {
             "model": self.name,
             "adapter": str(self.target),
@@ -209,7 +209,8 @@ class TrainRun:
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
         }
 
-    def _config(self) -> StreamConfig:
+    def config(self) -> StreamConfig:
+        """The streams that are trained, and the base they belong to."""
         local = Path(self.name).expanduser()
         base = output.describe_base(
             read_json(self.path / "config.json"),

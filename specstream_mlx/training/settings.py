@@ -38,7 +38,8 @@ class TrainSettings:
         rank, scale: of LoRA.
         num_layers: shared mode: LoRA in so many blocks from the top, -1 for all.
         learning_rate: peak of LoRA's; it rises over ``warmup`` updates and falls linearly to zero.
-        stream_lr_scale: the streams' learning rate, times LoRA's.
+        stream_lr_scale: the learning rate of all stream tensors, times LoRA's; None: the stream embeddings' is
+            ``trainer.STREAM_STEP`` of the size of the hidden states that they are added to, the others' is LoRA's.
         lr_schedule: mlx-lm's ``{name, arguments, warmup}`` instead of that schedule.
         stream_weight, prune_weight, latent_weight: of the parts of the loss (``LossWeights``).
         max_grad_norm: gradients are scaled down to it.
@@ -64,7 +65,7 @@ class TrainSettings:
     optimizer: Optimizer = "adamw"
     optimizer_config: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 5e-4
-    stream_lr_scale: float = 1.0
+    stream_lr_scale: float | None = None
     warmup: int = 0
     lr_schedule: dict[str, Any] | None = None
     stream_weight: float = 0.1
@@ -90,8 +91,9 @@ class TrainSettings:
         if not 1 <= self.gamma <= MAX_GAMMA:
             problems.append(f"--gamma: got {self.gamma}, expected 1..{MAX_GAMMA}")
         for name in ("scale", "learning_rate", "stream_lr_scale", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                problems.append(f"{_flag(name)}: got {getattr(self, name)}, expected a number above 0")
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                problems.append(f"{_flag(name)}: got {value}, expected a number above 0")
         for name in ("stream_weight", "prune_weight", "latent_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 problems.append(f"{_flag(name)}: got {getattr(self, name)}, expected a number of at least 0")

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.tuner.utils import build_schedule
 from mlx_lm.utils import maybe_set_recommended_wired_limit
@@ -19,6 +20,7 @@ from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training.batches import Example, iterate_batches, make_batch, mixed_seed
 from specstream_mlx.training.evaluation import Validation, validate
+from specstream_mlx.training.forward import forward_main
 from specstream_mlx.training.log import TrainingLog
 from specstream_mlx.training.loss import LossReport, LossWeights, loss_and_gradients
 from specstream_mlx.training.output import replaced_directory, write_adapter
@@ -42,6 +44,12 @@ _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"bias_correction": True, "weight_decay": 0.0},
     "adafactor": {"relative_step": False, "scale_parameter": False},
 }
+STREAM_STEP = 0.02
+"""Default learning rate of the stream embeddings, as a share of the size of the hidden states that they are added to.
+
+Adam moves a number by about its learning rate per update, and how far an embedding has to go depends on those states.
+"""
+_SIZE_EXAMPLES = 16  # examples that the size is measured on
 _CACHE_LIMIT = 4 << 30  # bytes of freed buffers that may wait for reuse
 
 
@@ -81,7 +89,8 @@ def train(
     assert model.stream_config is not None
     maybe_set_recommended_wired_limit()
     weights = loss_weights(settings)
-    optimizer = make_optimizer(settings)
+    rms = hidden_rms(model, examples)
+    optimizer = make_optimizer(settings, rms)
     points = RestartPoints(output, settings, examples, model.stream_config.base_model)
     newest = points.newest() if resume else None
     done = points.restore(newest, model, optimizer) if newest is not None else 0
@@ -111,6 +120,14 @@ def train(
 
     with log, _interruptible() as interrupted:
         if done == 0:
+            log.write(
+                {
+                    "event": "start",
+                    "iteration": 0,
+                    "hidden_rms": rms,
+                    "stream_lr_scale": stream_lr_scale(settings, rms),
+                }
+            )
             measure(0)
         for iteration in range(done + 1, settings.iters + 1):
             rows = next(source)
@@ -165,21 +182,43 @@ def loss_weights(settings: TrainSettings) -> LossWeights:
     return LossWeights(main, settings.stream_weight, settings.prune_weight, settings.latent_weight)
 
 
-def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
-    """mlx's optimizer for LoRA, and another of its kind, with its own learning rate, for the stream tensors.
+def hidden_rms(model: SpecStreamModel, examples: Sequence[Example]) -> float:
+    """Root mean square of ``M^{N-N_s}``, where streams start: the median over the tokens of some examples."""
+    sizes = []
+    for example in examples[:_SIZE_EXAMPLES]:
+        trunk = forward_main(model, mx.array([example.prompt + example.answer])).trunk
+        sizes.append(np.array(mx.sqrt(trunk.astype(mx.float32).square().mean(axis=-1))).reshape(-1))
+    return float(np.median(np.concatenate(sizes)))
+
+
+def stream_lr_scale(settings: TrainSettings, rms: float) -> float:
+    """The stream embeddings' learning rate, times LoRA's, for hidden states of this root mean square."""
+    if settings.stream_lr_scale is None and settings.optimizer == "sgd":  # whose steps are as long as the gradient is
+        return 1.0
+    return settings.stream_lr_scale or STREAM_STEP * rms / settings.learning_rate
+
+
+def make_optimizer(settings: TrainSettings, rms: float = 1.0) -> optim.Optimizer:
+    """mlx's optimizer, and another of its kind for tensors that have their own learning rate.
+
+    Args:
+        settings: of the run.
+        rms: of the hidden states that streams start from.
 
     Raises:
         UsageError: mlx does not take the configuration.
     """
     schedule = _schedule(settings)
+    scale = stream_lr_scale(settings, rms)
+    own_rate = "streams.stream_embeddings" if settings.stream_lr_scale is None else "streams."
     kind = _OPTIMIZERS[settings.optimizer]
     options = _OPTIMIZER_DEFAULTS.get(settings.optimizer, {}) | settings.optimizer_config
     try:
-        streams = kind(learning_rate=lambda step: settings.stream_lr_scale * schedule(step), **options)
-        lora = kind(learning_rate=schedule, **options)
+        streams = kind(learning_rate=lambda step: scale * schedule(step), **options)
+        others = kind(learning_rate=schedule, **options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer_config: {settings.optimizer} refuses it ({error})") from error
-    return optim.MultiOptimizer([lora, streams], [lambda path, _: not path.startswith("streams.")])
+    return optim.MultiOptimizer([others, streams], [lambda path, _: not path.startswith(own_rate)])
 
 
 def _schedule(settings: TrainSettings) -> Schedule:

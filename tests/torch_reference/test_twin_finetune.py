@@ -101,6 +101,18 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path, mode: str)
         finetune(replace(config, seed=1), EXAMPLES, report=lambda _: None)
 
 
+def test_a_run_can_start_from_a_checkpoint(tmp_path: Path) -> None:
+    """Catches: a start that is ignored, or one whose streams are others than the settings say."""
+    first = finetune(settings(tmp_path / "first"), EXAMPLES, report=lambda _: None)
+    lines: list[str] = []
+    finetune(settings(tmp_path / "second", start=str(first), iters=2), EXAMPLES, report=lines.append)
+    fresh: list[str] = []
+    finetune(settings(tmp_path / "fresh", iters=2), EXAMPLES, report=fresh.append)
+    assert losses(lines)[0] < 0.7 * losses(fresh)[0]
+    with pytest.raises(ValueError, match="gamma=3"):
+        finetune(settings(tmp_path / "other", start=str(first), gamma=3), EXAMPLES)
+
+
 def test_batches_cover_every_row_once_an_epoch_and_keep_lengths_together() -> None:
     """Catches: dropped rows, the same order each epoch, batches of mixed length."""
     rows = [Example((1,), (5,) * (1 + i % 10)) for i in range(40)]

@@ -14,7 +14,7 @@ def test_arms_are_trained_once_on_one_budget(tmp_path: Path, capsys: pytest.Capt
     out = tmp_path / "figures.json"
     words = ["--out", str(out), "--prompts", "8", "--heldout", "3", "--iters", "2", "--batch-size", "4"]
     assert train_ablations.main([*words, "--only", "gamma 2"]) == 0
-    arm = json.loads(capsys.readouterr().out.splitlines()[-1])["arms"]["gamma 2"]
+    arm = json.loads(capsys.readouterr().out.splitlines()[-1])["arms"]["gamma 2"][0]
     assert (arm["settings"]["gamma"], len(arm["acceptance"]), arm["settings"]["rank"]) == (2, 2, 32)
     assert arm["tokens_per_pass"] >= 1
     answers = (tmp_path / "figures.answers.jsonl").read_text()

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.training import trainer
 from specstream_mlx.training.datasets import Dataset
+from specstream_mlx.training.forward import forward_main
 from specstream_mlx.training.log import LOG, plot, read_log
 from specstream_mlx.training.output import read_adapter, replaced_directory
+from specstream_mlx.training.trainable import attach, trained_tensors
 from tests.training.training_cases import prepared, rows, same, save_base
 
 DATA = Dataset(rows(11), rows(5))
@@ -168,6 +171,34 @@ def test_streams_learn_a_rule_that_the_answers_follow(base: Path, tmp_path: Path
     assert found.tokens_per_pass > 2.5
     assert min(found.acceptance) > 0.8
     assert checks[-1]["tokens_per_pass"] == found.tokens_per_pass
+
+
+def test_stream_embeddings_learn_at_the_scale_of_the_hidden_states(tmp_path: Path) -> None:
+    """Red when: the default rate ignores the states, follows LoRA's, or moves LoRA or the pruner too."""
+    steps, sizes = {}, {}
+    for size in (1.0, 50.0):
+        base = save_base(tmp_path / f"base-{size}")
+        weights = mx.load(str(base / "model.safetensors"))
+        assert isinstance(weights, dict)
+        weights["model.embed_tokens.weight"] = size * weights["model.embed_tokens.weight"]
+        mx.save_safetensors(str(base / "model.safetensors"), weights)
+        changes = {"num_stream_layers": 1, "prune_rank": 2, "iters": 1, "warmup": 0, "learning_rate": 1e-3}
+        run = prepared(base, tmp_path / f"out-{size}", **changes)
+        start = prepared(base, tmp_path / "start", **changes)
+        attach(start.model, start.config(), rank=2, scale=2.0, seed=start.settings.seed)
+        events: list[dict[str, Any]] = []
+        run.train(DATA, report=events.append)
+        ids = [example.prompt + example.answer for example in DATA.train]
+        norms = [mx.sqrt(forward_main(start.model, mx.array([row])).trunk.square().mean(axis=-1)) for row in ids]
+        sizes[size] = float(np.median(np.concatenate([np.array(norm).reshape(-1) for norm in norms])))
+        assert events[0]["hidden_rms"] == pytest.approx(sizes[size], rel=1e-5)
+        before, after = trained_tensors(start.model), read_adapter(run.target)[1]
+        steps[size] = {name: mx.abs(after[name] - before[name]).max().item() for name in before}
+    assert sizes[50.0] > 1.5 * sizes[1.0]
+    for size, moved in steps.items():
+        assert moved["specstream.stream_embeddings"] == pytest.approx(0.02 * sizes[size], rel=0.01)
+        others = {name: step for name, step in moved.items() if name != "specstream.stream_embeddings"}
+        assert max(others.values()) <= 1.01e-3  # type: ignore[type-var]
 
 
 def test_the_pruner_can_be_trained_afterwards_alone(base: Path, tmp_path: Path) -> None:

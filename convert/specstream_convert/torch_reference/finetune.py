@@ -28,6 +28,7 @@ from .checkpoint import (
     add_lora,
     load_base,
     load_checkpoint,
+    read_stream_config,
     replaced_directory,
     save_checkpoint,
     write_checkpoint,
@@ -47,6 +48,7 @@ class FinetuneConfig:
     model: str
     output: str
     data: str | None = None
+    start: str | None = None
     mode: str = "shared"
     gamma: int = 4
     num_stream_layers: int = 2
@@ -133,7 +135,12 @@ def finetune(
 
     checkpoints = Path(f"{config.output}.checkpoints")
     newest = _newest_checkpoint(checkpoints) if config.resume else None
-    if newest is None:
+    if newest is None and config.start is not None:
+        found = read_stream_config(config.start)
+        if found != config.streams:
+            raise ValueError(f"{config.start}: has {found}, the settings ask for {config.streams}")
+        model = load_checkpoint(base, config.start, trainable=True)
+    elif newest is None:
         model = add_lora(base, config.streams, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
     else:
         model = load_checkpoint(base, newest, trainable=True)
@@ -189,6 +196,7 @@ _NOT_RECORDED = (
     "model",
     "output",
     "data",
+    "start",
     "device",
     "resume",
     "log_every",
@@ -330,6 +338,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FinetuneConfig:
     add("--model", required=True, help="base model: a Hugging Face directory or repository")
     add("--data", required=True, help="JSONL with 'prompt' and 'answer' (or 'completion')")
     add("--output", required=True, help="checkpoint directory to write")
+    add(
+        "--start",
+        metavar="DIR",
+        help="checkpoint to start from (default: fresh LoRA and streams)",
+    )
     add(
         "--mode",
         choices=MODES,
