@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="MLX model directory, its streams put aside; default: the bundled model")
     parser.add_argument("--random-weights", choices=sorted(SHAPES), help="a model of this shape instead of --model")
     parser.add_argument("--batch-size", type=int, default=4, help="rows of a batch (default 4)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row (default 512)")
+    parser.add_argument("--max-seq-length", type=int, default=512, help="tokens of every row (default 512)")
     parser.add_argument("--rank", type=int, default=32, help="of LoRA (default 32)")
     parser.add_argument("--iters", type=int, default=3, help="iterations of an arm, at least 2 (default 3)")
     parser.add_argument("--arm", action="append", choices=ARMS, help="may be repeated (default: all)")
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": machine.describe(),
         "versions": machine.versions(),
         "model": f"{options.random_weights}, random weights" if options.random_weights else Path(options.path).name,
-        "settings": {name: getattr(options, name) for name in ("batch_size", "length", "rank", "iters")},
+        "settings": {name: getattr(options, name) for name in ("batch_size", "max_seq_length", "rank", "iters")},
         "arms": found,
     }
     print(json.dumps(document))
@@ -143,7 +143,11 @@ def measure(arm: Arm, options: argparse.Namespace) -> dict[str, float]:
     mx.clear_cache()
     mx.reset_peak_memory()
     base_gb = mx.get_active_memory() / 1e9
-    rows = np.random.default_rng(0).integers(0, base.args.vocab_size, (8 * options.batch_size, options.length)).tolist()
+    rows = (
+        np.random.default_rng(0)
+        .integers(0, base.args.vocab_size, (8 * options.batch_size, options.max_seq_length))
+        .tolist()
+    )
     stamps: list[float] = []
 
     def stamp(*_: Any) -> None:
@@ -167,7 +171,7 @@ def train_mlx_lm(
         batch_size=options.batch_size,
         iters=options.iters,
         steps_per_report=1,
-        max_seq_length=options.length,
+        max_seq_length=options.max_seq_length,
         adapter_file=str(scratch / "adapters.safetensors"),
         grad_checkpoint=arm.checkpoint,
     )
@@ -186,7 +190,7 @@ def train_ours(
         rank=options.rank,
         iters=options.iters,
         batch_size=options.batch_size,
-        max_seq_length=options.length,
+        max_seq_length=options.max_seq_length,
         grad_checkpoint=arm.checkpoint,
         rows_per_chunk=2**30 if arm.one_chunk else TrainSettings.rows_per_chunk,
     )

@@ -15,7 +15,7 @@ def test_every_arm_trains_in_this_process(monkeypatch: pytest.MonkeyPatch) -> No
     """Red when: an arm does not run, measures nothing, or does not train what it says."""
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 64}
     monkeypatch.setitem(SHAPES, "tiny", SHAPES["llama-40m"] | sizes)
-    options = argparse.Namespace(random_weights="tiny", path=None, batch_size=2, length=48, rank=2, iters=2)
+    options = argparse.Namespace(random_weights="tiny", path=None, batch_size=2, max_seq_length=48, rank=2, iters=2)
     monkeypatch.setattr(mx, "compile", lambda function=None, **_: function if function else lambda f: f)
     # Not mlx-lm's checkpointing, which changes the class of the blocks for good.
     chosen = [name for name, arm in train_memory.ARMS.items() if arm.mode or not arm.checkpoint]
