@@ -21,7 +21,7 @@ from specstream_cli.convert import convert
 from specstream_cli.generate import generate
 from specstream_cli.inspect import inspect
 from specstream_cli.terminal import ReaderGone, silence_stdout, to_stderr
-from specstream_cli.train import train
+from specstream_cli.train import TrainCommand, train
 
 PROGRAM = "specstream-mlx"
 INTERRUPTED = 130
@@ -54,7 +54,7 @@ def _program(
 
 
 for _command in (generate, chat, convert, inspect, calibrate, train, benchmark):
-    app.command()(_command)
+    app.command(cls=TrainCommand if _command is train else None)(_command)
 app.command("cache_prompt")(cache_prompt)  # mlx-lm's spelling
 
 

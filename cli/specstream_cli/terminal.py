@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import warnings
@@ -82,8 +83,11 @@ def quieten_libraries(*, offline: bool, debug: bool) -> None:
             vars(constants)["HF_HUB_OFFLINE"] = True
     if not is_terminal():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # where it is imported already
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         warnings.simplefilter("ignore")
 

@@ -6,14 +6,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
+from specstream_cli.chat_template import ChatTemplate
 from specstream_cli.terminal import Progress, answer, is_terminal, progress_bar, quieten_libraries, to_stderr
-from specstream_cli.train_config import read_config
+from specstream_cli.train_config import FEATURES, read_config, refuse_flags
 from specstream_cli.validation import is_repo_id, repo_id, usage_error, within
 
 Mode = Literal["lossless", "shared"]
 StreamPosition = Literal["anchor_plus_j", "anchor"]
 Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
+
+
+class TrainCommand(TyperCommand):
+    """The command with a word for those who type the flags of ``mlx_lm lora`` by habit."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse those that are none here, then parse."""
+        refuse_flags(args)
+        return super().parse_args(ctx, args)
 
 
 def train(
@@ -121,6 +132,9 @@ def train(
     answers: Annotated[
         str | None, typer.Option(help="File that keeps the answers; default: beside --adapter-path.")
     ] = None,
+    chat_template_config: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Further arguments of the chat template of the prompts.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Sampled answers beside each greedy one; default 1.")] = None,
     temp: Annotated[float | None, typer.Option(help="Temperature of the sampled answers; default 0.8.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer; default 256.")] = None,
@@ -131,8 +145,8 @@ def train(
         str | None, typer.Option(callback=repo_id, help="Hugging Face repository to upload the adapter to.")
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model run code from its repository.")
-    ] = False,
+        bool | None, typer.Option("--trust-remote-code", help="Let the model run code from its repository.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary on standard error.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
@@ -141,29 +155,44 @@ def train(
     options = locals().copy()
     types = _types_in_file()
     given = {name: options[name] for name in types if options[name] is not None}
+    notes: list[str] = []
     if config is not None:
-        given = read_config(config, types) | given
+        in_file, notes = read_config(config.expanduser(), types)
+        if "data" in given:  # comes before what a file says of data
+            in_file.pop("hf_dataset", None)
+        both = in_file | given
+        default = None if "resume_adapter_file" in both else "lossless"  # else the adapter's own
+        if "num_layers" in in_file and both.get("mode", default) == "lossless":
+            del in_file["num_layers"]
+            notes.append(f"{config}: num_layers has no effect in lossless mode, where LoRA acts in the stream layers")
+        given = in_file | given
     begin = time.perf_counter()
     chosen = str(given["model"]) if "model" in given else None
     remote = is_repo_id(chosen, "--model") if chosen is not None else False
-    source = given.get("data")
-    remote = remote or (source is not None and not Path(source).expanduser().exists()) or upload_repo is not None
+    remote = remote or upload_repo is not None
+    for place in [one["path"] for one in given.get("hf_dataset", ())] or [given.get("data", ".")]:
+        remote = remote or not Path(place).expanduser().exists()
     _check_sources(given)
     output = Path(given.get("adapter_path", "stream_adapter")).expanduser()
     _check_outputs(output, export_peft, resume=resume, overwrite=overwrite)
     quieten_libraries(offline=not remote, debug=debug)
     with answer() as out:
         from specstream_mlx.training.run import TrainRun
+        from specstream_mlx.upload import check_upload
 
+        if upload_repo is not None:
+            check_upload(upload_repo)
         run = TrainRun.prepare(
             chosen,
             output,
             {key: value for key, value in given.items() if key in TrainRun.SETTINGS},
             adapter=_adapter_directory(given.get("resume_adapter_file")),
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=given.get("trust_remote_code", False),
             check_peft=export_peft is not None,
         )
         say = (lambda line: None) if quiet else to_stderr
+        for note in notes:
+            say(f"note: {note}")
         with progress_bar(quiet=quiet) as progress:
             examples = _examples(run, given, output, progress, say)
             say(f"{run.summary()}; {len(examples.train):,} rows to train on, {len(examples.valid):,} to validate on")
@@ -182,7 +211,7 @@ def train(
         result = run.result(found) | {"seconds": round(time.perf_counter() - begin, 1)}
         if as_json:
             out.write_json(result)
-    for line in _summary(result, output, export_peft):
+    for line in _summary(result, output, export_peft, upload_repo):
         say(line)
 
 
@@ -198,14 +227,17 @@ def _types_in_file() -> dict[str, type]:
 
 def _check_sources(given: Mapping[str, Any]) -> None:
     distill = given.get("self_distill", False)
-    if not distill and "data" not in given:
+    ChatTemplate.of(None, given.get("chat_template_config"))
+    if distill and "hf_dataset" in given:
+        raise usage_error("hf_dataset: --self-distill takes prompts from a file; give --prompts, or drop one")
+    if not distill and "data" not in given and "hf_dataset" not in given:
         raise usage_error("nothing to train on: give --data, or --self-distill to train on the model's own answers")
     if distill and given.get("mode", "lossless") != "lossless":
         raise usage_error("--self-distill: goes with --mode lossless; shared mode trains new answers, give --data")
     if distill and "data" in given and "prompts" in given:
         raise usage_error("--prompts: --data gives the prompts already; drop one")
     if not distill:
-        for name in ("prompts", "answers", "samples", "temp", "max_tokens"):
+        for name in ("prompts", "answers", "chat_template_config", "samples", "temp", "max_tokens"):
             if name in given:
                 raise usage_error(
                     f"--{name.replace('_', '-')}: has no effect without --self-distill; add it or drop it"
@@ -246,17 +278,26 @@ def _examples(
         chosen = {key: given[key] for key in ("samples", "temp", "max_tokens") if key in given}
         file = Path(given.get("answers", output.with_name(output.name + ".answers.jsonl"))).expanduser()
         source = given.get("prompts", given.get("data"))
+        chat = ChatTemplate.of(None, given.get("chat_template_config"))
+        chat.is_used(run.tokenizer)
         begin = time.perf_counter()
-        found = run.own_answers(
-            None if source is None else Path(source).expanduser(),
-            file,
-            chosen,
-            None if progress is None else lambda done, total: progress("answers", done, total),
-        )
+        try:
+            found = run.own_answers(
+                None if source is None else Path(source).expanduser(),
+                file,
+                chosen,
+                None if progress is None else lambda done, total: progress("answers", done, total),
+                chat.arguments,
+            )
+        except KeyboardInterrupt:
+            if file.exists():
+                say(f"the answers so far are in {file}; the same command goes on")
+            raise
         tokens = sum(len(example.answer) for example in [*found.train, *found.valid])
         say(f"own answers: {tokens:,} tokens in {time.perf_counter() - begin:.0f} s, kept in {file}")
     else:
-        found = run.read(given["data"], given.get("mask_prompt"))
+        features = {name: given[name] for name in FEATURES if name in given}
+        found = run.read(given.get("hf_dataset") or given["data"], given.get("mask_prompt"), features)
     for note in found.notes:
         say(f"note: {note}")
     return found
@@ -295,13 +336,15 @@ def event_line(event: Mapping[str, Any], iters: int) -> str | None:
     return None if is_terminal() else f"{where}  saved {event['path']}"
 
 
-def _summary(result: Mapping[str, Any], output: Path, export_peft: Path | None) -> list[str]:
+def _summary(result: Mapping[str, Any], output: Path, export_peft: Path | None, upload_repo: str | None) -> list[str]:
     lines = [
         f"wrote {output}: {result['adapter_bytes']:,} bytes, {result['trained_parameters']:,} trained parameters, "
         f"{result['seconds']:.0f} s, peak {result['peak_memory_gb']:.2f} GB"
     ]
     if export_peft is not None:
         lines.append(f"wrote {export_peft} (PEFT form)")
+    if upload_repo is not None:
+        lines.append(f"uploaded {output} to {upload_repo}")
     if not result["plot"]:
         lines.append("no plot: matplotlib is not installed; the figures are in training_log.jsonl")
     lines.append(f'try: specstream-mlx generate --model {result["model"]} --adapter {output} --prompt "..."')

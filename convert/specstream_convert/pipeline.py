@@ -14,7 +14,6 @@ import mlx.core as mx
 
 from specstream_convert.files.pickles import Pickles
 from specstream_convert.files.safetensors_io import sha256_file
-from specstream_convert.messages import escaped
 from specstream_convert.options import ConvertOptions
 from specstream_convert.plan import Plan, lora_summary, make_plan
 from specstream_convert.report import REPORT_NAME, ConversionReport
@@ -24,6 +23,7 @@ from specstream_convert.writing.output import OutputDirectory, write_json
 from specstream_convert.writing.write import write_output
 from specstream_mlx.config import CONFIG_NAME, PREFIX
 from specstream_mlx.errors import UsageError
+from specstream_mlx.upload import check_upload, upload
 
 CACHE_BYTES = 1 << 26
 
@@ -43,6 +43,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
 
 def _convert(options: ConvertOptions, progress: Progress | None, pickles: Pickles) -> ConversionReport:
     options.check()
+    if options.upload_repo is not None:
+        check_upload(options.upload_repo)
     report = progress or (lambda stage, done, total: None)
     inputs = [path for path in (options.adapter_path, options.streams_path) if path is not None and path.exists()]
     OutputDirectory(options.mlx_path, overwrite=options.overwrite, inputs=inputs)
@@ -61,7 +63,7 @@ def _convert(options: ConvertOptions, progress: Progress | None, pickles: Pickle
             raise UsageError(f"{options.mlx_path}: cannot be written ({error.strerror or error})") from error
         output.commit()
     if options.upload_repo is not None:
-        _upload(output.target, options.upload_repo)
+        upload(output.target, options.upload_repo)
     return result
 
 
@@ -166,15 +168,3 @@ def _own_version() -> dict[str, str]:
         return {"specstream-mlx": metadata.version("specstream-mlx")}
     except metadata.PackageNotFoundError:  # run from a checkout that is not installed
         return {}
-
-
-def _upload(directory: Path, repo: str) -> None:
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repo_id=repo, exist_ok=True)
-        api.upload_folder(folder_path=str(directory), repo_id=repo, repo_type="model")
-    except Exception as error:  # the hub raises many kinds: offline, forbidden, bad name
-        reason = escaped(" ".join(str(error).split()))
-        raise UsageError(f"{directory} is complete, but uploading to {escaped(repo)} failed: {reason}") from error

@@ -4,18 +4,20 @@ import contextlib
 import io
 import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mlx_lm.tuner.datasets import CompletionsDataset, create_dataset, load_dataset
+from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset, create_dataset, load_dataset
 
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.training.batches import Example
 
-FORMATS = "{'text'}, {'prompt', 'completion'} or {'messages'}"
+Encode = Callable[[Any], tuple[list[int], int]]
+_REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _VALIDATION_SHARE = 20  # one row in so many is held out where the data has no validation split
 _MOST_HELD_OUT = 100
 
@@ -45,34 +47,54 @@ def plain_prompt(tokenizer: Any, text: str) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def read_dataset(data: str, tokenizer: Any, *, mask_prompt: bool | None, max_seq_length: int, seed: int) -> Dataset:
-    """Read ``data``: a directory with ``train.jsonl`` (and ``valid.jsonl``), a JSONL file, or a Hugging Face data set.
+def read_dataset(
+    data: str | Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    mask_prompt: bool | None,
+    max_seq_length: int,
+    seed: int,
+    features: Mapping[str, str] | None = None,
+) -> Dataset:
+    """Read ``data``: a directory with ``train.jsonl`` (and ``valid.jsonl``), a JSONL file, or Hugging Face data sets.
 
     Args:
-        data: where.
+        data: a place, or the data sets of mlx-lm's ``hf_dataset``, one after the other.
         tokenizer: mlx-lm's wrapper.
         mask_prompt: leave the prompt out of the loss; None: where the data has prompts.
         max_seq_length: longer rows are cut, as in mlx-lm; a row whose prompt alone is so long is dropped.
         seed: of the choice of validation rows, where the data has none.
+        features: other names of the columns, as in mlx-lm: ``{"prompt_feature": "question"}``.
 
     Raises:
-        InvalidInputError: a file is missing or a row is not in one of the formats.
+        InvalidInputError: data is missing or a row is not in one of the formats.
         UsageError: prompts are to be masked in data that has none.
     """
-    path = Path(data).expanduser()
+    names = dict(features or {})
     notes: list[str] = []
-    if path.is_dir() or path.is_file():
+    if not isinstance(data, str):
+        loaded = [
+            _read_hub({"hf_dataset": dict(one)}, f"hf_dataset: {one['path']}", one, tokenizer, mask_prompt)
+            for one in data
+        ]
+        parts = [[row for part in column for row in part] for column in zip(*loaded, strict=True)]
+    elif (path := Path(data).expanduser()).exists():
         files = [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
-        parts = [_read_file(file, tokenizer, mask_prompt) for file in files if file.exists() or file == files[0]]
+        parts = [_read_file(file, names, tokenizer, mask_prompt) for file in files if file.exists() or file == files[0]]
+    elif _REPO.fullmatch(data) and not path.parent.is_dir():  # a mistyped path is no download
+        parts = _read_hub({"data": data} | names, f"--data: {data}", names, tokenizer, mask_prompt)
     else:
-        parts = _read_hub(data, tokenizer, mask_prompt)
+        raise InvalidInputError(f"--data: {data}: neither a file or directory nor a data set such as org/name")
     cut = [_within(part, max_seq_length, notes) for part in parts]
     train, valid = cut[0], cut[1] if len(cut) > 1 else []
     if not valid:
         train, valid = hold_out(train, seed)
         notes.append(f"{len(valid)} of {len(train) + len(valid)} rows are held out for validation")
     if not train:
-        raise InvalidInputError(f"{data}: no row to train on is left; give longer answers or a larger --max-seq-length")
+        raise InvalidInputError(
+            f"{data if isinstance(data, str) else 'hf_dataset'}: no row to train on is left; give longer answers or a "
+            "larger --max-seq-length"
+        )
     return Dataset(train, valid, notes)
 
 
@@ -90,7 +112,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         InvalidInputError: the file cannot be read, is empty, or a line is no JSON object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold what else splitlines() splits at
     except FileNotFoundError as error:
         raise InvalidInputError(f"{path}: no such file; a data directory needs train.jsonl") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -104,41 +126,97 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise InvalidInputError(f"{path}:{number}: not JSON ({error})") from error
         if not isinstance(row, dict):
-            raise InvalidInputError(f"{path}:{number}: a {type(row).__name__}, expected an object like {FORMATS}")
+            raise InvalidInputError(f"{path}:{number}: a {type(row).__name__}, expected an object like {_formats({})}")
         rows.append(row)
     if not rows:
-        raise InvalidInputError(f"{path}: holds no rows; expected one JSON object a line like {FORMATS}")
+        raise InvalidInputError(f"{path}: holds no rows; expected one JSON object a line like {_formats({})}")
     return rows
 
 
-def _read_file(path: Path, tokenizer: Any, mask_prompt: bool | None) -> list[Example]:
+def _formats(features: Mapping[str, str]) -> str:
+    text, prompt, completion, chat = (
+        features.get(f"{kind}_feature", usual)
+        for kind, usual in {"text": "text", "prompt": "prompt", "completion": "completion", "chat": "messages"}.items()
+    )
+    return f"{{{text!r}}}, {{{prompt!r}, {completion!r}}} or {{{chat!r}}}"
+
+
+def _read_file(path: Path, features: Mapping[str, str], tokenizer: Any, mask_prompt: bool | None) -> list[Example]:
     rows = read_rows(path)
-    return _encode(_dataset(rows, tokenizer, mask_prompt, str(path)), rows, str(path))
+    try:
+        dataset = create_dataset(rows, tokenizer, SimpleNamespace(mask_prompt=False, **features))
+    except ValueError as error:
+        columns = ", ".join(map(repr, rows[0])) or "nothing"
+        raise InvalidInputError(f"{path}: rows have {columns}, expected {_formats(features)}") from error
+    return _encode(_encoder(dataset, tokenizer, mask_prompt, str(path)), rows, str(path))
 
 
-def _dataset(rows: list[dict[str, Any]], tokenizer: Any, mask_prompt: bool | None, where: str) -> Any:
-    """mlx-lm's dataset of these rows, whose format the first row tells."""
-    has_prompt = "messages" in rows[0] or ("prompt" in rows[0] and "completion" in rows[0])
-    masked = has_prompt if mask_prompt is None else mask_prompt
-    if masked and not has_prompt:
-        raise UsageError(f"--mask-prompt: {where} holds plain text, which has no prompt; drop one")
-    if "completion" in rows[0] and "prompt" in rows[0] and not tokenizer.has_chat_template:
-        return PlainCompletions(rows, tokenizer, "prompt", "completion", masked)
-    if "messages" in rows[0] and not tokenizer.has_chat_template:
+def _read_hub(
+    arguments: Mapping[str, Any], where: str, features: Mapping[str, str], tokenizer: Any, mask_prompt: bool | None
+) -> list[list[Example]]:
+    """The rows to train on and to validate on of a Hugging Face data set, through mlx-lm.
+
+    Args:
+        arguments: mlx-lm's, ``data`` or ``hf_dataset``.
+        where: the data set's name in messages.
+        features: may hold names of columns.
+        tokenizer: mlx-lm's wrapper.
+        mask_prompt: see ``read_dataset``.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm says what it loads
+            asked = SimpleNamespace(train=True, test=False, mask_prompt=False, **arguments)
+            parts = load_dataset(asked, tokenizer)[:2]
+    except ImportError as error:
+        raise InvalidInputError(
+            f"{where}: neither a file or directory nor a data set that can be loaded; data sets of the hub need the "
+            f"package datasets: pip install 'specstream-mlx[datasets]' ({error})"
+        ) from error
+    except Exception as error:  # offline, unknown, no split, other columns: each its own kind
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if reason.startswith("Unsupported data format"):
+            reason = f"its columns are none of {_formats(features)}; name them as prompt_feature, ... in a --config"
+        elif reason.startswith("Training set not found"):
+            reason = "it has no split 'train'; name one as train_split of hf_dataset in a --config"
+        elif isinstance(error, IndexError):
+            reason = "a split has no rows"
+        if len(reason) > 300:  # the library prints all it knows, and says at the end what is wrong
+            reason = f"{reason[:140]} ... {reason[-150:]}"
+        raise InvalidInputError(f"{where}: not a data set to train on: {reason}") from error
+    return [
+        _encode(_encoder(part, tokenizer, mask_prompt, where), [part[i] for i in range(len(part))], where)
+        if len(part)
+        else []
+        for part in parts
+    ]
+
+
+def _encoder(dataset: Any, tokenizer: Any, mask_prompt: bool | None, where: str) -> Encode:
+    """How mlx-lm encodes a row of this dataset: to ids, and how many of them are not learned.
+
+    Raises:
+        UsageError: plain text is to be masked.
+        InvalidInputError: chat rows meet a tokenizer without a chat template.
+    """
+    if isinstance(dataset, TextDataset):
+        if mask_prompt:
+            raise UsageError(f"--mask-prompt: {where} holds plain text, which has no prompt; drop one")
+        return dataset.process
+    dataset.mask_prompt = mask_prompt is not False
+    if tokenizer.has_chat_template:
+        return dataset.process
+    if isinstance(dataset, ChatDataset):
         raise InvalidInputError(
             f"{where}: chat rows need a chat template, and this tokenizer has none; give completions"
         )
-    try:
-        return create_dataset(rows, tokenizer, SimpleNamespace(mask_prompt=masked))
-    except ValueError as error:
-        raise InvalidInputError(f"{where}: rows have {', '.join(map(repr, rows[0]))}, expected {FORMATS}") from error
+    return PlainCompletions([], tokenizer, dataset.prompt_key, dataset.completion_key, dataset.mask_prompt).process
 
 
-def _encode(dataset: Any, rows: Sequence[dict[str, Any]], where: str) -> list[Example]:
+def _encode(encode: Encode, rows: Sequence[Any], where: str) -> list[Example]:
     examples, problems = [], []
     for number, row in enumerate(rows, 1):
         try:
-            tokens, offset = dataset.process(row)
+            tokens, offset = encode(row)
         except Exception as error:  # a chat template is a program and may raise anything
             problems.append(f"{where}: row {number}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
             if len(problems) == 5:
@@ -164,20 +242,3 @@ def _within(examples: list[Example], max_seq_length: int, notes: list[str]) -> l
     if cut:
         notes.append(f"{cut} rows are cut to {max_seq_length} tokens")
     return kept
-
-
-def _read_hub(data: str, tokenizer: Any, mask_prompt: bool | None) -> list[list[Example]]:
-    """A Hugging Face data set through mlx-lm, which tells its format the same way."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm says what it loads
-            parts = load_dataset(SimpleNamespace(data=data, train=True, test=False, mask_prompt=False), tokenizer)[:2]
-    except ImportError as error:
-        raise InvalidInputError(
-            f"--data: {data}: neither a file or directory nor a data set that can be loaded; data sets of the hub need "
-            "pip install datasets"
-        ) from error
-    except Exception as error:  # offline, unknown, no split, other columns: each its own kind
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InvalidInputError(f"--data: {data}: neither a file or directory nor a data set ({reason})") from error
-    rows = [[dict(part[i]) for i in range(len(part))] for part in parts if len(part)]
-    return [_encode(_dataset(part, tokenizer, mask_prompt, data), part, data) for part in rows]

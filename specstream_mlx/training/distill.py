@@ -54,51 +54,82 @@ class DistillSettings:
 def bundled_prompts() -> list[str]:
     """The prompts that ship with the package: everyday requests of many kinds, written for this project."""
     text = resources.files("specstream_mlx").joinpath("bundled/prompts.txt").read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if line]
+    return [line for _, line in _lines(text)]
 
 
-def read_prompts(path: Path, tokenizer: Any) -> list[Prompt]:
+def read_prompts(path: Path | None, tokenizer: Any, template: Mapping[str, Any] | None = None) -> list[Prompt]:
     """Prompts of a text file, one a line, or of a JSONL file with ``prompt`` or ``messages``; answers are ignored.
 
+    Repeated prompts go once. ``tools`` of a JSONL row go into the chat template, as in mlx-lm's data.
+
+    Args:
+        path: the file, or a directory with ``train.jsonl``; None for the bundled prompts.
+        tokenizer: mlx-lm's wrapper; its chat template is used where it has one.
+        template: further arguments of the chat template.
+
     Raises:
-        InvalidInputError: the file cannot be read or a row has no prompt.
+        InvalidInputError: the file cannot be read, or rows have no prompt that the tokenizer takes.
     """
+    if path is None:
+        return _encoded({line: {"prompt": line} for line in bundled_prompts()}, tokenizer, template)
     if path.is_dir():
         path = path / "train.jsonl"
-    if path.suffix != ".jsonl":
+    if path.suffix == ".jsonl":
+        rows = {f"{path}: row {number}": row for number, row in enumerate(read_rows(path), 1)}
+    else:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidInputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-        texts: list[Any] = [line for line in lines if line.strip()]
-    else:
-        texts = []
-        for number, row in enumerate(read_rows(path), 1):
-            asked = row.get("prompt", row.get("messages"))
-            if isinstance(asked, list) and asked and asked[-1].get("role") == "assistant":
-                asked = asked[:-1]
-            if not asked or not isinstance(asked, str | list):
-                raise InvalidInputError(f"{path}: row {number} has no 'prompt' and no 'messages'")
-            texts.append(asked)
-    if not texts:
+        rows = {f"{path}:{number}": {"prompt": line} for number, line in _lines(text)}
+    if not rows:
         raise InvalidInputError(f"{path}: holds no prompts")
-    return encode_prompts(texts, tokenizer)
+    return _encoded(rows, tokenizer, template)
 
 
-def encode_prompts(texts: Sequence[Any], tokenizer: Any) -> list[Prompt]:
-    """Prompts, text or messages, as ids; in the chat template where the tokenizer has one. Repeated ones go once."""
-    prompts = []
-    for text in texts:
-        if tokenizer.has_chat_template:
-            messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-            prompts.append(
-                tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-            )
-        elif isinstance(text, str):
-            prompts.append(tuple(plain_prompt(tokenizer, text)))
-        else:
-            raise InvalidInputError("prompts with messages need a chat template, and this tokenizer has none")
+def _lines(text: str) -> list[tuple[int, str]]:
+    """Numbered lines that are not empty; a line ends at a line feed alone, as in mlx-lm's files."""
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _encoded(rows: Mapping[str, Mapping[str, Any]], tokenizer: Any, template: Mapping[str, Any] | None) -> list[Prompt]:
+    """Prompts as ids, by their places; in the chat template where the tokenizer has one."""
+    prompts, problems = [], []
+    for place, row in rows.items():
+        try:
+            prompts.append(_prompt(row, tokenizer, template or {}))
+        except Exception as error:  # a chat template is a program and may raise anything
+            kind = "" if isinstance(error, InvalidInputError) else f"{type(error).__name__}: "
+            problems.append(f"{place}: {kind}{' '.join(str(error).split())[:200]}")
+            if len(problems) == 5:
+                break
+    if problems:
+        raise InvalidInputError("\n".join(problems))
     return list(dict.fromkeys(prompts))
+
+
+def _prompt(row: Mapping[str, Any], tokenizer: Any, template: Mapping[str, Any]) -> Prompt:
+    asked = row.get("prompt", row.get("messages"))
+    if isinstance(asked, list) and all(isinstance(message, dict) for message in asked):
+        messages = asked[:-1] if asked and asked[-1].get("role") == "assistant" else asked
+    elif isinstance(asked, str):
+        messages = [{"role": "user", "content": asked}] if asked else []
+    else:
+        messages = []
+    if not messages:
+        raise InvalidInputError("has no 'prompt' and no 'messages' to answer")
+    if tokenizer.has_chat_template:
+        tools = {"tools": row["tools"]} if row.get("tools") is not None else {}
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, **tools, **template
+        )
+    elif isinstance(asked, str):
+        ids = plain_prompt(tokenizer, asked)
+    else:
+        raise InvalidInputError("messages need a chat template, and this tokenizer has none")
+    if not ids:
+        raise InvalidInputError("the prompt has no token")
+    return tuple(ids)
 
 
 def own_answers(
@@ -210,18 +241,20 @@ def _recorded(file: Path, identity: str, settings: DistillSettings) -> dict[tupl
     """The answers in the file that were made by this model in this way."""
     found = {}
     for row in _rows(file):
-        if row.get("sample") is None or "prompt" not in row or "answer" not in row:
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(key), kind) for key, kind in (("sample", int), ("prompt", list), ("answer", list))
+        ):
             raise InvalidInputError(f"{file}: not a file of answers; give another --answers")
         if _key(identity, settings, row["sample"]).items() <= row.items():
             found[tuple(row["prompt"]), row["sample"]] = tuple(row["answer"])
     return found
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
+def _rows(file: Path) -> Iterator[Any]:
     if not file.exists():
         return
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()  # we wrote ASCII
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{file}: cannot be read ({reason}); give another --answers") from error

@@ -1,4 +1,4 @@
-"""What a training writes: the stream adapter that ``generate --adapter`` takes, and the PyTorch form that PEFT takes.
+"""What a training writes: the stream adapter that ``generate --adapter`` takes.
 
 Every file is written to a temporary directory beside its target, flushed to the disk, and renamed, so that a full
 disk or a lost process leaves what was there before.
@@ -23,20 +23,17 @@ from specstream_mlx.config import (
     BASE_FIELDS,
     CONFIG_NAME,
     LORA_PREFIX,
-    PREFIX,
     WEIGHTS_NAME,
     StreamConfig,
     read_json,
 )
-from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.files import check_safetensors
 from specstream_mlx.fingerprint import fingerprint
 from specstream_mlx.model import SpecStreamModel
 
 ADAPTERS = "adapters/adapters.safetensors"
 CARD = "README.md"
-_PEFT_FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
-"""Families whose modules have one name in mlx-lm and in transformers."""
 
 
 def describe_base(config: Mapping[str, Any], name: str, model: SpecStreamModel) -> dict[str, Any]:
@@ -134,72 +131,6 @@ def read_adapter(directory: Path) -> tuple[StreamConfig, dict[str, mx.array]]:
     return config, tensors
 
 
-def check_peft(model_type: str) -> None:
-    """Make sure that a fine-tune of this family can be written in PEFT's form.
-
-    Raises:
-        UnsupportedError: its modules have other names or orientations in transformers.
-    """
-    if model_type not in _PEFT_FAMILIES:
-        raise UnsupportedError(
-            f"--export-peft: modules of {model_type!r} have other names in transformers; supported: "
-            f"{', '.join(_PEFT_FAMILIES)}"
-        )
-
-
-def export_peft(
-    directory: Path, config: StreamConfig, tensors: Mapping[str, mx.array], num_layers: int, base_name: str
-) -> None:
-    """Write a PyTorch checkpoint of form A: what PEFT loads and ``convert`` reads, tensors bit for bit the same.
-
-    Args:
-        directory: to write.
-        config: of the streams.
-        tensors: as ``trained_tensors`` names them.
-        num_layers: blocks of the base.
-        base_name: where PEFT finds the base.
-
-    Raises:
-        UnsupportedError: see ``check_peft``.
-        UsageError: the directory cannot be written.
-    """
-    check_peft(str(config.base_model.get("model_type")))
-    assert config.lora is not None
-    renamed = {}
-    for name, value in tensors.items():
-        if name.startswith(PREFIX):
-            renamed["base_model.model." + name] = value
-        else:
-            module, _, leaf = name.removeprefix(LORA_PREFIX).rpartition(".")
-            renamed[f"base_model.model.{module}.lora_{leaf[-1].upper()}.weight"] = value.T
-    modules = sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in renamed if "lora_" in name})
-    layers = sorted({int(module.split(".")[2]) for module in modules})
-    adapter_config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": config.lora["rank"],
-        "lora_alpha": config.lora["scale"] * config.lora["rank"],
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
-        "layers_to_transform": None if len(layers) == num_layers else layers,
-        "layers_pattern": None if len(layers) == num_layers else "layers",
-        "modules_to_save": ["specstream"],
-        "use_rslora": False,
-        "use_dora": False,
-    }
-    with replaced_directory(directory) as temporary:
-        save_tensors(temporary / "adapter_model.safetensors", renamed, {"format": "pt"})
-        write_json(temporary / "adapter_config.json", adapter_config)
-        fields = config.to_dict()
-        fields.pop("lora", None)
-        write_json(temporary / CONFIG_NAME, fields)
-
-
 def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; unlike ``mx.save_safetensors`` this fails when the disk is full."""
     arrays = {name: np.ascontiguousarray(np.array(value)) for name, value in tensors.items()}
@@ -209,23 +140,6 @@ def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[
 def write_json(path: Path, value: Any) -> None:
     """Write JSON the same way every time."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def upload(directory: Path, repo: str) -> None:
-    """Upload a finished directory to a Hugging Face repository.
-
-    Raises:
-        UsageError: it failed; the directory stays.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repo_id=repo, exist_ok=True)
-        api.upload_folder(folder_path=str(directory), repo_id=repo, repo_type="model")
-    except Exception as error:  # the hub raises many kinds: offline, forbidden, bad name
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{directory} is complete, but uploading to {repo} failed: {reason}") from error
 
 
 def _flush(path: Path) -> None:

@@ -1,6 +1,6 @@
 """A training from a model's name to an adapter on disk: what the command line does, without its words."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +16,8 @@ from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training import distill, output, trainer
 from specstream_mlx.training.datasets import Dataset, read_dataset
 from specstream_mlx.training.evaluation import Validation
+from specstream_mlx.training.export_peft import check_peft as check_peft_form
+from specstream_mlx.training.export_peft import export_peft
 from specstream_mlx.training.log import PLOT
 from specstream_mlx.training.restart import RestartPoints
 from specstream_mlx.training.settings import TrainSettings
@@ -26,6 +28,7 @@ from specstream_mlx.training.trainable import (
     train_pruner_only,
     trained_tensors,
 )
+from specstream_mlx.upload import upload
 
 
 @dataclass
@@ -92,9 +95,9 @@ class TrainRun:
         path = resolve(model) if model is not None else default_model_path()
         base, tokenizer = load(path, trust_remote_code=trust_remote_code)
         if check_peft:
-            output.check_peft(base.model_type)
+            check_peft_form(base.model_type)
         run = cls(model or str(path), path, base, tokenizer, chosen, target, adapter)
-        check_fits(base, run.config(), chosen.num_layers)
+        check_fits(base, run.config(), chosen.num_layers, chosen.lora_keys)
         return run
 
     @property
@@ -102,7 +105,12 @@ class TrainRun:
         """The longest row: as asked for, within the positions of a model that has learned ones."""
         return self.model.tokens_within_context(self.settings.max_seq_length, 0)
 
-    def read(self, data: str, mask_prompt: bool | None = None) -> Dataset:
+    def read(
+        self,
+        data: str | Sequence[Mapping[str, Any]],
+        mask_prompt: bool | None = None,
+        features: Mapping[str, str] | None = None,
+    ) -> Dataset:
         """Examples of a data set; see ``read_dataset``."""
         return read_dataset(
             data,
@@ -110,6 +118,7 @@ class TrainRun:
             mask_prompt=mask_prompt,
             max_seq_length=self.max_seq_length,
             seed=self.settings.seed,
+            features=features,
         )
 
     def own_answers(
@@ -118,16 +127,16 @@ class TrainRun:
         file: Path,
         settings: Mapping[str, Any],
         progress: Callable[[int, int], None] | None = None,
+        template: Mapping[str, Any] | None = None,
     ) -> Dataset:
-        """Examples that the model answers itself; ``prompts`` None for the bundled list."""
-        if prompts is None:
-            asked = distill.encode_prompts(distill.bundled_prompts(), self.tokenizer)
-        else:
-            asked = distill.read_prompts(prompts, self.tokenizer)
+        """Examples that the model answers itself; ``prompts`` None for the bundled list.
+
+        ``template`` holds further arguments of the chat template.
+        """
         return distill.own_answers(
             self.model,
             self.tokenizer,
-            asked,
+            distill.read_prompts(prompts, self.tokenizer, template),
             distill.DistillSettings(**({"seed": self.settings.seed} | dict(settings))),
             file,
             identity=distill.base_identity(self.path, self.config().base_model),
@@ -164,6 +173,7 @@ class TrainRun:
             rank=self.settings.rank,
             scale=self.settings.scale,
             num_layers=self.settings.num_layers,
+            keys=self.settings.lora_keys,
             seed=self.settings.seed,
         )
         if self.adapter is not None:
@@ -186,11 +196,11 @@ class TrainRun:
         """Write the trained tensors in PEFT's form."""
         assert self.model.stream_config is not None
         tensors = trained_tensors(self.model)
-        output.export_peft(directory, self.model.stream_config, tensors, len(self.model.layers), self.name)
+        export_peft(directory, self.model.stream_config, tensors, len(self.model.layers), self.name)
 
     def upload(self, repo: str) -> None:
         """Upload the adapter to a Hugging Face repository."""
-        output.upload(self.target, repo)
+        upload(self.target, repo)
 
     def result(self, found: Validation | None) -> dict[str, Any]:
         """What came out, as a JSON object."""
@@ -233,5 +243,6 @@ def _settings_of(adapter: Path) -> dict[str, Any]:
         "stream_position": config.stream_position,
         "prune_rank": config.prune.rank if config.prune is not None else None,
         "num_layers": config.training.get("num_layers", -1),
+        "lora_keys": config.training.get("lora_keys"),
     }
     return found | {key: lora[key] for key in ("rank", "scale") if key in lora}

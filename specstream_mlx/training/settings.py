@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from specstream_mlx.config import MAX_GAMMA, Mode, Prune, StreamConfig, StreamId, StreamInit, StreamPosition
 from specstream_mlx.errors import UsageError
@@ -23,7 +23,7 @@ _COUNTS = (
     "steps_per_eval",
     "save_every",
 )
-OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
+_CHOICES = {"mode": get_args(Mode), "stream_position": get_args(StreamPosition), "optimizer": get_args(Optimizer)}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class TrainSettings:
         prune_rank: rank of the early-exit pruner; None for none.
         pruner_only: train the pruner and nothing else, on streams that are trained already.
         rank, scale: of LoRA.
+        lora_keys: modules of a block that get LoRA, as in mlx-lm's ``lora_parameters``; None for every linear layer.
         num_layers: shared mode: LoRA in so many blocks from the top, -1 for all.
+        optimizer_config: further arguments by optimizer, as in mlx-lm: ``{"adamw": {"weight_decay": 0.01}}``.
         learning_rate: peak of LoRA's; it rises over ``warmup`` updates and falls linearly to zero.
         stream_lr_scale: the learning rate of all stream tensors, times LoRA's; None: the stream embeddings' is
             ``trainer.STREAM_STEP`` of the size of the hidden states that they are added to, the others' is LoRA's.
@@ -59,6 +61,7 @@ class TrainSettings:
     rank: int = 32
     scale: float = 2.0
     num_layers: int = -1
+    lora_keys: list[str] | None = None
     iters: int = 1000
     batch_size: int = 4
     grad_accumulation_steps: int = 1
@@ -103,8 +106,22 @@ class TrainSettings:
             problems.append(f"--val-batches: got {self.val_batches}, expected -1 (all), 0 (none) or more")
         if not 0 <= self.warmup < max(1, self.num_updates):
             problems.append(f"--warmup: got {self.warmup}, expected less than the {self.num_updates} updates")
-        if self.optimizer not in OPTIMIZERS:
-            problems.append(f"--optimizer: got {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                problems.append(f"{_flag(name)}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        optimizers = _CHOICES["optimizer"]
+        for name, value in self.optimizer_config.items():
+            if name not in optimizers or not isinstance(value, dict | None):
+                problems.append(
+                    f"optimizer_config: got {name}: {value!r}, expected the arguments of an optimizer under its name, "
+                    f"one of {', '.join(optimizers)}"
+                )
+        if self.lora_keys is not None and (
+            not self.lora_keys or not all(isinstance(key, str) for key in self.lora_keys)
+        ):
+            problems.append(f"lora_parameters.keys: got {self.lora_keys!r}, expected names such as self_attn.q_proj")
+        if not 0 <= self.seed <= 2**31:
+            problems.append(f"--seed: got {self.seed}, expected 0..{2**31}")
         if self.mode == "lossless" and self.num_layers != -1:
             problems.append("--num-layers: has no meaning in lossless mode, where LoRA acts in the stream layers")
         if self.pruner_only and self.prune_rank is None:

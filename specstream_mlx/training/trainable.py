@@ -1,6 +1,7 @@
 """Which parameters of a model train: its streams, and LoRA on stream rows (lossless) or on all rows (shared)."""
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +21,14 @@ _STREAM_STD = 0.02  # of a fresh stream embedding
 
 
 def attach(
-    model: SpecStreamModel, config: StreamConfig, *, rank: int, scale: float, num_layers: int = -1, seed: int = 0
+    model: SpecStreamModel,
+    config: StreamConfig,
+    *,
+    rank: int,
+    scale: float,
+    num_layers: int = -1,
+    keys: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> None:
     """Give a loaded model fresh streams and LoRA, in place, float32, and freeze the rest.
 
@@ -30,54 +38,54 @@ def attach(
     Args:
         model: as ``load`` returns it.
         config: of the streams.
-        rank: of LoRA, on every linear layer of its blocks.
+        rank: of LoRA.
         scale: of LoRA.
         num_layers: shared mode: LoRA in so many blocks from the top; -1 for all. Lossless mode: the stream layers.
+        keys: linear layers of a block that get LoRA, by their paths within it; None for all.
         seed: of the fresh tensors.
 
     Raises:
         UnsupportedError: the model carries a live LoRA, which an adapter beside it would drop.
-        UsageError: a number does not fit the model.
+        UsageError: a number or a key does not fit the model.
     """
-    check_fits(model, config, num_layers)
+    check_fits(model, config, num_layers, keys)
     model.use_adapter(None)
     if TRAINED in model.adapters:
         model.unload_adapter(TRAINED)
-    total = len(model.layers)
-    keys = iter(mx.random.split(mx.random.key(seed), 4096))
+    random = iter(mx.random.split(mx.random.key(seed), 4096))
     hidden_size = model.family.size(vars(model.args), "hidden_size")
     streams = Streams(config, hidden_size)
     fresh = []
     for name, shape in config.tensor_shapes(hidden_size).items():
         if name == "stream_embeddings":
-            value = _STREAM_STD * mx.random.normal(shape, key=next(keys))
+            value = _STREAM_STD * mx.random.normal(shape, key=next(random))
         elif ".up." in name and _residual(config, name):
             value = mx.zeros(shape)
         else:
-            value = mx.random.uniform(-1, 1, shape, key=next(keys)) / math.sqrt(shape[1])
+            value = mx.random.uniform(-1, 1, shape, key=next(random)) / math.sqrt(shape[1])
         fresh.append((name, value))
     streams.update(tree_unflatten(fresh))
     model.freeze()
-    count = config.num_stream_layers if config.mode == "lossless" else total if num_layers == -1 else num_layers
     layers = []
-    for index in range(total - count, total):
-        for path, linear in model.layers[index].named_modules():
-            if not isinstance(linear, nn.Linear | nn.QuantizedLinear):
-                continue
-            if config.mode == "lossless":
-                lora_a, lora_b = mx.zeros((_columns(linear), rank)), mx.zeros((rank, linear.weight.shape[0]))
-                lora: Any = StreamLoRALinear(linear, lora_a, lora_b, scale, model.context)
-            else:
-                lora = LoRALinear.from_base(linear, r=rank, dropout=0.0, scale=scale)
-            bound = 1 / math.sqrt(_columns(linear))
-            lora.lora_a = mx.random.uniform(-bound, bound, (_columns(linear), rank), key=next(keys))
-            layers.append(AdaptedLayer(f"{model.family.LAYERS}.{index}.{path}", linear, lora))
+    for index, path, linear in _linear_layers(model, config, num_layers):
+        if keys is not None and path not in keys:
+            continue
+        if config.mode == "lossless":
+            lora_a, lora_b = mx.zeros((_columns(linear), rank)), mx.zeros((rank, linear.weight.shape[0]))
+            lora: Any = StreamLoRALinear(linear, lora_a, lora_b, scale, model.context)
+        else:
+            lora = LoRALinear.from_base(linear, r=rank, dropout=0.0, scale=scale)
+        bound = 1 / math.sqrt(_columns(linear))
+        lora.lora_a = mx.random.uniform(-bound, bound, (_columns(linear), rank), key=next(random))
+        layers.append(AdaptedLayer(f"{model.family.LAYERS}.{index}.{path}", linear, lora))
     model.add_adapter(TRAINED, Adapter(config, streams, tuple(layers)))
     model.use_adapter(TRAINED)
     train_streams_and_lora(model)
 
 
-def check_fits(model: SpecStreamModel, config: StreamConfig, num_layers: int = -1) -> None:
+def check_fits(
+    model: SpecStreamModel, config: StreamConfig, num_layers: int = -1, keys: Sequence[str] | None = None
+) -> None:
     """Make sure that ``attach`` can do what it is asked for.
 
     Raises:
@@ -96,6 +104,10 @@ def check_fits(model: SpecStreamModel, config: StreamConfig, num_layers: int = -
         raise UsageError(
             "--prune-rank: a pruner reads below the stream layers, and --num-stream-layers covers them all"
         )
+    known = dict.fromkeys(path for _, path, _ in _linear_layers(model, config, num_layers))
+    for key in keys or ():
+        if key not in known:
+            raise UsageError(f"lora_parameters.keys: {key!r} is no linear layer of the blocks: {', '.join(known)}")
 
 
 def train_pruner_only(model: SpecStreamModel) -> None:
@@ -156,6 +168,18 @@ def set_trained_tensors(model: SpecStreamModel, tensors: dict[str, mx.array]) ->
             [(name.removeprefix(LORA_PREFIX), v) for name, v in floats.items() if name.startswith(LORA_PREFIX)]
         )
     )
+
+
+def _linear_layers(
+    model: SpecStreamModel, config: StreamConfig, num_layers: int
+) -> Iterator[tuple[int, str, nn.Module]]:
+    """Block index, path within the block, and module of every linear layer that may get LoRA."""
+    total = len(model.layers)
+    count = config.num_stream_layers if config.mode == "lossless" else total if num_layers == -1 else num_layers
+    for index in range(total - count, total):
+        for path, module in model.layers[index].named_modules():
+            if isinstance(module, nn.Linear | nn.QuantizedLinear):
+                yield index, path, module
 
 
 def _residual(config: StreamConfig, name: str) -> bool:

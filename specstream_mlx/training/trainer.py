@@ -212,7 +212,9 @@ def make_optimizer(settings: TrainSettings, rms: float = 1.0) -> optim.Optimizer
     scale = stream_lr_scale(settings, rms)
     own_rate = "streams.stream_embeddings" if settings.stream_lr_scale is None else "streams."
     kind = _OPTIMIZERS[settings.optimizer]
-    options = _OPTIMIZER_DEFAULTS.get(settings.optimizer, {}) | settings.optimizer_config
+    options = _OPTIMIZER_DEFAULTS.get(settings.optimizer, {}) | (
+        settings.optimizer_config.get(settings.optimizer) or {}
+    )
     try:
         streams = kind(learning_rate=lambda step: scale * schedule(step), **options)
         others = kind(learning_rate=schedule, **options)

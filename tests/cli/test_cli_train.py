@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,15 +89,79 @@ def test_a_configuration_file_gives_what_the_command_line_does_not(train, data, 
     file.write_text(
         f"model: {base}\ntrain: true\nfine_tune_type: lora\ndata: {data}\niters: 4\nlearning_rate: 1e-3\nmode: shared\n"
         "lora_parameters: {rank: 3, scale: 4.0, dropout: 0.0}\n"
-        "lr_schedule: {name: cosine_decay, arguments: [1e-3, 4]}\noptimizer_config: {weight_decay: 0.1}\n"
+        "lr_schedule: {name: cosine_decay, arguments: [1e-3, 4]}\noptimizer_config: {adamw: {weight_decay: 0.1}}\n"
     )
     result = run("train", "-c", str(file), "--iters", "3", "--gamma", "3", "--adapter-path", str(tmp_path / "out"))
     assert result.code == 0, result.stderr
     config, tensors = read_adapter(tmp_path / "out")
     assert (config.mode, config.gamma, config.training["iters"]) == ("shared", 3, 3)
     assert config.lora == {"rank": 3, "scale": 4.0, "placement": "live", "num_modules": 28}
-    assert config.training["optimizer_config"] == {"weight_decay": 0.1}
+    assert config.training["optimizer_config"] == {"adamw": {"weight_decay": 0.1}}
     assert tensors["lora.model.layers.0.self_attn.q_proj.lora_a"].shape == (32, 3)
+
+
+EXAMPLE = """\
+train: true
+fine_tune_type: lora
+optimizer: adamw
+optimizer_config:
+  adamw: {betas: [0.9, 0.98], eps: 1e-6, weight_decay: 0.05, bias_correction: true}
+  sgd: {nonsense: 1}
+seed: 0
+num_layers: 3
+batch_size: 4
+iters: 2
+val_batches: 25
+learning_rate: 1e-5
+resume_adapter_file: null
+test: false
+test_batches: 100
+max_seq_length: 2048
+grad_checkpoint: false
+prompt_feature: question
+completion_feature: answer
+lora_parameters:
+  keys: ["self_attn.q_proj", "self_attn.v_proj"]
+  rank: 8
+  scale: 20.0
+  dropout: 0.0
+lr_schedule: {name: cosine_decay, warmup: 1, warmup_init: 1e-7, arguments: [1e-5, 1000, 1e-7]}
+"""
+
+
+@pytest.mark.parametrize("mode", ["shared", "lossless"])
+def test_the_example_file_of_mlx_lm_works(mode, base, data, run, tmp_path):
+    rows = Path(data).read_text().replace('"prompt"', '"question"').replace('"completion"', '"answer"')
+    Path(data).write_text(rows)
+    file = tmp_path / "lora_config.yaml"
+    file.write_text(EXAMPLE + f"model: {base}\ndata: {data}\nadapter_path: {tmp_path / 'out'}\n")
+    result = run("train", "-c", str(file), "--mode", mode, "--gamma", "2", "--export-peft", str(tmp_path / "peft"))
+    assert result.code == 0, result.stderr
+    assert "test_batches has no effect here: nothing is tested after a training" in result.stderr
+    assert ("num_layers has no effect in lossless mode" in result.stderr) == (mode == "lossless")
+    names = {name for name in read_adapter(tmp_path / "out")[1] if name.startswith("lora.")}
+    layers = (1, 2, 3) if mode == "shared" else (2, 3)
+    assert names == {
+        f"lora.model.layers.{layer}.self_attn.{part}_proj.lora_{side}"
+        for layer in layers
+        for part in "qv"
+        for side in "ab"
+    }
+    more = ["--model", base, "--data", data, "-c", str(file), "--adapter-path", str(tmp_path / "more")]
+    further = run("train", *more, "--resume-adapter-file", str(tmp_path / "out"), "--mode", mode, "--gamma", "2")
+    assert further.code == 0, further.stderr
+    words = ["--adapter-path", str(tmp_path / "peft"), "--adapter-only", "--mlx-path", str(tmp_path / "back")]
+    again = run("convert", *words)
+    assert again.code == 0, again.stderr
+    assert same(read_adapter(tmp_path / "back")[1], read_adapter(tmp_path / "out")[1])
+
+
+def test_a_lora_key_that_names_nothing_is_one_line(train, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("lora_parameters: {keys: [q_proj]}")
+    result = train("--config", file)
+    assert (result.code, result.stderr.count("\n")) == (2, 1)
+    assert "lora_parameters.keys: 'q_proj' is no linear layer of the blocks: mlp.up_proj, " in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -107,7 +172,7 @@ def test_a_configuration_file_gives_what_the_command_line_does_not(train, data, 
         ("self_distill: 1", "self_distill: got 1, expected bool"),
         ("lora_parameters: {alpha: 3}", "lora_parameters.alpha: unknown"),
         ("lora_parameters: {dropout: 0.1}", "lora_parameters.dropout: not supported"),
-        ("fine_tune_type: dora", "fine_tune_type: only lora is supported"),
+        ("fine_tune_type: dora", "fine_tune_type: got 'dora', only lora is supported"),
         ("- a\n- b", "expected 'key: value' lines"),
         ("a: [", "not valid YAML"),
     ],
@@ -140,6 +205,10 @@ def test_a_bad_configuration_file_is_one_line(text, reason, train, tmp_path):
         (["--data", "/nowhere/at/all"], 3, "--data: /nowhere/at/all: neither a file or directory nor a data set"),
         (["--model", "/nowhere/at/all"], 3, "--model: /nowhere/at/all: no such directory"),
         (["--upload-repo", "x y"], 2, "--upload-repo"),
+        (["--train"], 2, "--train: an option of mlx_lm lora alone: this command only trains; drop it"),
+        (["--fine-tune-type=full"], 2, "--fine-tune-type=full: an option of mlx_lm lora alone: streams are trained"),
+        (["--report-to", "wandb"], 2, "--report-to: an option of mlx_lm lora alone: every figure is in the adapter's"),
+        (["--test-batches", "3"], 2, "--test-batches: an option of mlx_lm lora alone: nothing is tested"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(words, code, reason, train, tmp_path):
@@ -173,7 +242,7 @@ def test_an_adapter_can_be_trained_further_and_gives_its_settings(run, train, ba
     config, tensors = read_adapter(tmp_path / "more")
     assert (config.mode, config.gamma, config.lora["rank"], config.lora["scale"]) == ("shared", 2, 2, 3.0)
     before = read_adapter(tmp_path / "out")[1]
-    moved = [abs(tensors[name] - before[name]).max().item() for name in before]
+    moved = [abs(tensors[name] - before[name]).max().item() for name in before if name.startswith("lora.")]
     assert 0 < max(moved) < 0.01
     other = run("train", *more, *start, "--scale", "2", "--overwrite")
     assert (other.code, "--scale 2.0 differs from its 3.0" in other.stderr) == (2, True)
@@ -204,13 +273,69 @@ def test_ctrl_c_saves_and_resume_goes_on(train, base, data, tmp_path):
     assert (changed.code, "iters 2000 -> 1999" in changed.stderr) == (2, True)
 
 
+def test_ctrl_c_while_answering_keeps_the_answers_and_the_same_command_goes_on(base, run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"w{10 + i % 40} w{60 + i // 40}\n" for i in range(80)))
+    words = [
+        "--model",
+        base,
+        "--self-distill",
+        "--prompts",
+        str(prompts),
+        "--max-tokens",
+        "24",
+        "--samples",
+        "0",
+        *QUICK,
+    ]
+    command = [sys.executable, "-m", "specstream_cli.app", "train", *words, "--adapter-path", str(tmp_path / "out")]
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(str(root / name) for name in (".", "convert", "cli"))
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": paths}}
+    process = subprocess.Popen(command, text=True, **options)
+    answers = tmp_path / "out.answers.jsonl"
+    while not answers.exists() or not answers.stat().st_size:
+        with pytest.raises(subprocess.TimeoutExpired):  # not before there is an answer
+            process.wait(timeout=0.02)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr == f"the answers so far are in {answers}; the same command goes on\ninterrupted\n"
+    before = answers.read_bytes()
+    assert 0 < len(before.splitlines()) < 80
+    again = run(*command[3:])
+    assert again.code == 0, again.stderr
+    assert answers.read_bytes().startswith(before)
+    assert len(answers.read_text().splitlines()) == 80
+
+
+def test_the_chat_template_of_prompts_takes_flags(base, run, tmp_path):
+    model = tmp_path / "chatty"
+    shutil.copytree(base, model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }} {% endfor %}{{ 'w64' if enable_thinking else 'w65' }}"
+    )
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("w10\nw11\n")
+    words = ["train", "--model", str(model), *QUICK, "--adapter-path", str(tmp_path / "out"), "--max-tokens", "4"]
+    words += ["--self-distill", "--prompts", str(prompts), "--samples", "0"]
+    result = run(*words, "--chat-template-config", '{"enable_thinking": true}')
+    assert result.code == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.answers.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [[10, 64], [11, 64]]
+    broken = run(*words, "--overwrite", "--chat-template-config", "{")
+    assert (broken.code, "--chat-template-config: not valid JSON" in broken.stderr) == (2, True)
+    none = run(*[base if word == str(model) else word for word in words], "--overwrite", "--chat-template-config", "{}")
+    assert (none.code, "--chat-template-config: this tokenizer has no chat template" in none.stderr) == (2, True)
+
+
 def test_options_of_the_file_are_options_of_the_command_line():
     types = _types_in_file()
     assert types["gamma"] is int
     assert types["mode"] is str
     assert types["self_distill"] is bool
     assert not {"config", "overwrite", "resume", "debug", "as_json", "quiet", "upload_repo"} & types.keys()
-    only_in_file = {"optimizer_config", "lr_schedule"}
+    only_in_file = {"optimizer_config", "lr_schedule", "lora_keys"}
     from dataclasses import fields
 
     assert {field.name for field in fields(TrainSettings)} - types.keys() == only_in_file

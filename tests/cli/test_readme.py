@@ -42,8 +42,8 @@ COMMANDS = {
     "--iters --batch-size --grad-accumulation-steps --optimizer --learning-rate --stream-lr-scale --warmup "
     "--max-grad-norm --stream-weight --prune-weight --latent-weight --mask-prompt --no-mask-prompt --max-seq-length "
     "--max-anchors --rows-per-chunk --grad-checkpoint --val-batches --steps-per-report --steps-per-eval --save-every "
-    "--seed --resume --resume-adapter-file --prompts --answers --samples --temp --max-tokens --export-peft "
-    "--upload-repo --trust-remote-code --json --quiet --debug",
+    "--seed --resume --resume-adapter-file --prompts --answers --chat-template-config --samples --temp --max-tokens "
+    "--export-peft --upload-repo --trust-remote-code --json --quiet --debug",
 }
 
 

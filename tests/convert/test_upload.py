@@ -40,6 +40,8 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     fake = Hub()
+    monkeypatch.setenv("HF_TOKEN", "hf_nobody")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "HfApi", fake)
     return fake
 
@@ -77,7 +79,7 @@ def test_a_failed_upload_keeps_the_output(case: Case, hub: Hub, method: str, fai
         convert(case.options(upload_repo=REPO))
     message = str(caught.value)
     assert message.isprintable()
-    for words in (str(case.out), "is complete", REPO, str(failure).split("\n")[0][:60]):
+    for words in (str(case.out), "is complete", REPO, str(failure).split("\n")[0][:60], f"hf upload {REPO} {case.out}"):
         assert words in message
     kept = {path.name: path.read_bytes() for path in case.out.iterdir()}
     assert {path.name for path in case.root.iterdir()} == {"adapter", "base", "out"}
@@ -105,3 +107,16 @@ def test_a_dry_run_uploads_nothing(case: Case, hub: Hub) -> None:
     with pytest.raises(UsageError, match="--upload-repo"):
         convert(case.options(upload_repo=REPO, dry_run=True))
     assert hub.calls == []
+
+
+def test_what_can_be_known_before_the_work_is(case: Case, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red when: a conversion runs whose upload cannot begin."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match="HF_HUB_OFFLINE is set"):
+        convert(case.options(upload_repo=REPO))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(UsageError, match="no access token; log in with `hf auth login` or set HF_TOKEN"):
+        convert(case.options(upload_repo=REPO))
+    assert hub.calls == []
+    assert not case.out.exists()

@@ -1,6 +1,7 @@
 """The model's own answers: they are its own, they are kept, and they are made once."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,10 @@ def test_bad_files_are_one_line(loaded: tuple[Path, Any, Any], tmp_path: Path) -
     file.write_text('broken\n{"model": "x"}\n')
     with pytest.raises(InvalidInputError, match=r"answers.jsonl:1: not JSON"):
         answered(loaded, file)
-    file.write_text('{"text": "x"}\n')
-    with pytest.raises(InvalidInputError, match="not a file of answers"):
-        answered(loaded, file)
+    for text in ('{"text": "x"}', "[1, 2]", "7", '{"sample": 0, "prompt": "w10", "answer": [1]}'):
+        file.write_text(text + "\n{}\n")
+        with pytest.raises(InvalidInputError, match="not a file of answers"):
+            answered(loaded, file)
     with pytest.raises(UsageError, match="cannot be read"):
         answered(loaded, tmp_path)
     with pytest.raises(InvalidInputError, match="leaves room"):
@@ -152,7 +154,7 @@ def test_prompts_come_from_text_and_jsonl(loaded: tuple[Path, Any, Any], tmp_pat
     assert read_prompts(jsonl, tokenizer) == expected
     assert read_prompts(tmp_path, tokenizer) == expected
     jsonl.write_text('{"messages": [{"role": "user", "content": "w10"}, {"role": "assistant", "content": "w20"}]}\n')
-    with pytest.raises(InvalidInputError, match="need a chat template"):
+    with pytest.raises(InvalidInputError, match=r"train\.jsonl: row 1: messages need a chat template"):
         read_prompts(jsonl, tokenizer)
     tokenizer._tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}w30"
     template, tokenizer.has_chat_template = tokenizer.has_chat_template, True
@@ -162,11 +164,98 @@ def test_prompts_come_from_text_and_jsonl(loaded: tuple[Path, Any, Any], tmp_pat
     finally:
         tokenizer.has_chat_template = template
     jsonl.write_text(json.dumps({"answer": words((10,))}) + "\n")
-    with pytest.raises(InvalidInputError, match="row 1 has no 'prompt'"):
+    with pytest.raises(InvalidInputError, match="row 1: has no 'prompt'"):
         read_prompts(jsonl, tokenizer)
     text.write_text("\n")
     with pytest.raises(InvalidInputError, match="holds no prompts"):
         read_prompts(text, tokenizer)
+
+
+THINKING = (
+    "{% for t in tools or [] %}w60 {{ t.name }} {% endfor %}"
+    "{% for m in messages %}{{ raise_exception('no robots') if m.role == 'robot' }}"
+    "{{ {'system': 'w61', 'user': 'w62', 'assistant': 'w63'}[m.role] }} {{ m.content }} "
+    "{% endfor %}{% if add_generation_prompt %}w63{% if enable_thinking %} w64"
+    "{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture
+def chatty(tmp_path: Path) -> Any:
+    base = save_base(tmp_path / "base")
+    (base / "chat_template.jinja").write_text(THINKING)
+    return load(base)[1]
+
+
+def test_the_chat_template_is_asked_as_generation_asks_it(chatty: Any, tmp_path: Path) -> None:
+    """Red when: flags, tools, system messages or earlier turns do not reach the template, or the answer does."""
+    file = tmp_path / "prompts.jsonl"
+    turns = [{"role": role, "content": f"w{30 + i}"} for i, role in enumerate(["system", "user", "assistant", "user"])]
+    tools = [{"name": "w70"}, {"name": "w71"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "w10\u2028w11"},
+        {"prompt": "w10  w11", "tools": tools},
+        {"messages": turns},
+        {"messages": [*turns, {"role": "assistant", "content": "w99"}]},
+        {"messages": turns, "tools": None},
+    ]
+    file.write_text("\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    conversation = (61, 30, 62, 31, 63, 32, 62, 33, 63)
+    expected = [(62, 10, 11, 63), (60, 70, 60, 71, 62, 10, 11, 63), conversation]
+    assert read_prompts(file, chatty) == expected  # mlx-lm: no thinking where the vocabulary has no word for it
+    assert read_prompts(file, chatty, {"enable_thinking": True}) == [(*prompt, 64) for prompt in expected]
+    text = tmp_path / "prompts.txt"
+    text.write_bytes("\ufeffw10\u2028w11\r\n \t\r\nw12\x0bw13\nw10 w11\n".encode())
+    assert read_prompts(text, chatty) == [(62, 10, 11, 63), (62, 12, 13, 63)]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"prompt": "w10"}\n{"prompt": ""}', "row 2: has no 'prompt' and no 'messages' to answer"),
+        ('{"messages": ["w10"]}', "row 1: has no 'prompt'"),
+        ('{"messages": []}', "row 1: has no 'prompt'"),
+        ('{"messages": [{"role": "assistant", "content": "w10"}]}', "row 1: has no 'prompt'"),
+        ('{"prompt": ["w10"]}', "row 1: has no 'prompt'"),
+        ('{"messages": [{"role": "robot", "content": "w10"}]}', "row 1: TemplateError: no robots"),
+        ('{"prompt": "\\ud800"}', "row 1: "),
+    ],
+)
+def test_a_prompt_that_cannot_be_asked_is_one_line(text: str, reason: str, chatty: Any, tmp_path: Path) -> None:
+    """Red when: a row that is no prompt, or that the template refuses, gives a traceback."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(text + "\n")
+    with pytest.raises(InvalidInputError) as caught:
+        read_prompts(file, chatty)
+    assert str(caught.value).startswith(f"{file}: {reason}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_without_a_token_is_named(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """Red when: nothing is asked of the model, which mlx-lm refuses with a traceback."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "w10"}\n{"prompt": "  "}\n')
+    with pytest.raises(InvalidInputError, match="row 2: the prompt has no token"):
+        read_prompts(file, loaded[2])
+
+
+def test_a_full_disk_keeps_the_answers_before(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """Red when: half an answer stays in the way, or those before it are made again."""
+    whole = answered(loaded, tmp_path / "whole.jsonl")
+    expected = (tmp_path / "whole.jsonl").read_bytes()
+    file = tmp_path / "answers.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(expected) // 2, before[1]))
+    try:
+        with pytest.raises(UsageError, match=r"answers.jsonl: cannot be written \(.*\); the answers before are in it"):
+            answered(loaded, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    kept = file.read_bytes()
+    assert expected.startswith(kept)
+    assert len(kept) == len(expected) // 2
+    assert answered(loaded, file) == whole
+    assert file.read_bytes() == expected
 
 
 def test_the_bundled_prompts_are_many_and_different() -> None:

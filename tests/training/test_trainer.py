@@ -18,6 +18,7 @@ from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.forward import forward_main
 from specstream_mlx.training.log import LOG, plot, read_log
 from specstream_mlx.training.output import read_adapter, replaced_directory
+from specstream_mlx.training.settings import TrainSettings
 from specstream_mlx.training.trainable import attach, trained_tensors
 from tests.training.training_cases import prepared, rows, same, save_base
 
@@ -206,7 +207,12 @@ def test_the_pruner_can_be_trained_afterwards_alone(base: Path, tmp_path: Path) 
     for mode in ("lossless", "shared"):
         first = whole(base, tmp_path / f"streams-{mode}", mode=mode)
         start = tmp_path / f"streams-{mode}"
-        changes = {"mode": mode, "prune_rank": 2, "pruner_only": True, "optimizer_config": {"weight_decay": 0.1}}
+        changes = {
+            "mode": mode,
+            "prune_rank": 2,
+            "pruner_only": True,
+            "optimizer_config": {"adamw": {"weight_decay": 0.1}},
+        }
         run = prepared(base, tmp_path / f"pruned-{mode}", start, **changes)
         run.train(DATA)
         config, tensors = read_adapter(tmp_path / f"pruned-{mode}")
@@ -253,3 +259,15 @@ def test_the_log_is_json_and_the_plot_needs_matplotlib(base: Path, tmp_path: Pat
     assert [event["iteration"] for event in events if event["event"] == "validation"] == [0, 4, 7]
     drawn = plot(events, tmp_path / "plot.png")
     assert drawn == (tmp_path / "plot.png").exists() == (tmp_path / "out" / "training.png").exists()
+
+
+def test_the_optimizer_takes_its_own_arguments_and_no_others() -> None:
+    """Red when: ``optimizer_config`` is not read as mlx-lm reads it, by the optimizer's name."""
+    chosen = {"adamw": {"weight_decay": 0.25}, "sgd": {"nonsense": 1}, "adam": None}
+    made = trainer.make_optimizer(TrainSettings(optimizer_config=chosen))
+    assert [optimizer.weight_decay for optimizer in made.optimizers] == [0.25, 0.25]
+    trainer.make_optimizer(TrainSettings(optimizer_config=chosen, optimizer="adam"))
+    with pytest.raises(UsageError, match="optimizer_config: sgd refuses it"):
+        trainer.make_optimizer(TrainSettings(optimizer_config=chosen, optimizer="sgd"))
+    with pytest.raises(UsageError, match=r"optimizer_config: got weight_decay: 0.1, expected the arguments of"):
+        TrainSettings(optimizer_config={"weight_decay": 0.1})
