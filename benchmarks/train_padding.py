@@ -4,8 +4,8 @@
 
 The batches are those of `train`, over one epoch, for two sets of rows: training questions of the text-to-SQL recipe,
 and lengths like those of chats, drawn from log-normal distributions. Main rows are padding where they fill a batch up
-to its longest row and that to a multiple of 16; stream rows are where they fill up the table of anchors. The last line
-is one JSON document.
+to its longest row and that to a multiple of 16; stream rows are where they fill up a chunk of anchors. The last line is
+one JSON document.
 """
 
 import argparse
@@ -19,9 +19,10 @@ from mlx_lm.utils import load_tokenizer
 
 from recipes.text_to_sql.task import examples
 from specstream_mlx import default_model_path
-from specstream_mlx.training.batches import IGNORE, Example, iterate_batches, make_batch
+from specstream_mlx.training.batches import IGNORE, Example, anchor_chunks, iterate_batches, make_batch
 
 GAMMA = 4
+ROWS_PER_CHUNK = 1024
 BATCH_SIZES = (1, 4, 8)
 
 
@@ -73,7 +74,8 @@ def padding(rows: Sequence[Example], batch_size: int) -> dict[str, float]:
         batch = make_batch([rows[row] for row in chosen], GAMMA)
         main += batch.tokens.size
         main_real += sum(len(rows[row]) for row in chosen)
-        streams += batch.stream_targets.size
+        for sequences, columns in anchor_chunks(batch, ROWS_PER_CHUNK):
+            streams += batch.stream_targets[sequences, columns].size
         streams_real += GAMMA * int((batch.stream_targets[:, :, 0] != IGNORE).sum())
     return {"main rows": 1 - main_real / main, "stream rows": 1 - streams_real / streams}
 

@@ -48,6 +48,11 @@ class MainPass:
         """All of it in one list, which ``of`` takes back."""
         return [self.trunk, self.hidden, *(array for pair in self.keys_values for array in pair)]
 
+    def of_sequences(self, sequences: IntArray) -> "MainPass":
+        """The pass of some sequences of the batch alone."""
+        chosen = mx.array(sequences)
+        return MainPass.of([array[chosen] for array in self.arrays])
+
     @classmethod
     def of(cls, arrays: Sequence[mx.array]) -> "MainPass":
         """The pass that ``arrays`` lists."""

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
 
 from specstream_mlx.model import SpecStreamModel
-from specstream_mlx.training.batches import IGNORE, Batch
+from specstream_mlx.training.batches import IGNORE, AnchorChunk, Batch, anchor_chunks
 from specstream_mlx.training.forward import IntArray, MainPass, forward_main, forward_streams
 
 FloatArray = npt.NDArray[np.float32]
@@ -268,7 +268,7 @@ def _stream_pieces(
 ) -> Iterator[_Piece]:
     """The streams of some anchors at a time, those rows among them that have a target."""
     all_targets = batch.stream_targets
-    size, num_anchors, gamma = all_targets.shape
+    size, _, gamma = all_targets.shape
     length = batch.tokens.shape[1]
     # One over the number of targets of the row's stream: sums of rows become sums of means.
     row_weights = np.broadcast_to(1 / np.maximum(_counts(batch), 1).astype(np.float32), all_targets.shape)
@@ -276,10 +276,11 @@ def _stream_pieces(
     # Where M_{t+j}, which predicts the same token as stream j, is among the (B * L) main rows.
     all_ahead = np.arange(size)[:, None, None] * length + batch.anchors[:, :, None] + np.arange(1, gamma + 1)
 
-    def run(main: MainPass, part: Any, rows: IntArray) -> _Outcome:
+    def run(main: MainPass, part: AnchorChunk, rows: IntArray) -> _Outcome:
         targets = mx.array(all_targets[part].reshape(-1)[rows])
         counts = mx.array(row_weights[part].reshape(-1)[rows])
-        hidden = forward_streams(model, main.trunk, main.keys_values, batch.anchors[part], checkpoint=checkpoint)
+        read = main if len(part[0]) == size else main.of_sequences(part[0])
+        hidden = forward_streams(model, read.trunk, read.keys_values, batch.anchors[part], checkpoint=checkpoint)
         normed = model.family.norm(_rows(hidden, rows))
         logits = model.family.head(normed).astype(mx.float32)
         losses = nn.losses.cross_entropy(logits, targets, reduction="none")
@@ -293,12 +294,9 @@ def _stream_pieces(
             total = total + weights.latent * outcome["latent"]
         return total, outcome
 
-    step = max(1, rows_per_chunk // (size * gamma))
-    for start in range(0, num_anchors, step):
-        part = (slice(None), slice(start, start + step))
+    for part in anchor_chunks(batch, rows_per_chunk):
         rows = np.flatnonzero(all_targets[part] != IGNORE).astype(np.int32)
-        if len(rows):
-            yield _Piece(partial(run, part=part, rows=rows), all_places[part].reshape(-1)[rows])
+        yield _Piece(partial(run, part=part, rows=rows), all_places[part].reshape(-1)[rows])
 
 
 def _rows(hidden: mx.array, rows: npt.NDArray[Any]) -> mx.array:

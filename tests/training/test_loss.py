@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from specstream_mlx.model import SpecStreamModel
-from specstream_mlx.training.batches import Batch, Example, make_batch
+from specstream_mlx.training.batches import IGNORE, Batch, Example, anchor_chunks, make_batch
 from specstream_mlx.training.forward import forward_main
 from specstream_mlx.training.loss import LossWeights, _pieces, loss_and_gradients, loss_only
 from specstream_mlx.training.trainable import attach, set_trained_tensors, train_pruner_only, trained_tensors
@@ -62,6 +62,21 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "lossless": ({"mode": "lossless"}, 0.0),
     "lossless-4-bit": ({"mode": "lossless", "bits": 4}, 0.0),
 }
+
+
+def test_chunks_hold_every_anchor_once_and_no_sequence_that_is_over() -> None:
+    """Red when: an anchor is left out or comes twice, a chunk is too large, or short answers fill it up."""
+    batch = batch_of(((7, 40), (3, 4), (2, 12), (5, 1)))
+    for rows_per_chunk in (1, 40, 64, 1 << 20):
+        seen = np.zeros(batch.anchors.shape, dtype=int)
+        for sequences, columns in anchor_chunks(batch, rows_per_chunk):
+            seen[sequences, columns] += 1
+            exists = batch.stream_targets[sequences, columns] != IGNORE
+            assert exists.any(axis=(1, 2)).all()
+            assert exists.size <= max(rows_per_chunk, batch.stream_targets.shape[2] * len(sequences))
+        assert (seen[batch.stream_targets[:, :, 0] != IGNORE] == 1).all()
+    alone = sum(len(sequences) == 1 for sequences, _ in anchor_chunks(batch, 40))
+    assert alone >= 2, "the long answer's end goes alone"
 
 
 @pytest.mark.parametrize(
