@@ -30,6 +30,7 @@ def _shape(layers: int, size: int, inner: int, heads: int, kv_heads: int, vocab:
 
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "llama-40m": _shape(12, 512, 1408, 8, 8, 4096, True),
     "llama-100m": _shape(12, 768, 2048, 12, 12, 8192, True),
     "llama-1b": _shape(16, 2048, 8192, 32, 8, 128256, True),
     "llama-3b": _shape(28, 3072, 8192, 24, 8, 128256, True),

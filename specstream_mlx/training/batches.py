@@ -88,6 +88,24 @@ def make_batch(
     return Batch(tokens, targets[:, 1 : length + 1], table, stream_targets, lengths)
 
 
+AnchorChunk = tuple[IntArray, slice]
+"""Some anchors of a batch: which sequences, and which columns of the table; an index of ``anchors``."""
+
+
+def anchor_chunks(batch: Batch, rows_per_chunk: int) -> Iterator[AnchorChunk]:
+    """All anchors that have a target, at most ``rows_per_chunk`` stream rows at a time.
+
+    A sequence takes part up to its last anchor, so that long answers do not fill up the others.
+    """
+    counts = (batch.stream_targets[:, :, 0] != IGNORE).sum(axis=1)
+    start = 0
+    while start < counts.max():
+        sequences = np.flatnonzero(counts > start).astype(np.int32)
+        step = max(1, rows_per_chunk // (len(sequences) * batch.stream_targets.shape[2]))
+        yield sequences, slice(start, start + step)
+        start += step
+
+
 def iterate_batches(examples: Sequence[Sized], batch_size: int, seed: int) -> Iterator[list[int]]:
     """Yield row indices for ever, epoch after epoch: shuffled, then batched with rows of like length."""
     epoch = 0

@@ -13,7 +13,7 @@ Shapes: B batch, L main rows, A anchors per sequence, G streams. Stream rows lie
 ``a * G + (j - 1)``. ``M_t^N`` predicts token ``t + 1``, ``S_{t,j}^N`` predicts token ``t + 1 + j``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,21 @@ class MainPass:
     trunk: mx.array
     hidden: mx.array
     keys_values: KeysValues
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All of it in one list, which ``of`` takes back."""
+        return [self.trunk, self.hidden, *(array for pair in self.keys_values for array in pair)]
+
+    def of_sequences(self, sequences: IntArray) -> "MainPass":
+        """The pass of some sequences of the batch alone."""
+        chosen = mx.array(sequences)
+        return MainPass.of([array[chosen] for array in self.arrays])
+
+    @classmethod
+    def of(cls, arrays: Sequence[mx.array]) -> "MainPass":
+        """The pass that ``arrays`` lists."""
+        return cls(arrays[0], arrays[1], list(zip(arrays[2::2], arrays[3::2], strict=True)))
 
 
 class RecordedKeysValues:
@@ -77,15 +92,16 @@ def forward_main(model: SpecStreamModel, tokens: mx.array, *, checkpoint: bool =
     for index, layer in enumerate(model.layers):
         if index == model.num_trunk_layers:
             trunk = hidden
-        mask = reaches[model.windows[index]].mask
-        run = _checkpointed(layer, mask) if checkpoint else _plain(layer, mask)
-        hidden, keys, values = run(hidden)
+        run = _main_block(layer, reaches[model.windows[index]].mask)
+        hidden, keys, values = (_checkpointed(layer, run) if checkpoint else run)(hidden)
         if index >= model.num_trunk_layers:
             keys_values.append((keys, values))
     return MainPass(trunk, hidden, keys_values)
 
 
-def forward_streams(model: SpecStreamModel, trunk: mx.array, keys_values: KeysValues, anchors: IntArray) -> mx.array:
+def forward_streams(
+    model: SpecStreamModel, trunk: mx.array, keys_values: KeysValues, anchors: IntArray, *, checkpoint: bool = False
+) -> mx.array:
     """Run the streams of some anchors.
 
     Args:
@@ -93,6 +109,7 @@ def forward_streams(model: SpecStreamModel, trunk: mx.array, keys_values: KeysVa
         trunk: (B, L, D), ``M^{N-N_s}`` of the main pass.
         keys_values: of the main pass.
         anchors: (B, A) positions ``t`` in 0..L-1.
+        checkpoint: as in ``forward_main``.
 
     Returns:
         (B, A * G, D), ``S^N`` before the final norm.
@@ -114,12 +131,22 @@ def forward_streams(model: SpecStreamModel, trunk: mx.array, keys_values: KeysVa
         for window in set(windows)
     }
     epsilon = model.stream_config.stream_id.epsilon
-    with model.context.rows_at(mx.array(positions.reshape(-1)), 0):
-        for layer, main, window in zip(model.layers[model.num_trunk_layers :], keys_values, windows, strict=True):
-            cache: Any = RecordedKeysValues(main)
+    rows, numbers = mx.array(positions.reshape(-1)), mx.array(stream_numbers)
+
+    def block(layer: nn.Module, window: int | None) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+        def run(hidden: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+            cache: Any = RecordedKeysValues((keys, values))
             if epsilon is not None:
-                cache = ValueRotation(cache, mx.array(stream_numbers), epsilon)
-            hidden = layer(hidden, masks[window], cache)
+                cache = ValueRotation(cache, numbers, epsilon)
+            with model.context.rows_at(rows, 0):
+                out: mx.array = layer(hidden, masks[window], cache)
+            return out
+
+        return run
+
+    for layer, main, window in zip(model.layers[model.num_trunk_layers :], keys_values, windows, strict=True):
+        run = block(layer, window)
+        hidden = (_checkpointed(layer, run) if checkpoint else run)(hidden, *main)
     return hidden
 
 
@@ -131,7 +158,7 @@ def stream_mask(anchors: IntArray, num_main: int, gamma: int) -> BoolMatrix:
     return np.concatenate([sees_main, np.broadcast_to(own, (len(anchors), *own.shape))], axis=2)
 
 
-def _plain(layer: nn.Module, mask: Any) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]:
+def _main_block(layer: nn.Module, mask: Any) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]:
     def run(hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         cache = RecordedKeysValues()
         out = layer(hidden, mask, cache)
@@ -141,12 +168,12 @@ def _plain(layer: nn.Module, mask: Any) -> Callable[[mx.array], tuple[mx.array, 
     return run
 
 
-def _checkpointed(layer: nn.Module, mask: Any) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]:
-    """The same, with keys and values as outputs of the checkpointed function, so that gradients reach them."""
+def _checkpointed(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, which calls ``layer``, kept as its inputs and outputs: the rest is computed again for the gradient."""
 
-    def run(parameters: Any, hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def again(parameters: Any, *arrays: mx.array) -> Any:
         layer.update(parameters)
-        return _plain(layer, mask)(hidden)
+        return run(*arrays)
 
-    recomputed = mx.checkpoint(run)
-    return lambda hidden: recomputed(layer.trainable_parameters(), hidden)
+    recomputed = mx.checkpoint(again)
+    return lambda *arrays: recomputed(layer.trainable_parameters(), *arrays)

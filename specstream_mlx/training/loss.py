@@ -3,19 +3,32 @@
 ``L = - alpha_0 sum_t log p(y_{t+1} | y_<=t) - sum_j alpha_j sum_t log p(y_{t+1+j} | y_<=t)``, ``t`` from the last
 prompt token on. Each sum is the mean over its own targets, so that neither length nor the sub-sampling of anchors
 changes the balance; a target past the end of the answer does not exist and counts nowhere.
+
+What a main pass leaves behind (``MainPass``) being given, the loss is a sum over rows, and so is its gradient::
+
+    main pass, nothing kept for a gradient   ->  trunk, M^N, keys, values
+    one piece of the rows after another      ->  its loss; the gradients of trunk, M^N, keys, values and of the
+                                                 parameters that the piece itself has used, added up
+    main pass again, backwards from the sums ->  the other gradients of the parameters
+
+This is the chain rule with nothing left out, and only one piece is in memory at a time. Where the main stream is not
+trained, the third line falls away. Where it is, and all stream rows are one piece, all of it is one graph, which saves
+a main pass.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
+from mlx.utils import tree_flatten, tree_unflatten
 
 from specstream_mlx.model import SpecStreamModel
-from specstream_mlx.training.batches import IGNORE, Batch
+from specstream_mlx.training.batches import IGNORE, AnchorChunk, Batch, anchor_chunks
 from specstream_mlx.training.forward import IntArray, MainPass, forward_main, forward_streams
 
 FloatArray = npt.NDArray[np.float32]
@@ -69,27 +82,6 @@ class LossReport:
         return [float(r) / max(count, 1) for r, count in zip(right, self.stream_counts, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Some of a batch's anchors, and the stream rows among them that have a target.
-
-    Attributes:
-        anchors: (B, A_c).
-        rows: (n,) index into the (B * A_c * G) stream rows.
-        places: (n,) index of the same rows among all (B * A * G).
-        targets: (n,).
-        weights: (n,) one over the number of targets of the row's stream, which makes sums of rows sums of means.
-        ahead: (n,) index into the (B * L) main rows of ``M_{t+j}``, which predicts the same token.
-    """
-
-    anchors: IntArray
-    rows: IntArray
-    places: IntArray
-    targets: IntArray
-    weights: FloatArray
-    ahead: IntArray
-
-
 def loss_and_gradients(
     model: SpecStreamModel,
     batch: Batch,
@@ -104,105 +96,207 @@ def loss_and_gradients(
         model: with streams, LoRA attached and everything else frozen.
         batch: what to predict.
         weights: of the loss's parts.
-        rows_per_chunk: most stream rows that pass at once. More anchors go in several chunks, each computed again
-            for its gradient, so that memory does not grow with their number.
-        checkpoint: compute blocks again for the gradient even where one chunk is enough.
+        rows_per_chunk: most rows of a piece, so that memory does not grow with the number of anchors.
+        checkpoint: keep the input of each block only, and compute the rest again for the gradient.
     """
-    chunks = _chunks(batch, rows_per_chunk) if weights.streams or weights.latent else []
-    recompute = checkpoint or len(chunks) > 1
-    # A main stream that is not trained is computed outside the gradient: nothing of it is kept but what streams read.
-    fixed = None if weights.main else forward_main(model, mx.array(batch.tokens))
-
-    def loss(tokens: mx.array) -> tuple[mx.array, _Parts]:
-        main = fixed if fixed is not None else forward_main(model, tokens, checkpoint=checkpoint)
-        return _loss(model, main, batch, chunks, weights, recompute)
-
     before = model.trainable_parameters()
-    (total, parts), gradients = nn.value_and_grad(model, loss)(mx.array(batch.tokens))
+    parameters: _Parameters = dict(tree_flatten(before))
+    tokens = mx.array(batch.tokens)
+    pieces = list(_pieces(model, batch, weights, rows_per_chunk, checkpoint=checkpoint))
+    if weights.main and not checkpoint and sum(len(piece.places) > 0 for piece in pieces) <= 1:
+        outcomes, gradients = _gradients_at_once(model, tokens, pieces, parameters)
+    else:
+        outcomes, gradients = _gradients_in_pieces(
+            model, tokens, pieces, parameters, through_main=weights.main > 0, checkpoint=checkpoint
+        )
     model.update(before)  # the functions above left traced arrays there
-    mx.eval(total, parts, gradients)
-    return _report(batch, chunks, total, parts), gradients
+    return _report(batch, pieces, outcomes), tree_unflatten(list(gradients.items()))
 
 
 def loss_only(model: SpecStreamModel, batch: Batch, weights: LossWeights, *, rows_per_chunk: int = 1024) -> LossReport:
-    """The loss of one batch, for validation."""
-    chunks = _chunks(batch, rows_per_chunk)
+    """The loss of one batch, for validation; of the streams too where they count nothing."""
     main = forward_main(model, mx.array(batch.tokens))
-    total, parts = _loss(model, main, batch, chunks, weights, recompute=False, evaluate=True)
-    mx.eval(total, parts)
-    return _report(batch, chunks, total, parts)
+    pieces = list(_pieces(model, batch, weights, rows_per_chunk, with_streams=True))
+    outcomes = []
+    for piece in pieces:
+        outcomes.append(piece.run(main))
+        mx.eval(outcomes[-1])
+    return _report(batch, pieces, outcomes)
 
 
-_Parts = dict[str, Any]
+_Parameters = dict[str, mx.array]
+_Outcome = tuple[mx.array, dict[str, mx.array]]
 
 
-def _loss(
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of the loss.
+
+    Attributes:
+        run: of a main pass: the weighted loss of these rows, and what a report has of them.
+        places: (n,) of stream rows, their index among all (B * A * G); of main rows empty.
+    """
+
+    run: Callable[[MainPass], _Outcome]
+    places: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+
+
+def _gradients_at_once(
+    model: SpecStreamModel, tokens: mx.array, pieces: Sequence[_Piece], parameters: _Parameters
+) -> tuple[list[_Outcome], _Parameters]:
+    """What each piece gives, and the gradients of the parameters: one graph."""
+
+    def run(values: list[mx.array]) -> tuple[mx.array, list[_Outcome]]:
+        _set(model, parameters, values)
+        main = forward_main(model, tokens)
+        outcomes = [piece.run(main) for piece in pieces]
+        return sum((loss for loss, _ in outcomes), start=mx.array(0.0)), outcomes
+
+    (_, outcomes), gradients = mx.value_and_grad(run)(list(parameters.values()))
+    mx.eval(outcomes, gradients)
+    return outcomes, dict(zip(parameters, gradients, strict=True))
+
+
+def _gradients_in_pieces(
+    model: SpecStreamModel,
+    tokens: mx.array,
+    pieces: Sequence[_Piece],
+    parameters: _Parameters,
+    *,
+    through_main: bool,
+    checkpoint: bool,
+) -> tuple[list[_Outcome], _Parameters]:
+    """The same, one piece after another, then the main pass backwards from their sums."""
+    outcomes, above, by_main = _sums_over_pieces(
+        model, forward_main(model, tokens), pieces, parameters, through_main=through_main
+    )
+    gradients = {name: above.get(name, mx.zeros_like(value)) for name, value in parameters.items()}
+    if through_main:
+
+        def main_pass(*values: mx.array) -> list[mx.array]:
+            _set(model, parameters, values)
+            return forward_main(model, tokens, checkpoint=checkpoint).arrays
+
+        _, further = mx.vjp(main_pass, list(parameters.values()), by_main)
+        gradients = {name: gradients[name] + value for name, value in zip(parameters, further, strict=True)}
+    mx.eval(gradients)
+    return outcomes, gradients
+
+
+def _sums_over_pieces(
     model: SpecStreamModel,
     main: MainPass,
+    pieces: Sequence[_Piece],
+    parameters: _Parameters,
+    *,
+    through_main: bool,
+) -> tuple[list[_Outcome], _Parameters, list[mx.array]]:
+    """Differentiate one piece after another.
+
+    Returns:
+        What each gave, the sums of the gradients of the parameters above the trunk, and with ``through_main`` those
+        of ``main.arrays``.
+    """
+    trunk = tuple(f"base.{model.family.LAYERS}.{index}." for index in range(model.num_trunk_layers))
+    above = {name: value for name, value in parameters.items() if not name.startswith(trunk)}
+    mx.eval(main.trunk, main.keys_values)
+    inputs = [*above.values(), *(main.arrays if through_main else [])]
+    sums = [mx.zeros_like(array) for array in inputs]
+    outcomes = []
+    for piece in pieces:
+
+        def run(arrays: list[mx.array], piece: _Piece = piece) -> _Outcome:
+            _set(model, above, arrays[: len(above)])
+            return piece.run(MainPass.of(arrays[len(above) :]) if through_main else main)
+
+        outcome, gradients = mx.value_and_grad(run)(inputs)
+        sums = [total + gradient for total, gradient in zip(sums, gradients, strict=True)]
+        del gradients
+        mx.eval(outcome, sums)
+        outcomes.append(outcome)
+    return outcomes, dict(zip(above, sums[: len(above)], strict=True)), sums[len(above) :]
+
+
+def _set(model: SpecStreamModel, names: Iterable[str], values: Sequence[mx.array]) -> None:
+    model.update(tree_unflatten(list(zip(names, values, strict=True))))
+
+
+def _pieces(
+    model: SpecStreamModel,
     batch: Batch,
-    chunks: Sequence[_Chunk],
     weights: LossWeights,
-    recompute: bool,
-    evaluate: bool = False,
-) -> tuple[mx.array, _Parts]:
-    """The weighted loss, and its unweighted parts detached."""
-    total = mx.array(0.0)
-    parts: _Parts = {"losses": [], "right": []}
-    aims = model.family.norm(mx.stop_gradient(main.hidden)) if weights.latent else None
-    flat_keys_values = [array for pair in main.keys_values for array in pair]
-    for chunk in chunks:
-        run = _chunk_loss(model, chunk, aims, weights)
-        chunk_loss, losses, right, latent = (mx.checkpoint(run) if recompute else run)(
-            model.trainable_parameters(), main.trunk, *flat_keys_values
-        )
-        if evaluate:
-            mx.eval(chunk_loss, losses, right, latent)
-        total = total + chunk_loss
-        parts["losses"].append(mx.stop_gradient(losses))
-        parts["right"].append(right)
-        if weights.latent:
-            parts["latent"] = parts.get("latent", 0.0) + mx.stop_gradient(latent)
-    predicts = np.flatnonzero(batch.main_targets.reshape(-1) != IGNORE)
-    targets = mx.array(batch.main_targets.reshape(-1)[predicts])
+    rows_per_chunk: int,
+    *,
+    checkpoint: bool = False,
+    with_streams: bool = False,
+) -> Iterator[_Piece]:
+    """The whole loss, ``rows_per_chunk`` rows at a time."""
+    if weights.streams or weights.latent or with_streams:
+        yield from _stream_pieces(model, batch, weights, rows_per_chunk, checkpoint)
+
+    def main_logits(main: MainPass, rows: IntArray) -> mx.array:
+        return model.family.head(model.family.norm(_rows(main.hidden, rows)))
+
+    def early_exit_logits(main: MainPass, rows: IntArray) -> mx.array:
+        return model.early_exit_logits(_rows(mx.stop_gradient(main.trunk), rows)[None])
+
     if weights.main:
-        logits = model.family.head(model.family.norm(_rows(main.hidden, predicts)))
-        main_loss = nn.losses.cross_entropy(logits.astype(mx.float32), targets, reduction="mean")
-        total = total + weights.main * main_loss
-        parts["main"] = mx.stop_gradient(main_loss)
+        yield from _next_token_pieces("main", main_logits, batch, weights.main, rows_per_chunk)
     assert model.stream_config is not None
     if model.stream_config.prune is not None:
-        logits = model.early_exit_logits(_rows(mx.stop_gradient(main.trunk), predicts)[None])
-        prune_loss = nn.losses.cross_entropy(logits.astype(mx.float32), targets, reduction="mean")
-        total = total + weights.prune * prune_loss
-        parts["prune"] = mx.stop_gradient(prune_loss)
-    return total, parts
+        yield from _next_token_pieces("prune", early_exit_logits, batch, weights.prune, rows_per_chunk)
 
 
-def _chunk_loss(
-    model: SpecStreamModel, chunk: _Chunk, aims: mx.array | None, weights: LossWeights
-) -> Callable[..., tuple[mx.array, mx.array, mx.array, mx.array]]:
-    """A function of everything that a chunk's gradient reaches, as ``mx.checkpoint`` needs it."""
+def _next_token_pieces(
+    name: str, logits_of: Callable[[MainPass, IntArray], mx.array], batch: Batch, weight: float, rows_per_chunk: int
+) -> Iterator[_Piece]:
+    """The mean loss of the main rows that have a target, under the logits that ``logits_of`` gives such rows."""
+    predicts = np.flatnonzero(batch.main_targets != IGNORE).astype(np.int32)
 
-    def run(
-        parameters: Any, trunk: mx.array, *flat_keys_values: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        model.update(parameters)
-        keys_values = list(zip(flat_keys_values[::2], flat_keys_values[1::2], strict=True))
-        hidden = forward_streams(model, trunk, keys_values, chunk.anchors)
-        normed = model.family.norm(_rows(hidden, chunk.rows))  # only the rows that have a target
+    def run(main: MainPass, rows: IntArray) -> _Outcome:
+        targets = mx.array(batch.main_targets.reshape(-1)[rows])
+        logits = logits_of(main, rows).astype(mx.float32)
+        loss = nn.losses.cross_entropy(logits, targets, reduction="sum") / len(predicts)
+        return weight * loss, {name: loss}
+
+    for start in range(0, len(predicts), rows_per_chunk):
+        yield _Piece(partial(run, rows=predicts[start : start + rows_per_chunk]))
+
+
+def _stream_pieces(
+    model: SpecStreamModel, batch: Batch, weights: LossWeights, rows_per_chunk: int, checkpoint: bool
+) -> Iterator[_Piece]:
+    """The streams of some anchors at a time, those rows among them that have a target."""
+    all_targets = batch.stream_targets
+    size, _, gamma = all_targets.shape
+    length = batch.tokens.shape[1]
+    # One over the number of targets of the row's stream: sums of rows become sums of means.
+    row_weights = np.broadcast_to(1 / np.maximum(_counts(batch), 1).astype(np.float32), all_targets.shape)
+    all_places = np.arange(all_targets.size, dtype=np.int32).reshape(all_targets.shape)
+    # Where M_{t+j}, which predicts the same token as stream j, is among the (B * L) main rows.
+    all_ahead = np.arange(size)[:, None, None] * length + batch.anchors[:, :, None] + np.arange(1, gamma + 1)
+
+    def run(main: MainPass, part: AnchorChunk, rows: IntArray) -> _Outcome:
+        targets = mx.array(all_targets[part].reshape(-1)[rows])
+        counts = mx.array(row_weights[part].reshape(-1)[rows])
+        read = main if len(part[0]) == size else main.of_sequences(part[0])
+        hidden = forward_streams(model, read.trunk, read.keys_values, batch.anchors[part], checkpoint=checkpoint)
+        normed = model.family.norm(_rows(hidden, rows))
         logits = model.family.head(normed).astype(mx.float32)
-        losses = nn.losses.cross_entropy(logits, mx.array(chunk.targets), reduction="none")
-        total = weights.streams * (losses * mx.array(chunk.weights)).sum()
-        latent = mx.array(0.0)
-        if aims is not None:
-            aim = _rows(aims, chunk.ahead).astype(mx.float32)
+        losses = nn.losses.cross_entropy(logits, targets, reduction="none")
+        total = weights.streams * (losses * counts).sum()
+        outcome = {"losses": losses, "right": logits.argmax(axis=-1) == targets}
+        if weights.latent:
+            ahead = all_ahead[part].reshape(-1)[rows]
+            aim = model.family.norm(mx.stop_gradient(_rows(main.hidden, ahead))).astype(mx.float32)
             distance = (normed.astype(mx.float32) - aim).square().sum(axis=-1) / aim.square().sum(axis=-1)
-            latent = (distance * mx.array(chunk.weights)).sum()
-            total = total + weights.latent * latent
-        right = logits.argmax(axis=-1) == mx.array(chunk.targets)
-        return total, losses, right, latent
+            outcome["latent"] = (distance * counts).sum()
+            total = total + weights.latent * outcome["latent"]
+        return total, outcome
 
-    return run
+    for part in anchor_chunks(batch, rows_per_chunk):
+        rows = np.flatnonzero(all_targets[part] != IGNORE).astype(np.int32)
+        yield _Piece(partial(run, part=part, rows=rows), all_places[part].reshape(-1)[rows])
 
 
 def _rows(hidden: mx.array, rows: npt.NDArray[Any]) -> mx.array:
@@ -210,47 +304,30 @@ def _rows(hidden: mx.array, rows: npt.NDArray[Any]) -> mx.array:
     return hidden.reshape(-1, hidden.shape[-1])[mx.array(rows)]
 
 
-def _chunks(batch: Batch, rows_per_chunk: int) -> list[_Chunk]:
-    targets = batch.stream_targets
-    size, num_anchors, gamma = targets.shape
-    length = batch.tokens.shape[1]
-    counts = np.maximum((targets != IGNORE).sum(axis=(0, 1)), 1)
-    places = np.arange(targets.size, dtype=np.int32).reshape(targets.shape)
-    ahead = np.arange(size)[:, None, None] * length + batch.anchors[:, :, None] + np.arange(1, gamma + 1)
-    row_weights = np.broadcast_to(1 / counts.astype(np.float32), targets.shape)
-    step = max(1, rows_per_chunk // (size * gamma))
-
-    def pieces() -> Iterator[_Chunk]:
-        for start in range(0, num_anchors, step):
-            part = (slice(None), slice(start, start + step))
-            rows = np.flatnonzero(targets[part].reshape(-1) != IGNORE).astype(np.int32)
-            yield _Chunk(
-                batch.anchors[part],
-                rows,
-                places[part].reshape(-1)[rows],
-                targets[part].reshape(-1)[rows],
-                row_weights[part].reshape(-1)[rows].astype(np.float32),
-                ahead[part].reshape(-1)[rows].astype(np.int32),
-            )
-
-    return [chunk for chunk in pieces() if len(chunk.rows)]
+def _counts(batch: Batch) -> npt.NDArray[np.int64]:
+    """(G,) targets of each stream."""
+    return (batch.stream_targets != IGNORE).sum(axis=(0, 1))
 
 
-def _report(batch: Batch, chunks: Sequence[_Chunk], total: mx.array, parts: _Parts) -> LossReport:
+def _report(batch: Batch, pieces: Sequence[_Piece], outcomes: Sequence[_Outcome]) -> LossReport:
     targets = batch.stream_targets
     losses = np.zeros(targets.size, dtype=np.float32)
     right = np.zeros(targets.size, dtype=np.bool_)
-    for chunk, chunk_losses, chunk_right in zip(chunks, parts["losses"], parts["right"], strict=True):
-        losses[chunk.places], right[chunk.places] = np.array(chunk_losses), np.array(chunk_right)
-    counts = (targets != IGNORE).sum(axis=(0, 1))
+    parts: dict[str, float] = {}
+    for piece, (_, parts_of_piece) in zip(pieces, outcomes, strict=True):
+        for name, value in parts_of_piece.items():
+            if name == "losses":
+                losses[piece.places] = np.array(value)
+            elif name == "right":
+                right[piece.places] = np.array(value)
+            else:
+                parts[name] = parts.get(name, 0.0) + float(np.array(value))
+    counts = _counts(batch)
     per_stream = losses.reshape(targets.shape).sum(axis=(0, 1)) / np.maximum(counts, 1)
-    report = LossReport(
-        total.item(),  # type: ignore[arg-type]
+    return LossReport(
+        sum(float(np.array(loss)) for loss, _ in outcomes),
         streams=per_stream.tolist(),
         stream_right=right.reshape(targets.shape),
         stream_counts=counts.tolist(),
+        **parts,
     )
-    for name in ("main", "prune", "latent"):
-        if name in parts:
-            setattr(report, name, parts[name].item())
-    return report

@@ -46,7 +46,8 @@ class TrainSettings:
         stream_weight, prune_weight, latent_weight: of the parts of the loss (``LossWeights``).
         max_grad_norm: gradients are scaled down to it.
         max_anchors: random anchors per sequence and step; None for all.
-        rows_per_chunk: most stream rows that pass at once.
+        rows_per_chunk: most stream rows that pass, and most rows whose logits exist, at once.
+        grad_checkpoint: keep the input of each block only, and compute the rest again for the gradient.
     """
 
     mode: Mode = "lossless"

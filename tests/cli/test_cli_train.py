@@ -273,40 +273,31 @@ def test_ctrl_c_saves_and_resume_goes_on(train, base, data, tmp_path):
     assert (changed.code, "iters 2000 -> 1999" in changed.stderr) == (2, True)
 
 
-def test_ctrl_c_while_answering_keeps_the_answers_and_the_same_command_goes_on(base, run, tmp_path):
+def test_ctrl_c_while_answering_keeps_the_answers_and_the_same_command_goes_on(base, run, tmp_path, monkeypatch):
+    from specstream_mlx.training import distill
+
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"w{10 + i % 40} w{60 + i // 40}\n" for i in range(80)))
-    words = [
-        "--model",
-        base,
-        "--self-distill",
-        "--prompts",
-        str(prompts),
-        "--max-tokens",
-        "24",
-        "--samples",
-        "0",
-        *QUICK,
-    ]
-    command = [sys.executable, "-m", "specstream_cli.app", "train", *words, "--adapter-path", str(tmp_path / "out")]
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join(str(root / name) for name in (".", "convert", "cli"))
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": paths}}
-    process = subprocess.Popen(command, text=True, **options)
+    prompts.write_text("".join(f"w{10 + i}\n" for i in range(40)))
+    words = ["train", "--model", base, "--self-distill", "--prompts", str(prompts), *QUICK]
+    words += ["--max-tokens", "4", "--samples", "0", "--adapter-path", str(tmp_path / "out")]
     answers = tmp_path / "out.answers.jsonl"
-    while not answers.exists() or not answers.stat().st_size:
-        with pytest.raises(subprocess.TimeoutExpired):  # not before there is an answer
-            process.wait(timeout=0.02)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate()
-    assert (process.returncode, stdout) == (130, "")
-    assert stderr == f"the answers so far are in {answers}; the same command goes on\ninterrupted\n"
+    append = distill._append
+
+    def append_and_interrupt(*arguments):
+        append(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "_append", append_and_interrupt)
+        cut = run(*words)
+    assert (cut.code, cut.stdout) == (130, "")
+    assert cut.stderr == f"the answers so far are in {answers}; the same command goes on\ninterrupted\n"
     before = answers.read_bytes()
-    assert 0 < len(before.splitlines()) < 80
-    again = run(*command[3:])
+    assert len(before.splitlines()) == 16
+    again = run(*words)
     assert again.code == 0, again.stderr
     assert answers.read_bytes().startswith(before)
-    assert len(answers.read_text().splitlines()) == 80
+    assert len(answers.read_text().splitlines()) == 40
 
 
 def test_the_chat_template_of_prompts_takes_flags(base, run, tmp_path):
