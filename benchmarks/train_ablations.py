@@ -236,7 +236,7 @@ def cpu_seconds() -> float:
 
 def report(document: dict[str, Any]) -> str:
     """The arms as a table: means over the seeds, with the range of tokens per pass where there are several."""
-    header = ("arm", "tokens per pass", "acceptance by depth", "parameters", "CPU s", "peak GB", "note")
+    header = ("arm", "tokens per pass", "acceptance by depth", "parameters", "CPU s", "note")
     rows = []
     for name, runs in document["arms"].items():
         if not runs:
@@ -250,7 +250,6 @@ def report(document: dict[str, Any]) -> str:
                 " ".join(f"{rate:.3f}" for rate in mean_acceptance(runs)),
                 f"{runs[0]['trained_parameters']:,}",
                 f"{mean([run['cpu_seconds'] for run in runs]):.0f}",
-                f"{max(run['peak_memory_gb'] for run in runs):.2f}",
                 note(runs),
             )
         )
