@@ -11,10 +11,15 @@ Three ways, all of which start as the streams' own ranking:
 
 They train on detached streams, so with and without are the same streams. On a model's own greedy answers tokens per
 pass of chain drafting follow exactly: a guess is only asked for where the tokens before it were right.
+``benchmarks.train_ablations`` has what it yields. What it costs in the loop, as a share of a plain step::
+
+    scripts/with-openblas python -m benchmarks.rescoring [--random-weights llama-100m]
 
 Shapes: n anchors, G streams, K candidates, D hidden size.
 """
 
+import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +31,8 @@ import mlx.optimizers as optim
 import numpy as np
 import numpy.typing as npt
 
+from specstream_mlx import load
+from specstream_mlx.calibration.shapes import SHAPES, random_model
 from specstream_mlx.drafting import top_candidates
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training.batches import IGNORE, Batch, Example, make_batch
@@ -262,3 +269,21 @@ def context_share(model: SpecStreamModel, length: int = 512, repeats: int = 200)
             seconds[name].append(time.perf_counter() - begin)
     median = {name: float(np.median(times)) for name, times in seconds.items()}
     return (median["chain"] - median["own"]) / median["step"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Time the context bonus."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--random-weights", choices=sorted(SHAPES), help="a float32 model of this shape, not the bundled"
+    )
+    parser.add_argument("--repeats", type=int, default=200)
+    options = parser.parse_args(arguments)
+    model = random_model(options.random_weights, "float32") if options.random_weights else load()[0]
+    share = context_share(model, repeats=options.repeats)
+    print(f"context bonus, one chain of {model.gamma} with a text of 512 tokens: {share:.1%} of a plain step")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
