@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.utils import build_schedule
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
@@ -49,6 +49,7 @@ STREAM_STEP = 0.02
 
 Adam moves a number by about its learning rate per update, and how far an embedding has to go depends on those states.
 """
+_PRUNER = "streams.prune."
 _SIZE_EXAMPLES = 16  # examples that the size is measured on
 _CACHE_LIMIT = 4 << 30  # bytes of freed buffers that may wait for reuse
 
@@ -250,10 +251,25 @@ def _update(
 ) -> None:
     steps = settings.grad_accumulation_steps
     mean = tree_map(lambda g: g / steps, gradients) if steps > 1 else gradients
-    clipped, norm = optim.clip_grad_norm(mean, settings.max_grad_norm)
-    _check_finite(norm.item(), "gradient", iteration, points)
+    clipped, norm = clip_gradients(mean, settings.max_grad_norm)
+    _check_finite(norm, "gradient", iteration, points)
     optimizer.update(model, clipped)
     mx.eval(model.trainable_parameters(), optimizer.state)
+
+
+def clip_gradients(gradients: Any, max_norm: float) -> tuple[Any, float]:
+    """Scale gradients down to a norm of at most ``max_norm``: the pruner's by its own, all others by theirs.
+
+    The pruner shares no gradient with the rest, so it must not shorten the rest's steps either.
+
+    Returns:
+        The clipped gradients, and the norm that all had together.
+    """
+    groups: dict[bool, dict[str, mx.array]] = {True: {}, False: {}}
+    for name, gradient in tree_flatten(gradients):
+        groups[name.startswith(_PRUNER)][name] = gradient
+    clipped, norms = zip(*(optim.clip_grad_norm(group, max_norm) for group in groups.values() if group), strict=True)
+    return tree_unflatten([item for group in clipped for item in group.items()]), mx.linalg.norm(mx.stack(norms)).item()
 
 
 def _check_finite(value: float, what: str, iteration: int, points: RestartPoints) -> None:

@@ -202,6 +202,34 @@ def test_stream_embeddings_learn_at_the_scale_of_the_hidden_states(tmp_path: Pat
         assert max(others.values()) <= 1.01e-3  # type: ignore[type-var]
 
 
+@pytest.mark.parametrize(("mode", "rows_per_chunk"), [("shared", 1024), ("shared", 12), ("lossless", 12)])
+def test_a_pruner_that_trains_along_changes_nothing_else(
+    base: Path, mode: str, rows_per_chunk: int, tmp_path: Path
+) -> None:
+    """Red when: its gradient counts where the others' are clipped, or its start changes another tensor's."""
+    changes = {"mode": mode, "rows_per_chunk": rows_per_chunk, "max_grad_norm": 0.05, "stream_init_rank": 2}
+    without = whole(base, tmp_path / "without", **changes)
+    beside = whole(base, tmp_path / "beside", **changes, prune_rank=2)
+    assert beside.keys() - without.keys() == {"specstream.prune.down.weight", "specstream.prune.up.weight"}
+    assert same({name: beside[name] for name in without}, without)
+    assert mx.abs(beside["specstream.prune.up.weight"]).max().item() > 0
+
+
+def test_the_start_of_a_tensor_depends_on_its_name_and_the_seed_alone(base: Path, tmp_path: Path) -> None:
+    """Red when: keys go by order, so that an option that adds a tensor changes the others'."""
+    starts = []
+    for changes in ({}, {"num_stream_layers": 3, "stream_init_rank": 2, "prune_rank": 2}, {"seed": 4}):
+        run = prepared(base, tmp_path / "out", **changes)
+        attach(run.model, run.config(), rank=2, scale=2.0, seed=run.settings.seed)
+        starts.append(trained_tensors(run.model))
+    few, many, other = starts
+    assert same({name: many[name] for name in few}, few)
+    assert not any(mx.array_equal(other[name], few[name]).item() for name in few if not name.endswith("lora_b"))
+    drawn = [value for name, value in few.items() if name.endswith("lora_a") and value.shape == (32, 2)]
+    assert len(drawn) > 4
+    assert not any(mx.array_equal(drawn[0], value).item() for value in drawn[1:])
+
+
 def test_the_pruner_can_be_trained_afterwards_alone(base: Path, tmp_path: Path) -> None:
     """Red when: training the pruner moves a stream or a LoRA tensor, or moves nothing."""
     for mode in ("lossless", "shared"):
