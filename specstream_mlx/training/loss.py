@@ -12,8 +12,8 @@ What a main pass leaves behind (``MainPass``) being given, the loss is a sum ove
     main pass again, backwards from the sums ->  the other gradients of the parameters
 
 This is the chain rule with nothing left out, and only one piece is in memory at a time. Where the main stream is not
-trained, the third line falls away. Where it is, and all stream rows are one piece, all of it is one graph, which saves
-a main pass.
+trained, the third line falls away. Where it is, and the rows of each part of the loss are one piece, all of it is one
+graph, which saves a main pass.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,7 +103,7 @@ def loss_and_gradients(
     parameters: _Parameters = dict(tree_flatten(before))
     tokens = mx.array(batch.tokens)
     pieces = list(_pieces(model, batch, weights, rows_per_chunk, checkpoint=checkpoint))
-    if weights.main and not checkpoint and sum(len(piece.places) > 0 for piece in pieces) <= 1:
+    if weights.main and not checkpoint and len(pieces) == len({piece.part for piece in pieces}):
         outcomes, gradients = _gradients_at_once(model, tokens, pieces, parameters)
     else:
         outcomes, gradients = _gradients_in_pieces(
@@ -133,10 +133,12 @@ class _Piece:
     """Some rows of the loss.
 
     Attributes:
+        part: of the loss: "streams", "main" or "prune".
         run: of a main pass: the weighted loss of these rows, and what a report has of them.
         places: (n,) of stream rows, their index among all (B * A * G); of main rows empty.
     """
 
+    part: str
     run: Callable[[MainPass], _Outcome]
     places: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
@@ -260,7 +262,7 @@ def _next_token_pieces(
         return weight * loss, {name: loss}
 
     for start in range(0, len(predicts), rows_per_chunk):
-        yield _Piece(partial(run, rows=predicts[start : start + rows_per_chunk]))
+        yield _Piece(name, partial(run, rows=predicts[start : start + rows_per_chunk]))
 
 
 def _stream_pieces(
@@ -296,7 +298,7 @@ def _stream_pieces(
 
     for part in anchor_chunks(batch, rows_per_chunk):
         rows = np.flatnonzero(all_targets[part] != IGNORE).astype(np.int32)
-        yield _Piece(partial(run, part=part, rows=rows), all_places[part].reshape(-1)[rows])
+        yield _Piece("streams", partial(run, part=part, rows=rows), all_places[part].reshape(-1)[rows])
 
 
 def _rows(hidden: mx.array, rows: npt.NDArray[Any]) -> mx.array:

@@ -147,6 +147,7 @@ def train(
             )
             _check_finite(result.loss, "loss", iteration, points)
             accumulated = gradients if accumulated is None else tree_map(mx.add, accumulated, gradients)
+            mx.eval(accumulated)  # or every summand would stay in memory until the update
             if iteration % settings.grad_accumulation_steps == 0:
                 _update(model, optimizer, accumulated, settings, iteration, points)
                 accumulated = None

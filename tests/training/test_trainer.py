@@ -1,6 +1,7 @@
 """The loop: interrupted, diverged, out of disk, resumed; and that streams do learn."""
 
 import errno
+import gc
 import json
 import os
 import resource
@@ -200,6 +201,21 @@ def test_stream_embeddings_learn_at_the_scale_of_the_hidden_states(tmp_path: Pat
         assert moved["specstream.stream_embeddings"] == pytest.approx(0.02 * sizes[size], rel=0.01)
         others = {name: step for name, step in moved.items() if name != "specstream.stream_embeddings"}
         assert max(others.values()) <= 1.01e-3  # type: ignore[type-var]
+
+
+def test_accumulated_gradients_take_the_memory_of_one(base: Path, tmp_path: Path) -> None:
+    """Red when: the sum is left for later, so that every summand stays."""
+    in_use: list[int] = []
+
+    def note(event: dict[str, Any]) -> None:
+        if event["event"] == "train":
+            gc.collect()
+            in_use.append(mx.get_active_memory())
+
+    changes = {"mode": "shared", "rank": 64, "iters": 8, "grad_accumulation_steps": 8, "batch_size": 1}
+    prepared(base, tmp_path / "out", **changes).train(DATA, report=note)
+    size = sum(value.nbytes for value in read_adapter(tmp_path / "out")[1].values())
+    assert max(in_use[1:7]) - in_use[0] < size
 
 
 @pytest.mark.parametrize(("mode", "rows_per_chunk"), [("shared", 1024), ("shared", 12), ("lossless", 12)])
