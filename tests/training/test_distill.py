@@ -110,6 +110,12 @@ def test_answers_of_other_models_and_settings_are_not_used(
     assert [example.answer == (7, 7) for example in mixed.train] == [False] * 12 + [True] * 12
 
 
+def test_answers_of_longer_rows_are_not_used(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """Red when: a row is longer than asked for because it was once made so, or short because it was once cut."""
+    lengths = [max(map(len, answered(loaded, tmp_path / "a", max_seq_length=most).train)) for most in (14, 9, 14)]
+    assert lengths == [14, 9, 14]
+
+
 def test_models_whose_answers_differ_have_other_identities(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:
     """Red when: a 4-bit copy, or another base of the same shape, is given the answers of the first."""
     base = loaded[0]
@@ -120,7 +126,9 @@ def test_models_whose_answers_differ_have_other_identities(loaded: tuple[Path, A
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((base / name).read_bytes())
     assert one == base_identity(tmp_path, described)
-    (tmp_path / "model.safetensors").write_bytes(b"smaller")
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-2000:-1000] = bytes(1000)  # a fine-tune, which may keep what the fingerprint is made of
+    (tmp_path / "model.safetensors").write_bytes(weights)
     assert one != base_identity(tmp_path, described)
 
 
