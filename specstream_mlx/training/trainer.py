@@ -90,10 +90,10 @@ def train(
     assert model.stream_config is not None
     maybe_set_recommended_wired_limit()
     weights = loss_weights(settings)
-    rms = hidden_rms(model, examples)
-    optimizer = make_optimizer(settings, rms)
     points = RestartPoints(output, settings, examples, model.stream_config.base_model)
     newest = points.newest() if resume else None
+    rms = hidden_rms(model, examples) if newest is None else points.hidden_rms(newest)
+    optimizer = make_optimizer(settings, rms)
     done = points.restore(newest, model, optimizer) if newest is not None else 0
     log = TrainingLog(points.directory, done, report)
     source = iterate_batches(examples, settings.batch_size, settings.seed)
@@ -164,14 +164,14 @@ def train(
             # Gradients that wait for their update are not saved, so a restart point lies where none do.
             if accumulated is None and iteration < settings.iters:
                 if interrupted():
-                    points.save(iteration, model, optimizer)
+                    points.save(iteration, model, optimizer, rms)
                     raise KeyboardInterrupt
                 if iteration % settings.save_every < settings.grad_accumulation_steps:
-                    saved = points.save(iteration, model, optimizer)
+                    saved = points.save(iteration, model, optimizer, rms)
                     log.write({"event": "saved", "iteration": iteration, "path": str(saved)})
-    with replaced_directory(output) as temporary:
-        write_adapter(temporary, model.stream_config, trained_tensors(model), len(model.layers))
-        log.copy_to(temporary)
+        with replaced_directory(output) as temporary:
+            write_adapter(temporary, model.stream_config, trained_tensors(model), len(model.layers))
+            log.copy_to(temporary)
     points.remove()
     return last
 
