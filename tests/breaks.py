@@ -869,8 +869,8 @@ BREAKS = (
     Break(
         "Ctrl-C stops the writing of a finished adapter",
         "specstream_mlx/training/trainer.py",
-        "        with replaced_directory(output) as temporary:",
-        "        signal.signal(signal.SIGINT, signal.default_int_handler)\n        with replaced_directory(output) as temporary:",
+        "        with replaced_directory(output)",
+        "        signal.signal(signal.SIGINT, signal.default_int_handler)\n        with replaced_directory(output)",
         "tests/training/test_trainer.py::test_an_interruption_while_the_adapter_is_written_finds_it_written",
     ),
 )
