@@ -60,7 +60,7 @@ class LossReport:
     Attributes:
         loss: the weighted sum.
         main: next-token loss of the main stream; NaN when it is not trained.
-        streams: (G,) loss of each stream.
+        streams: (G,) loss of each stream; of this and the next two nothing where streams count nothing in training.
         prune: next-token loss of the early exit; NaN without one.
         latent: NaN when it is left out.
         stream_right: (B, A, G) bool, whether the stream's likeliest token is the target.
@@ -110,7 +110,8 @@ def loss_and_gradients(
             model, tokens, pieces, parameters, through_main=weights.main > 0, checkpoint=checkpoint
         )
     model.update(before)  # the functions above left traced arrays there
-    return _report(batch, pieces, outcomes), tree_unflatten(list(gradients.items()))
+    with_streams = weights.streams > 0 or weights.latent > 0
+    return _report(batch, pieces, outcomes, with_streams=with_streams), tree_unflatten(list(gradients.items()))
 
 
 def loss_only(model: SpecStreamModel, batch: Batch, weights: LossWeights, *, rows_per_chunk: int = 1024) -> LossReport:
@@ -121,7 +122,7 @@ def loss_only(model: SpecStreamModel, batch: Batch, weights: LossWeights, *, row
     for piece in pieces:
         outcomes.append(piece.run(main))
         mx.eval(outcomes[-1])
-    return _report(batch, pieces, outcomes)
+    return _report(batch, pieces, outcomes, with_streams=True)
 
 
 _Parameters = dict[str, mx.array]
@@ -311,7 +312,7 @@ def _counts(batch: Batch) -> npt.NDArray[np.int64]:
     return (batch.stream_targets != IGNORE).sum(axis=(0, 1))
 
 
-def _report(batch: Batch, pieces: Sequence[_Piece], outcomes: Sequence[_Outcome]) -> LossReport:
+def _report(batch: Batch, pieces: Sequence[_Piece], outcomes: Sequence[_Outcome], *, with_streams: bool) -> LossReport:
     targets = batch.stream_targets
     losses = np.zeros(targets.size, dtype=np.float32)
     right = np.zeros(targets.size, dtype=np.bool_)
@@ -324,10 +325,13 @@ def _report(batch: Batch, pieces: Sequence[_Piece], outcomes: Sequence[_Outcome]
                 right[piece.places] = np.array(value)
             else:
                 parts[name] = parts.get(name, 0.0) + float(np.array(value))
+    loss = sum(float(np.array(loss)) for loss, _ in outcomes)
+    if not with_streams:
+        return LossReport(loss, **parts)
     counts = _counts(batch)
     per_stream = losses.reshape(targets.shape).sum(axis=(0, 1)) / np.maximum(counts, 1)
     return LossReport(
-        sum(float(np.array(loss)) for loss, _ in outcomes),
+        loss,
         streams=per_stream.tolist(),
         stream_right=right.reshape(targets.shape),
         stream_counts=counts.tolist(),

@@ -15,6 +15,7 @@ import pytest
 
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.training import trainer
+from specstream_mlx.training.batches import Example
 from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.forward import forward_main
 from specstream_mlx.training.log import LOG, TrainingLog, plot, read_log
@@ -195,15 +196,16 @@ def test_an_interruption_while_the_adapter_is_written_finds_it_written(
         real(*arguments)
 
     monkeypatch.setattr(trainer, "write_adapter", interrupted)
-    written = whole(base, tmp_path / "out")
+    try:
+        written = whole(base, tmp_path / "out")
+    except KeyboardInterrupt:
+        pytest.fail("interrupted")
     monkeypatch.undo()
     assert same(written, whole(base, tmp_path / "whole"))
 
 
 def test_streams_learn_a_rule_that_the_answers_follow(base: Path, tmp_path: Path) -> None:
     """Red when: gradients have the wrong sign, targets are shifted, or the validation measures something else."""
-    from specstream_mlx.training.batches import Example
-
     counting = [Example((10 + i,), tuple(10 + (i + k) % 20 for k in range(1, 12))) for i in range(20)]
     run = prepared(base, tmp_path / "out", iters=150, batch_size=10, rank=8, stream_lr_scale=10.0, learning_rate=2e-2)
     found = run.train(Dataset(counting, counting))
@@ -241,6 +243,23 @@ def test_stream_embeddings_learn_at_the_scale_of_the_hidden_states(tmp_path: Pat
         assert moved["specstream.stream_embeddings"] == pytest.approx(0.02 * sizes[size], rel=0.01)
         others = {name: step for name, step in moved.items() if name != "specstream.stream_embeddings"}
         assert max(others.values()) <= 1.01e-3  # type: ignore[type-var]
+
+
+def test_every_step_draws_its_own_anchors(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red when: the anchors that are left out are left out in every step."""
+    real, seen = trainer.make_batch, []
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        seen.append(real(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(trainer, "make_batch", note)
+    row = Example((10,), tuple(range(11, 31)))
+    prepared(base, tmp_path / "out", batch_size=1).train(Dataset([row], []))
+    anchors = {tuple(batch.anchors[0].tolist()) for batch in seen}
+    assert len(seen) == 7
+    assert len(anchors) > 4
+    assert {len(chosen) for chosen in anchors} == {4}
 
 
 def test_accumulated_gradients_take_the_memory_of_one(base: Path, tmp_path: Path) -> None:
@@ -287,7 +306,7 @@ def test_the_start_of_a_tensor_depends_on_its_name_and_the_seed_alone(base: Path
 
 
 def test_the_pruner_can_be_trained_afterwards_alone(base: Path, tmp_path: Path) -> None:
-    """Red when: training the pruner moves a stream or a LoRA tensor, or moves nothing."""
+    """Red when: training the pruner moves a stream or a LoRA tensor, or nothing, or is told as the streams' failure."""
     for mode in ("lossless", "shared"):
         first = whole(base, tmp_path / f"streams-{mode}", mode=mode)
         start = tmp_path / f"streams-{mode}"
@@ -298,7 +317,9 @@ def test_the_pruner_can_be_trained_afterwards_alone(base: Path, tmp_path: Path) 
             "optimizer_config": {"adamw": {"weight_decay": 0.1}},
         }
         run = prepared(base, tmp_path / f"pruned-{mode}", start, **changes)
-        run.train(DATA)
+        events: list[dict[str, Any]] = []
+        run.train(DATA, report=events.append)
+        assert [event["agreement"] for event in events if event["event"] == "train"] == [[]] * 7
         config, tensors = read_adapter(tmp_path / f"pruned-{mode}")
         assert config.prune is not None
         assert same({name: tensors[name] for name in first}, first)
