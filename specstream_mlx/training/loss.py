@@ -325,15 +325,12 @@ def _report(batch: Batch, pieces: Sequence[_Piece], outcomes: Sequence[_Outcome]
                 right[piece.places] = np.array(value)
             else:
                 parts[name] = parts.get(name, 0.0) + float(np.array(value))
-    loss = sum(float(np.array(loss)) for loss, _ in outcomes)
-    if not with_streams:
-        return LossReport(loss, **parts)
-    counts = _counts(batch)
-    per_stream = losses.reshape(targets.shape).sum(axis=(0, 1)) / np.maximum(counts, 1)
-    return LossReport(
-        loss,
-        streams=per_stream.tolist(),
-        stream_right=right.reshape(targets.shape),
-        stream_counts=counts.tolist(),
-        **parts,
-    )
+    nan = float("nan")
+    report = LossReport(sum(float(np.array(loss)) for loss, _ in outcomes))
+    report.main, report.prune, report.latent = (parts.get(name, nan) for name in ("main", "prune", "latent"))
+    if with_streams:
+        counts = _counts(batch)
+        report.streams = (losses.reshape(targets.shape).sum(axis=(0, 1)) / np.maximum(counts, 1)).tolist()
+        report.stream_right = right.reshape(targets.shape)
+        report.stream_counts = counts.tolist()
+    return report

@@ -269,8 +269,13 @@ def clip_gradients(gradients: Any, max_norm: float) -> tuple[Any, float]:
     groups: dict[bool, dict[str, mx.array]] = {True: {}, False: {}}
     for name, gradient in tree_flatten(gradients):
         groups[name.startswith(_PRUNER)][name] = gradient
-    clipped, norms = zip(*(optim.clip_grad_norm(group, max_norm) for group in groups.values() if group), strict=True)
-    return tree_unflatten([item for group in clipped for item in group.items()]), mx.linalg.norm(mx.stack(norms)).item()
+    clipped: dict[str, mx.array] = {}
+    norms = []
+    for group in groups.values():
+        scaled, norm = optim.clip_grad_norm(group, max_norm)
+        clipped |= scaled
+        norms.append(norm)
+    return tree_unflatten(list(clipped.items())), math.hypot(*(float(norm) for norm in norms))
 
 
 def _check_finite(value: float, what: str, iteration: int, points: RestartPoints) -> None:

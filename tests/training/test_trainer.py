@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.training import trainer
 from specstream_mlx.training.batches import Example
 from specstream_mlx.training.datasets import Dataset
@@ -325,6 +325,23 @@ def test_the_pruner_can_be_trained_afterwards_alone(base: Path, tmp_path: Path) 
         assert same({name: tensors[name] for name in first}, first)
         assert mx.abs(tensors["specstream.prune.up.weight"]).max().item() > 0
         assert tensors.keys() - first.keys() == {"specstream.prune.down.weight", "specstream.prune.up.weight"}
+
+
+def test_an_adapter_to_start_from_is_one_of_this_base_and_kind(base: Path, tmp_path: Path) -> None:
+    """Red when: tensors of another base, or maps that mean something else here, are trained on in silence."""
+    start = tmp_path / "start"
+    whole(base, start, stream_init_rank=2, iters=3)
+    assert prepared(base, tmp_path / "out", start).model.adapters == {}
+    other = save_base(tmp_path / "other")
+    weights = mx.load(str(other / "model.safetensors"))
+    assert isinstance(weights, dict)
+    mx.save_safetensors(str(other / "model.safetensors"), weights | {"model.norm.weight": mx.full((32,), 0.5)})
+    with pytest.raises(InvalidInputError, match="this is another base than 'base'"):
+        prepared(other, tmp_path / "out", start)
+    config = start / "specstream_config.json"
+    config.write_text(config.read_text().replace('"residual": true', '"residual": false'))
+    with pytest.raises(UnsupportedError, match="stream_init or prune is not as train makes it"):
+        prepared(base, tmp_path / "out", start)
 
 
 def test_resume_without_a_restart_point_starts_and_latent_consistency_pulls(base: Path, tmp_path: Path) -> None:
