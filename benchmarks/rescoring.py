@@ -6,8 +6,9 @@ Three ways, all of which start as the streams' own ranking:
 
 - ``context``: a bonus where parent and candidate, or they and the token before them, have met in the text so far; two
   numbers per stream.
-- ``bilinear``: ``(A e_parent) . (B u_candidate)`` of rank 16 over the embedding and the LM head.
-- ``mlp``: ``u_candidate . C silu(A s + B e_parent)`` of rank 16, which sees the stream's hidden state ``s`` too.
+- ``bilinear``: ``(A e_parent) . (B e_candidate)`` of rank 16 over the input embeddings ``e``, which in a tied model are
+  the LM head's rows too.
+- ``mlp``: ``e_candidate . C silu(A s + B e_parent)`` of rank 16, which sees the stream's hidden state ``s`` too.
 
 They train on detached streams, so with and without are the same streams. On a model's own greedy answers tokens per
 pass of chain drafting follow exactly: a guess is only asked for where the tokens before it were right.
@@ -164,7 +165,7 @@ class Bilinear(nn.Module):
 
 
 class MLP(nn.Module):
-    """A correction of the stream's hidden state by its parent, read by the LM head's rows of the candidates."""
+    """A correction of the stream's hidden state by its parent, read by the embeddings of the candidates."""
 
     def __init__(self, model: SpecStreamModel) -> None:
         super().__init__()
@@ -185,7 +186,7 @@ SCORERS = {"context": ContextBonus, "bilinear": Bilinear, "mlp": MLP}
 
 
 def _embedding(model: SpecStreamModel, tokens: mx.array) -> mx.array:
-    """(..., D) input embeddings, which are the LM head's rows too in a tied model."""
+    """(...) ids -> (..., D) input embeddings."""
     return model.family.embed(tokens.reshape(1, -1), np.zeros(tokens.size, dtype=np.int32)).reshape(*tokens.shape, -1)
 
 

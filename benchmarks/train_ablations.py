@@ -107,7 +107,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "rank": 32,
         "gamma": 4,
         "warmup": min(30, options.iters // 4),
-        "rows_per_chunk": 8192,
         "val_batches": 0,
         "save_every": 10**6,
     }
@@ -165,7 +164,7 @@ def measure(options: argparse.Namespace, settings: dict[str, Any], examples: Any
             "training_loss": next(event["loss"] for event in reversed(events) if event["event"] == "train"),
             "trained_parameters": sum(value.size for value in trained_tensors(run.model).values()),
         }
-        found = validate(run.model, examples.valid, loss_weights(run.settings), batch_size=8, rows_per_chunk=8192)
+        found = validate(run.model, examples.valid, loss_weights(run.settings), batch_size=8)
         tokens_per_pass, accepted = found.tokens_per_pass, found.acceptance
         if scorer_name is not None:
             scorer = rescoring.SCORERS[scorer_name](run.model)

@@ -17,9 +17,9 @@ class LowRank(nn.Module):
         self._residual = residual
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(..., D) -> (..., D)."""
+        """(..., D) -> (..., D), in the dtype of ``x`` also where the weights are trained in float32."""
         mapped = self.up(self.down(x))
-        return x + mapped if self._residual else mapped
+        return (x + mapped if self._residual else mapped).astype(x.dtype)
 
 
 class Streams(nn.Module):
@@ -44,7 +44,7 @@ class Streams(nn.Module):
             num_streams: streams 1..num_streams of every row; None: all.
 
         Returns:
-            (B, L * num_streams, D), the streams of one row after another.
+            (B, L * num_streams, D), the streams of one row after another, in the dtype of ``trunk``.
         """
         batch, length, size = trunk.shape
         count = self._gamma if num_streams is None else num_streams
@@ -52,7 +52,7 @@ class Streams(nn.Module):
         rows = mx.broadcast_to(start[:, :, None, :], (batch, length, count, size))
         if "stream_embeddings" in self:
             rows = rows + self.stream_embeddings[:count]
-        return rows.reshape(batch, length * count, size)
+        return rows.reshape(batch, length * count, size).astype(trunk.dtype)
 
 
 class StreamLoRALinear(nn.Module):

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from specstream_mlx.training.datasets import Dataset, hold_out, plain_prompt, re
 from specstream_mlx.tree_attention import runs_batches
 
 Prompt = tuple[int, ...]
+_BLOCKS, _BLOCK_SIZE = 1024, 4096  # of a file of weights that are read to tell it from others; size in bytes
 
 
 @dataclass(frozen=True)
@@ -168,21 +170,22 @@ def own_answers(
     if not fitting:
         raise InvalidInputError(f"no prompt of {len(prompts)} leaves room for an answer within {max_seq_length} tokens")
     answers: dict[tuple[Prompt, int], tuple[int, ...]] = {}
-    recorded = _recorded(file, identity, settings)
+    key = partial(_key, identity, settings, max_seq_length)
+    recorded = _recorded(file, key)
     total = len(fitting) * (1 + settings.samples)
     for sample in range(1 + settings.samples):
         order = sorted(fitting, key=len)
         for start in range(0, len(order), settings.batch_size):
             group = order[start : start + settings.batch_size]
-            keys = [(prompt, sample) for prompt in group]
-            if not all(key in recorded for key in keys):
-                room = [min(settings.max_tokens, max_seq_length - len(prompt)) for prompt in group]
+            asked = [(prompt, sample) for prompt in group]
+            if not all(one in recorded for one in asked):
+                room = [key(prompt, sample)["max_tokens"] for prompt in group]
                 seed = mixed_seed(settings.seed, sample * len(order) + start)
                 made = _answer(model, tokenizer, group, room, settings.temp if sample else 0.0, seed)
-                new = dict(zip(keys, made, strict=True))
-                _append(file, identity, settings, new)
+                new = dict(zip(asked, made, strict=True))
+                _append(file, key, new)
                 recorded |= new
-            answers |= {key: recorded[key] for key in keys}
+            answers |= {one: recorded[one] for one in asked}
             if progress is not None:
                 progress(len(answers), total)
     train, valid = hold_out(fitting, split_seed)
@@ -194,7 +197,7 @@ def own_answers(
 
 
 def base_identity(path: Path, base_model: Mapping[str, Any]) -> str:
-    """Tells models whose answers differ apart: configuration, weight files' sizes, fingerprint.
+    """Tells models whose answers differ apart: configuration, fingerprint, and blocks from all over the weights.
 
     Args:
         path: the model's directory.
@@ -202,7 +205,12 @@ def base_identity(path: Path, base_model: Mapping[str, Any]) -> str:
     """
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted(path.glob("model*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as weights:  # fine-tunes of one base have its sizes, and often its fingerprint
+            for block in range(_BLOCKS):
+                weights.seek(block * size // _BLOCKS)
+                digest.update(weights.read(_BLOCK_SIZE))
     digest.update(json.dumps(base_model.get("fingerprint")).encode())
     return digest.hexdigest()
 
@@ -232,20 +240,24 @@ def _answer(
     return [tuple(answers[uid]) for uid in ids]
 
 
-def _key(identity: str, settings: DistillSettings, sample: int) -> dict[str, Any]:
-    key: dict[str, Any] = {"model": identity, "sample": sample, "max_tokens": settings.max_tokens}
+def _key(
+    identity: str, settings: DistillSettings, max_seq_length: int, prompt: Sequence[int], sample: int
+) -> dict[str, Any]:
+    """What decides an answer, its prompt aside."""
+    room = min(settings.max_tokens, max_seq_length - len(prompt))
+    key: dict[str, Any] = {"model": identity, "sample": sample, "max_tokens": room}
     return key | ({"temp": settings.temp, "seed": settings.seed} if sample else {})
 
 
-def _recorded(file: Path, identity: str, settings: DistillSettings) -> dict[tuple[Prompt, int], tuple[int, ...]]:
+def _recorded(file: Path, key: Callable[..., dict[str, Any]]) -> dict[tuple[Prompt, int], tuple[int, ...]]:
     """The answers in the file that were made by this model in this way."""
     found = {}
     for row in _rows(file):
         if not isinstance(row, dict) or not all(
-            isinstance(row.get(key), kind) for key, kind in (("sample", int), ("prompt", list), ("answer", list))
+            isinstance(row.get(name), kind) for name, kind in (("sample", int), ("prompt", list), ("answer", list))
         ):
             raise InvalidInputError(f"{file}: not a file of answers; give another --answers")
-        if _key(identity, settings, row["sample"]).items() <= row.items():
+        if key(row["prompt"], row["sample"]).items() <= row.items():
             found[tuple(row["prompt"]), row["sample"]] = tuple(row["answer"])
     return found
 
@@ -267,11 +279,9 @@ def _rows(file: Path) -> Iterator[Any]:
             raise InvalidInputError(f"{file}:{number}: not JSON ({error}); delete the line or the file") from error
 
 
-def _append(
-    file: Path, identity: str, settings: DistillSettings, answers: dict[tuple[Prompt, int], tuple[int, ...]]
-) -> None:
+def _append(file: Path, key: Callable[..., dict[str, Any]], answers: dict[tuple[Prompt, int], tuple[int, ...]]) -> None:
     lines = "".join(
-        json.dumps(_key(identity, settings, sample) | {"prompt": prompt, "answer": answer}) + "\n"
+        json.dumps(key(prompt, sample) | {"prompt": prompt, "answer": answer}) + "\n"
         for (prompt, sample), answer in answers.items()
     )
     try:

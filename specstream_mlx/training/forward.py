@@ -118,7 +118,7 @@ def forward_streams(
     assert model.stream_config is not None
     num_anchors = anchors.shape[1]
     anchored = mx.take_along_axis(trunk, mx.array(anchors)[:, :, None], axis=1)
-    hidden = model.streams(anchored).astype(trunk.dtype)
+    hidden = model.streams(anchored)
     stream_numbers = np.tile(np.arange(1, model.gamma + 1, dtype=np.int32), num_anchors)
     ahead = stream_numbers if model.stream_config.stream_position == "anchor_plus_j" else np.zeros_like(stream_numbers)
     positions = np.repeat(anchors, model.gamma, axis=1) + ahead

@@ -27,9 +27,10 @@ class TrainingLog:
         kept = [event for event in read_log(self.path) if event.get("iteration", 0) <= done] if done else []
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("w", encoding="utf-8")
-            for event in kept:
-                self._write(event)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(_line(event) for event in kept), encoding="utf-8")
+            partial.replace(self.path)
+            self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{self.path}: cannot be written ({error.strerror})") from error
 
@@ -41,7 +42,8 @@ class TrainingLog:
         """
         event = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in event.items()}
         try:
-            self._write(event)
+            self._file.write(_line(event))
+            self._file.flush()
         except OSError as error:
             raise UsageError(
                 f"{self.path}: cannot be written ({error.strerror}); what was saved before is as it was"
@@ -54,10 +56,6 @@ class TrainingLog:
         (directory / LOG).write_bytes(self.path.read_bytes())
         plot(read_log(self.path), directory / PLOT)
 
-    def _write(self, event: dict[str, Any]) -> None:
-        self._file.write(json.dumps(event, allow_nan=False) + "\n")
-        self._file.flush()
-
     def __enter__(self) -> "TrainingLog":
         return self
 
@@ -65,6 +63,10 @@ class TrainingLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def _line(event: dict[str, Any]) -> str:
+    return json.dumps(event, allow_nan=False) + "\n"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ What a main pass leaves behind (``MainPass``) being given, the loss is a sum ove
     main pass again, backwards from the sums ->  the other gradients of the parameters
 
 This is the chain rule with nothing left out, and only one piece is in memory at a time. Where the main stream is not
-trained, the third line falls away. Where it is, and all stream rows are one piece, all of it is one graph, which saves
-a main pass.
+trained, the third line falls away. Where it is, and the rows of each part of the loss are one piece, all of it is one
+graph, which saves a main pass.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,7 +60,7 @@ class LossReport:
     Attributes:
         loss: the weighted sum.
         main: next-token loss of the main stream; NaN when it is not trained.
-        streams: (G,) loss of each stream.
+        streams: (G,) loss of each stream; of this and the next two nothing where streams count nothing in training.
         prune: next-token loss of the early exit; NaN without one.
         latent: NaN when it is left out.
         stream_right: (B, A, G) bool, whether the stream's likeliest token is the target.
@@ -103,14 +103,15 @@ def loss_and_gradients(
     parameters: _Parameters = dict(tree_flatten(before))
     tokens = mx.array(batch.tokens)
     pieces = list(_pieces(model, batch, weights, rows_per_chunk, checkpoint=checkpoint))
-    if weights.main and not checkpoint and sum(len(piece.places) > 0 for piece in pieces) <= 1:
+    if weights.main and not checkpoint and len(pieces) == len({piece.part for piece in pieces}):
         outcomes, gradients = _gradients_at_once(model, tokens, pieces, parameters)
     else:
         outcomes, gradients = _gradients_in_pieces(
             model, tokens, pieces, parameters, through_main=weights.main > 0, checkpoint=checkpoint
         )
     model.update(before)  # the functions above left traced arrays there
-    return _report(batch, pieces, outcomes), tree_unflatten(list(gradients.items()))
+    with_streams = weights.streams > 0 or weights.latent > 0
+    return _report(batch, pieces, outcomes, with_streams=with_streams), tree_unflatten(list(gradients.items()))
 
 
 def loss_only(model: SpecStreamModel, batch: Batch, weights: LossWeights, *, rows_per_chunk: int = 1024) -> LossReport:
@@ -121,7 +122,7 @@ def loss_only(model: SpecStreamModel, batch: Batch, weights: LossWeights, *, row
     for piece in pieces:
         outcomes.append(piece.run(main))
         mx.eval(outcomes[-1])
-    return _report(batch, pieces, outcomes)
+    return _report(batch, pieces, outcomes, with_streams=True)
 
 
 _Parameters = dict[str, mx.array]
@@ -133,10 +134,12 @@ class _Piece:
     """Some rows of the loss.
 
     Attributes:
+        part: of the loss: "streams", "main" or "prune".
         run: of a main pass: the weighted loss of these rows, and what a report has of them.
         places: (n,) of stream rows, their index among all (B * A * G); of main rows empty.
     """
 
+    part: str
     run: Callable[[MainPass], _Outcome]
     places: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
@@ -260,7 +263,7 @@ def _next_token_pieces(
         return weight * loss, {name: loss}
 
     for start in range(0, len(predicts), rows_per_chunk):
-        yield _Piece(partial(run, rows=predicts[start : start + rows_per_chunk]))
+        yield _Piece(name, partial(run, rows=predicts[start : start + rows_per_chunk]))
 
 
 def _stream_pieces(
@@ -296,7 +299,7 @@ def _stream_pieces(
 
     for part in anchor_chunks(batch, rows_per_chunk):
         rows = np.flatnonzero(all_targets[part] != IGNORE).astype(np.int32)
-        yield _Piece(partial(run, part=part, rows=rows), all_places[part].reshape(-1)[rows])
+        yield _Piece("streams", partial(run, part=part, rows=rows), all_places[part].reshape(-1)[rows])
 
 
 def _rows(hidden: mx.array, rows: npt.NDArray[Any]) -> mx.array:
@@ -309,7 +312,7 @@ def _counts(batch: Batch) -> npt.NDArray[np.int64]:
     return (batch.stream_targets != IGNORE).sum(axis=(0, 1))
 
 
-def _report(batch: Batch, pieces: Sequence[_Piece], outcomes: Sequence[_Outcome]) -> LossReport:
+def _report(batch: Batch, pieces: Sequence[_Piece], outcomes: Sequence[_Outcome], *, with_streams: bool) -> LossReport:
     targets = batch.stream_targets
     losses = np.zeros(targets.size, dtype=np.float32)
     right = np.zeros(targets.size, dtype=np.bool_)
@@ -322,12 +325,12 @@ def _report(batch: Batch, pieces: Sequence[_Piece], outcomes: Sequence[_Outcome]
                 right[piece.places] = np.array(value)
             else:
                 parts[name] = parts.get(name, 0.0) + float(np.array(value))
-    counts = _counts(batch)
-    per_stream = losses.reshape(targets.shape).sum(axis=(0, 1)) / np.maximum(counts, 1)
-    return LossReport(
-        sum(float(np.array(loss)) for loss, _ in outcomes),
-        streams=per_stream.tolist(),
-        stream_right=right.reshape(targets.shape),
-        stream_counts=counts.tolist(),
-        **parts,
-    )
+    nan = float("nan")
+    report = LossReport(sum(float(np.array(loss)) for loss, _ in outcomes))
+    report.main, report.prune, report.latent = (parts.get(name, nan) for name in ("main", "prune", "latent"))
+    if with_streams:
+        counts = _counts(batch)
+        report.streams = (losses.reshape(targets.shape).sum(axis=(0, 1)) / np.maximum(counts, 1)).tolist()
+        report.stream_right = right.reshape(targets.shape)
+        report.stream_counts = counts.tolist()
+    return report

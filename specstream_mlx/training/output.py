@@ -68,12 +68,12 @@ def replaced_directory(target: Path) -> Iterator[Path]:
         for path in sorted(temporary.rglob("*")):
             if path.is_file():
                 _flush(path)
-        if target.exists():
-            target.rename(old)
         try:
+            if target.exists():
+                target.rename(old)
             temporary.rename(target)
-        except OSError:
-            if old.exists():
+        except BaseException:  # a second Ctrl-C too
+            if old.exists() and not target.exists():
                 old.rename(target)
             raise
     except (OSError, SafetensorError) as error:

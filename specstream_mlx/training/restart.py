@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from specstream_mlx.config import read_json
-from specstream_mlx.errors import UsageError
+from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.files import check_safetensors
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training.batches import Example
@@ -46,7 +46,18 @@ class RestartPoints:
         found = sorted(path for path in self.directory.glob("step-*") if (path / STATE).exists())
         return found[-1] if found else None
 
-    def save(self, iteration: int, model: SpecStreamModel, optimizer: optim.Optimizer) -> Path:
+    def hidden_rms(self, point: Path) -> float:
+        """What the learning rates of a restart point's run are made from; measured again it could come out otherwise.
+
+        Raises:
+            InvalidInputError: it is not there.
+        """
+        value = read_json(point / STATE).get("hidden_rms")
+        if not isinstance(value, float):
+            raise InvalidInputError(f"{point / STATE}: has no hidden_rms; give --overwrite to start again")
+        return value
+
+    def save(self, iteration: int, model: SpecStreamModel, optimizer: optim.Optimizer, hidden_rms: float) -> Path:
         """Write a restart point and drop all but the newest ones.
 
         Raises:
@@ -57,7 +68,7 @@ class RestartPoints:
         with replaced_directory(target) as temporary:
             write_adapter(temporary, model.stream_config, trained_tensors(model), len(model.layers))
             save_tensors(temporary / OPTIMIZER, dict(tree_flatten(optimizer.state)))
-            write_json(temporary / STATE, {"iteration": iteration} | self._identity)
+            write_json(temporary / STATE, {"iteration": iteration, "hidden_rms": hidden_rms} | self._identity)
         for old in sorted(self.directory.glob("step-*"))[:-_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
         return target

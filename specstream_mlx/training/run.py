@@ -10,7 +10,7 @@ import mlx.core as mx
 from specstream_mlx.bundled import default_model_path
 from specstream_mlx.checkpoint import load
 from specstream_mlx.config import PREFIX, StreamConfig, read_json
-from specstream_mlx.errors import UsageError
+from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.files import resolve
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training import distill, output, trainer
@@ -98,7 +98,26 @@ class TrainRun:
             check_peft_form(base.model_type)
         run = cls(model or str(path), path, base, tokenizer, chosen, target, adapter)
         check_fits(base, run.config(), chosen.num_layers, chosen.lora_keys)
+        if adapter is not None:
+            run._check_start(adapter)
         return run
+
+    def _check_start(self, adapter: Path) -> None:
+        """Make sure that the tensors of an adapter mean here what they meant where they were trained.
+
+        Raises:
+            InvalidInputError: it is of another base.
+            UnsupportedError: its maps are none that a training here makes.
+        """
+        name = self.model.load_adapter(adapter, f"start: {adapter}")
+        theirs, ours = self.model.adapters[name].stream_config, self.config()
+        self.model.unload_adapter(name)
+        assert theirs is not None
+        if theirs.stream_init != ours.stream_init or theirs.prune not in (None, ours.prune):
+            raise UnsupportedError(
+                f"--resume-adapter-file: {adapter}: stream_init or prune is not as train makes it (residual, with the "
+                "final norm, the pruner right below the stream layers); train new streams"
+            )
 
     @property
     def max_seq_length(self) -> int:

@@ -44,7 +44,7 @@ class TrainSettings:
             ``trainer.STREAM_STEP`` of the size of the hidden states that they are added to, the others' is LoRA's.
         lr_schedule: mlx-lm's ``{name, arguments, warmup}`` instead of that schedule.
         stream_weight, prune_weight, latent_weight: of the parts of the loss (``LossWeights``).
-        max_grad_norm: gradients are scaled down to it.
+        max_grad_norm: gradients are scaled down to it, the pruner's apart from the others.
         max_anchors: random anchors per sequence and step; None for all.
         rows_per_chunk: most stream rows that pass, and most rows whose logits exist, at once.
         grad_checkpoint: keep the input of each block only, and compute the rest again for the gradient.

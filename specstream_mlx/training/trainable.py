@@ -1,6 +1,7 @@
 """Which parameters of a model train: its streams, and LoRA on stream rows (lossless) or on all rows (shared)."""
 
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from specstream_mlx.config import LORA_PREFIX, PREFIX, StreamConfig
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.streams import StreamLoRALinear, Streams
+from specstream_mlx.training.batches import mixed_seed
 
 TRAINED = "trained"  # the name of the adapter that is being trained
 _LORA = ("lora_a", "lora_b")
@@ -52,17 +54,16 @@ def attach(
     model.use_adapter(None)
     if TRAINED in model.adapters:
         model.unload_adapter(TRAINED)
-    random = iter(mx.random.split(mx.random.key(seed), 4096))
     hidden_size = model.family.size(vars(model.args), "hidden_size")
     streams = Streams(config, hidden_size)
     fresh = []
     for name, shape in config.tensor_shapes(hidden_size).items():
         if name == "stream_embeddings":
-            value = _STREAM_STD * mx.random.normal(shape, key=next(random))
+            value = _STREAM_STD * mx.random.normal(shape, key=_key(seed, name))
         elif ".up." in name and _residual(config, name):
             value = mx.zeros(shape)
         else:
-            value = mx.random.uniform(-1, 1, shape, key=next(random)) / math.sqrt(shape[1])
+            value = mx.random.uniform(-1, 1, shape, key=_key(seed, name)) / math.sqrt(shape[1])
         fresh.append((name, value))
     streams.update(tree_unflatten(fresh))
     model.freeze()
@@ -75,9 +76,10 @@ def attach(
             lora: Any = StreamLoRALinear(linear, lora_a, lora_b, scale, model.context)
         else:
             lora = LoRALinear.from_base(linear, r=rank, dropout=0.0, scale=scale)
+        name = f"{model.family.LAYERS}.{index}.{path}"
         bound = 1 / math.sqrt(_columns(linear))
-        lora.lora_a = mx.random.uniform(-bound, bound, (_columns(linear), rank), key=next(random))
-        layers.append(AdaptedLayer(f"{model.family.LAYERS}.{index}.{path}", linear, lora))
+        lora.lora_a = mx.random.uniform(-bound, bound, (_columns(linear), rank), key=_key(seed, name))
+        layers.append(AdaptedLayer(name, linear, lora))
     model.add_adapter(TRAINED, Adapter(config, streams, tuple(layers)))
     model.use_adapter(TRAINED)
     train_streams_and_lora(model)
@@ -180,6 +182,11 @@ def _linear_layers(
         for path, module in model.layers[index].named_modules():
             if isinstance(module, nn.Linear | nn.QuantizedLinear):
                 yield index, path, module
+
+
+def _key(seed: int, name: str) -> mx.array:
+    """A random key for a tensor, so that its start does not depend on which others there are."""
+    return mx.random.key(mixed_seed(seed, zlib.crc32(name.encode())))
 
 
 def _residual(config: StreamConfig, name: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.utils import build_schedule
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
@@ -49,6 +49,7 @@ STREAM_STEP = 0.02
 
 Adam moves a number by about its learning rate per update, and how far an embedding has to go depends on those states.
 """
+_PRUNER = "streams.prune."
 _SIZE_EXAMPLES = 16  # examples that the size is measured on
 _CACHE_LIMIT = 4 << 30  # bytes of freed buffers that may wait for reuse
 
@@ -89,10 +90,10 @@ def train(
     assert model.stream_config is not None
     maybe_set_recommended_wired_limit()
     weights = loss_weights(settings)
-    rms = hidden_rms(model, examples)
-    optimizer = make_optimizer(settings, rms)
     points = RestartPoints(output, settings, examples, model.stream_config.base_model)
     newest = points.newest() if resume else None
+    rms = hidden_rms(model, examples) if newest is None else points.hidden_rms(newest)
+    optimizer = make_optimizer(settings, rms)
     done = points.restore(newest, model, optimizer) if newest is not None else 0
     log = TrainingLog(points.directory, done, report)
     source = iterate_batches(examples, settings.batch_size, settings.seed)
@@ -146,6 +147,7 @@ def train(
             )
             _check_finite(result.loss, "loss", iteration, points)
             accumulated = gradients if accumulated is None else tree_map(mx.add, accumulated, gradients)
+            mx.eval(accumulated)  # or every summand would stay in memory until the update
             if iteration % settings.grad_accumulation_steps == 0:
                 _update(model, optimizer, accumulated, settings, iteration, points)
                 accumulated = None
@@ -162,14 +164,14 @@ def train(
             # Gradients that wait for their update are not saved, so a restart point lies where none do.
             if accumulated is None and iteration < settings.iters:
                 if interrupted():
-                    points.save(iteration, model, optimizer)
+                    points.save(iteration, model, optimizer, rms)
                     raise KeyboardInterrupt
                 if iteration % settings.save_every < settings.grad_accumulation_steps:
-                    saved = points.save(iteration, model, optimizer)
+                    saved = points.save(iteration, model, optimizer, rms)
                     log.write({"event": "saved", "iteration": iteration, "path": str(saved)})
-    with replaced_directory(output) as temporary:
-        write_adapter(temporary, model.stream_config, trained_tensors(model), len(model.layers))
-        log.copy_to(temporary)
+        with replaced_directory(output) as temporary:
+            write_adapter(temporary, model.stream_config, trained_tensors(model), len(model.layers))
+            log.copy_to(temporary)
     points.remove()
     return last
 
@@ -250,10 +252,30 @@ def _update(
 ) -> None:
     steps = settings.grad_accumulation_steps
     mean = tree_map(lambda g: g / steps, gradients) if steps > 1 else gradients
-    clipped, norm = optim.clip_grad_norm(mean, settings.max_grad_norm)
-    _check_finite(norm.item(), "gradient", iteration, points)
+    clipped, norm = clip_gradients(mean, settings.max_grad_norm)
+    _check_finite(norm, "gradient", iteration, points)
     optimizer.update(model, clipped)
     mx.eval(model.trainable_parameters(), optimizer.state)
+
+
+def clip_gradients(gradients: Any, max_norm: float) -> tuple[Any, float]:
+    """Scale gradients down to a norm of at most ``max_norm``: the pruner's by its own, all others by theirs.
+
+    The pruner shares no gradient with the rest, so it must not shorten the rest's steps either.
+
+    Returns:
+        The clipped gradients, and the norm that all had together.
+    """
+    groups: dict[bool, dict[str, mx.array]] = {True: {}, False: {}}
+    for name, gradient in tree_flatten(gradients):
+        groups[name.startswith(_PRUNER)][name] = gradient
+    clipped: dict[str, mx.array] = {}
+    norms = []
+    for group in groups.values():
+        scaled, norm = optim.clip_grad_norm(group, max_norm)
+        clipped |= scaled
+        norms.append(norm)
+    return tree_unflatten(list(clipped.items())), math.hypot(*(float(norm) for norm in norms))
 
 
 def _check_finite(value: float, what: str, iteration: int, points: RestartPoints) -> None:

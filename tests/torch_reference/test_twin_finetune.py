@@ -101,6 +101,18 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path, mode: str)
         finetune(replace(config, seed=1), EXAMPLES, report=lambda _: None)
 
 
+@pytest.mark.parametrize("mode", ["shared", "lossless"])
+def test_a_pruner_that_trains_along_changes_nothing_else(tmp_path: Path, mode: str) -> None:
+    """Catches: a norm that clips the pruner and the rest together, a start that depends on the pruner's."""
+    config = settings(tmp_path / "without", mode=mode, iters=4, clip_norm=0.05)
+    outputs = [config, replace(config, output=str(tmp_path / "beside"), prune_rank=2)]
+    without, beside = (
+        load_file(finetune(one, EXAMPLES, report=lambda _: None) / "adapter_model.safetensors") for one in outputs
+    )
+    assert len(beside) == len(without) + 2
+    assert [key for key, value in without.items() if not torch.equal(value, beside[key])] == []
+
+
 def test_a_run_can_start_from_a_checkpoint(tmp_path: Path) -> None:
     """Catches: a start that is ignored, or one whose streams are others than the settings say."""
     first = finetune(settings(tmp_path / "first"), EXAMPLES, report=lambda _: None)

@@ -11,7 +11,6 @@ from specstream_mlx import load
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.training.batches import IGNORE, Example, iterate_batches, make_batch
 from specstream_mlx.training.datasets import Dataset, read_dataset
-from specstream_mlx.training.evaluation import chain_passes
 from tests.tiny import END_OF_TEXT
 from tests.training.training_cases import rows, save_base, write_rows
 
@@ -129,12 +128,3 @@ def test_batches_cover_every_row_once_an_epoch_in_an_order_of_the_seed() -> None
     assert epochs[0] != epochs[1]
     again = iterate_batches(examples, 4, seed=3)
     assert [next(again) for _ in range(22)] == epochs[0] + epochs[1]
-
-
-def test_chain_passes_are_counted_as_generation_counts_them() -> None:
-    """Red when: the prefill or the last pass is left out, or a wrong stream does not end a chain."""
-    right, wrong = [True] * 3, [False] * 3
-    assert chain_passes(np.array([right] * 9), 1) == 1
-    assert chain_passes(np.array([wrong] * 9), 10) == 10
-    assert chain_passes(np.array([right] * 9), 10) == 4  # 1 + 4 + 4 + 1
-    assert chain_passes(np.array([[True, False, True]] * 9), 10) == 6  # 1 + 2 + 2 + 2 + 2 + 1

@@ -110,6 +110,22 @@ def test_answers_of_other_models_and_settings_are_not_used(
     assert [example.answer == (7, 7) for example in mixed.train] == [False] * 12 + [True] * 12
 
 
+def test_every_sample_is_another_answer(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """Red when: the samples of a prompt share their random numbers, or the greedy one does not count apart."""
+    twice = DistillSettings(samples=2, max_tokens=12, batch_size=4, temp=3.0, seed=1)
+    found = answered(loaded, tmp_path / "answers.jsonl", twice).train
+    assert len(found) == 3 * 12
+    for one, other in ((0, 12), (0, 24), (12, 24)):
+        pairs = zip(found[one : one + 12], found[other : other + 12], strict=True)
+        assert sum(a.prompt == b.prompt and a.answer != b.answer for a, b in pairs) > 9
+
+
+def test_answers_of_longer_rows_are_not_used(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """Red when: a row is longer than asked for because it was once made so, or short because it was once cut."""
+    lengths = [max(map(len, answered(loaded, tmp_path / "a", max_seq_length=most).train)) for most in (14, 9, 14)]
+    assert lengths == [14, 9, 14]
+
+
 def test_models_whose_answers_differ_have_other_identities(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:
     """Red when: a 4-bit copy, or another base of the same shape, is given the answers of the first."""
     base = loaded[0]
@@ -120,7 +136,9 @@ def test_models_whose_answers_differ_have_other_identities(loaded: tuple[Path, A
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((base / name).read_bytes())
     assert one == base_identity(tmp_path, described)
-    (tmp_path / "model.safetensors").write_bytes(b"smaller")
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-2000:-1000] = bytes(1000)  # a fine-tune, which may keep what the fingerprint is made of
+    (tmp_path / "model.safetensors").write_bytes(weights)
     assert one != base_identity(tmp_path, described)
 
 

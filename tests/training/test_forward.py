@@ -8,7 +8,8 @@ from mlx.utils import tree_flatten
 
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training.forward import forward_main, forward_streams, stream_mask
-from specstream_mlx.training.trainable import attach, trained_tensors
+from specstream_mlx.training.trainable import attach, set_trained_tensors, trained_tensors
+from specstream_mlx.tree import DraftTree
 from tests import tiny
 from tests.family_cases import inference_logits
 from tests.tiny import FAMILIES, make_model, random_prompt, stream_config
@@ -31,8 +32,6 @@ def with_lora(model: SpecStreamModel) -> SpecStreamModel:
         name: value + 0.2 * mx.random.normal(value.shape, key=mx.random.key(index))
         for index, (name, value) in enumerate(trained_tensors(model).items())
     }
-    from specstream_mlx.training.trainable import set_trained_tensors
-
     set_trained_tensors(model, noise)
     return model
 
@@ -89,6 +88,22 @@ def test_only_streams_and_lora_train_and_the_start_is_the_base(mode: str) -> Non
     layers = {name.split(".")[3] for name in names if name.startswith("base.")}
     assert layers == ({"2", "3"} if mode == "lossless" else {"0", "1", "2", "3"})
     assert sum(name.endswith("lora_a") for name in names) == 7 * len(layers)
+
+
+@pytest.mark.parametrize("mode", ["lossless", "shared"])
+def test_nothing_of_a_16_bit_base_is_raised_to_float32(mode: str) -> None:
+    """Red when: the float32 tensors that train turn hidden states, and then the LM head, into float32."""
+    model = make_model("llama", seed=1)
+    model.base.set_dtype(mx.bfloat16)
+    attach(model, stream_config(mode=mode), rank=2, scale=2.0)
+    assert {value.dtype for value in trained_tensors(model).values()} == {mx.float32}
+    main = forward_main(model, mx.array([random_prompt(6, 1)]))
+    streams = forward_streams(model, main.trunk, main.keys_values, np.array([[2]], dtype=np.int32))
+    exits = model.early_exit_logits(main.trunk)
+    verified = model.verify(mx.array([3]), DraftTree.chain(0), model.make_cache(), insertion="leaf")
+    assert verified.stream_logits is not None
+    found = [*main.arrays, streams, exits, verified.logits, verified.stream_logits]
+    assert {array.dtype for array in found} == {mx.bfloat16}
 
 
 def test_a_quantised_base_trains_in_float() -> None:

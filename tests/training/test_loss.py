@@ -146,3 +146,11 @@ def test_memory_is_that_of_one_piece(mode: str) -> None:
     one, many = peak(model, all_anchors, weights, 1 << 20), peak(model, all_anchors, weights, 64)
     assert many < 0.4 * one
     assert many < 1.2 * peak(model, some_anchors, weights, 64)
+
+
+def test_logits_of_main_rows_exist_piece_by_piece_too() -> None:
+    """Red when: few stream rows put all main rows, and the logits of each, into one graph."""
+    model = trainable(base_changes={"vocab_size": 9000}, prune=None)
+    batch = batch_of([(2, 254)], max_anchors=8)
+    pieces, whole = (peak(model, batch, LossWeights(main=1.0), rows) for rows in (32, 1 << 20))
+    assert pieces < 0.4 * whole

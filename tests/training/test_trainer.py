@@ -1,6 +1,7 @@
 """The loop: interrupted, diverged, out of disk, resumed; and that streams do learn."""
 
 import errno
+import gc
 import json
 import os
 import resource
@@ -12,11 +13,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.training import trainer
+from specstream_mlx.training.batches import Example
 from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.forward import forward_main
-from specstream_mlx.training.log import LOG, plot, read_log
+from specstream_mlx.training.log import LOG, TrainingLog, plot, read_log
 from specstream_mlx.training.output import read_adapter, replaced_directory
 from specstream_mlx.training.settings import TrainSettings
 from specstream_mlx.training.trainable import attach, trained_tensors
@@ -37,8 +39,10 @@ def whole(base: Path, target: Path, **changes: Any) -> dict[str, mx.array]:
 
 
 @pytest.mark.parametrize("mode", ["shared", "lossless"])
-def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(base: Path, mode: str, tmp_path: Path) -> None:
-    """Red when: the optimizer's state, the schedule, the batches' order or the chosen anchors start over."""
+def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
+    base: Path, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when: the optimizer's state, the schedule, the rates, the batches' order or the chosen anchors start over."""
     changes = {"mode": mode, "grad_accumulation_steps": 2, "iters": 12, "prune_rank": 2, "stream_init_rank": 2}
     expected = whole(base, tmp_path / "whole", **changes)
 
@@ -53,6 +57,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(base: Pat
     points = target.with_name("cut.checkpoints")
     assert sorted(path.name for path in points.glob("step-*")) == ["step-0000004", "step-0000006"]
     events: list[dict[str, Any]] = []
+    monkeypatch.setattr(trainer, "hidden_rms", lambda *_: 1e3)  # as after another start, or on another machine
     prepared(base, target, **changes).train(DATA, resume=True, report=events.append)
     assert next(e["iteration"] for e in events if e["event"] == "train") == 7
     assert same(read_adapter(target)[1], expected)
@@ -147,22 +152,60 @@ def test_a_full_disk_loses_nothing_that_was_saved(base: Path, tmp_path: Path, mo
     monkeypatch.undo()
     rename = Path.rename
 
-    def refuse_new(path: Path, goal: Path) -> Path:
-        if ".partial-" in path.name:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return rename(path, goal)
+    for error in (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()):
 
-    monkeypatch.setattr(Path, "rename", refuse_new)
-    with pytest.raises(UsageError, match="No space left on device"), replaced_directory(target) as temporary:
-        (temporary / "whole").write_text("written")
-    assert same(read_adapter(target)[1], before)
+        def refuse_new(path: Path, goal: Path, error: BaseException = error) -> Path:
+            if ".partial-" in path.name:
+                raise error
+            return rename(path, goal)
+
+        monkeypatch.setattr(Path, "rename", refuse_new)
+        with pytest.raises((UsageError, KeyboardInterrupt)), replaced_directory(target) as temporary:
+            (temporary / "whole").write_text("written")
+        assert same(read_adapter(target)[1], before)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_log_that_cannot_be_written_again_stays(tmp_path: Path) -> None:
+    """Red when: a training that goes on on a full disk first empties its log."""
+    with TrainingLog(tmp_path, 0) as log:
+        for iteration in range(200):
+            log.write({"event": "train", "iteration": iteration, "loss": 0.5})
+    before = log.path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(UsageError, match=r"training_log.jsonl: cannot be written"):
+            TrainingLog(tmp_path, 150)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.path.read_bytes() == before
+    with TrainingLog(tmp_path, 150) as log:
+        log.write({"event": "train", "iteration": 151})
+    assert [event["iteration"] for event in read_log(log.path)] == list(range(152))
+
+
+def test_an_interruption_while_the_adapter_is_written_finds_it_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when: Ctrl-C in the last moment throws away what was trained since the last restart point."""
+    real = trainer.write_adapter
+
+    def interrupted(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        real(*arguments)
+
+    monkeypatch.setattr(trainer, "write_adapter", interrupted)
+    try:
+        written = whole(base, tmp_path / "out")
+    except KeyboardInterrupt:
+        pytest.fail("interrupted")
+    monkeypatch.undo()
+    assert same(written, whole(base, tmp_path / "whole"))
 
 
 def test_streams_learn_a_rule_that_the_answers_follow(base: Path, tmp_path: Path) -> None:
     """Red when: gradients have the wrong sign, targets are shifted, or the validation measures something else."""
-    from specstream_mlx.training.batches import Example
-
     counting = [Example((10 + i,), tuple(10 + (i + k) % 20 for k in range(1, 12))) for i in range(20)]
     run = prepared(base, tmp_path / "out", iters=150, batch_size=10, rank=8, stream_lr_scale=10.0, learning_rate=2e-2)
     found = run.train(Dataset(counting, counting))
@@ -202,8 +245,68 @@ def test_stream_embeddings_learn_at_the_scale_of_the_hidden_states(tmp_path: Pat
         assert max(others.values()) <= 1.01e-3  # type: ignore[type-var]
 
 
+def test_every_step_draws_its_own_anchors(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red when: the anchors that are left out are left out in every step."""
+    real, seen = trainer.make_batch, []
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        seen.append(real(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(trainer, "make_batch", note)
+    row = Example((10,), tuple(range(11, 31)))
+    prepared(base, tmp_path / "out", batch_size=1).train(Dataset([row], []))
+    anchors = {tuple(batch.anchors[0].tolist()) for batch in seen}
+    assert len(seen) == 7
+    assert len(anchors) > 4
+    assert {len(chosen) for chosen in anchors} == {4}
+
+
+def test_accumulated_gradients_take_the_memory_of_one(base: Path, tmp_path: Path) -> None:
+    """Red when: the sum is left for later, so that every summand stays."""
+    in_use: list[int] = []
+
+    def note(event: dict[str, Any]) -> None:
+        if event["event"] == "train":
+            gc.collect()
+            in_use.append(mx.get_active_memory())
+
+    changes = {"mode": "shared", "rank": 64, "iters": 8, "grad_accumulation_steps": 8, "batch_size": 1, "warmup": 0}
+    prepared(base, tmp_path / "out", **changes).train(DATA, report=note)
+    size = sum(value.nbytes for value in read_adapter(tmp_path / "out")[1].values())
+    assert in_use[6] < in_use[1] + size
+
+
+@pytest.mark.parametrize(("mode", "rows_per_chunk"), [("shared", 1024), ("shared", 12), ("lossless", 12)])
+def test_a_pruner_that_trains_along_changes_nothing_else(
+    base: Path, mode: str, rows_per_chunk: int, tmp_path: Path
+) -> None:
+    """Red when: its gradient counts where the others' are clipped, or its start changes another tensor's."""
+    changes = {"mode": mode, "rows_per_chunk": rows_per_chunk, "max_grad_norm": 0.05, "stream_init_rank": 2}
+    without = whole(base, tmp_path / "without", **changes)
+    beside = whole(base, tmp_path / "beside", **changes, prune_rank=2)
+    assert beside.keys() - without.keys() == {"specstream.prune.down.weight", "specstream.prune.up.weight"}
+    assert same({name: beside[name] for name in without}, without)
+    assert mx.abs(beside["specstream.prune.up.weight"]).max().item() > 0
+
+
+def test_the_start_of_a_tensor_depends_on_its_name_and_the_seed_alone(base: Path, tmp_path: Path) -> None:
+    """Red when: keys go by order, so that an option that adds a tensor changes the others'."""
+    starts = []
+    for changes in ({}, {"num_stream_layers": 3, "stream_init_rank": 2, "prune_rank": 2}, {"seed": 4}):
+        run = prepared(base, tmp_path / "out", **changes)
+        attach(run.model, run.config(), rank=2, scale=2.0, seed=run.settings.seed)
+        starts.append(trained_tensors(run.model))
+    few, many, other = starts
+    assert same({name: many[name] for name in few}, few)
+    assert not any(mx.array_equal(other[name], few[name]).item() for name in few if not name.endswith("lora_b"))
+    drawn = [value for name, value in few.items() if name.endswith("lora_a") and value.shape == (32, 2)]
+    assert len(drawn) > 4
+    assert not any(mx.array_equal(drawn[0], value).item() for value in drawn[1:])
+
+
 def test_the_pruner_can_be_trained_afterwards_alone(base: Path, tmp_path: Path) -> None:
-    """Red when: training the pruner moves a stream or a LoRA tensor, or moves nothing."""
+    """Red when: training the pruner moves a stream or a LoRA tensor, or nothing, or is told as the streams' failure."""
     for mode in ("lossless", "shared"):
         first = whole(base, tmp_path / f"streams-{mode}", mode=mode)
         start = tmp_path / f"streams-{mode}"
@@ -214,12 +317,31 @@ def test_the_pruner_can_be_trained_afterwards_alone(base: Path, tmp_path: Path) 
             "optimizer_config": {"adamw": {"weight_decay": 0.1}},
         }
         run = prepared(base, tmp_path / f"pruned-{mode}", start, **changes)
-        run.train(DATA)
+        events: list[dict[str, Any]] = []
+        run.train(DATA, report=events.append)
+        assert [event["agreement"] for event in events if event["event"] == "train"] == [[]] * 7
         config, tensors = read_adapter(tmp_path / f"pruned-{mode}")
         assert config.prune is not None
         assert same({name: tensors[name] for name in first}, first)
         assert mx.abs(tensors["specstream.prune.up.weight"]).max().item() > 0
         assert tensors.keys() - first.keys() == {"specstream.prune.down.weight", "specstream.prune.up.weight"}
+
+
+def test_an_adapter_to_start_from_is_one_of_this_base_and_kind(base: Path, tmp_path: Path) -> None:
+    """Red when: tensors of another base, or maps that mean something else here, are trained on in silence."""
+    start = tmp_path / "start"
+    whole(base, start, stream_init_rank=2, iters=3)
+    assert prepared(base, tmp_path / "out", start).model.adapters == {}
+    other = save_base(tmp_path / "other")
+    weights = mx.load(str(other / "model.safetensors"))
+    assert isinstance(weights, dict)
+    mx.save_safetensors(str(other / "model.safetensors"), weights | {"model.norm.weight": mx.full((32,), 0.5)})
+    with pytest.raises(InvalidInputError, match="this is another base than 'base'"):
+        prepared(other, tmp_path / "out", start)
+    config = start / "specstream_config.json"
+    config.write_text(config.read_text().replace('"residual": true', '"residual": false'))
+    with pytest.raises(UnsupportedError, match="stream_init or prune is not as train makes it"):
+        prepared(base, tmp_path / "out", start)
 
 
 def test_resume_without_a_restart_point_starts_and_latent_consistency_pulls(base: Path, tmp_path: Path) -> None:

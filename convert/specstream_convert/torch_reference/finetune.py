@@ -146,6 +146,8 @@ def finetune(
         model = load_checkpoint(base, newest, trainable=True)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    pruner = list(stream_module(model).prune.parameters()) if config.prune_rank is not None else []
+    others = [parameter for parameter in parameters if not any(parameter is own for own in pruner)]
     optimizer = torch.optim.AdamW(_parameter_groups(model, config), weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / (config.warmup + 1), (total - i) / max(1, total - config.warmup))
@@ -177,7 +179,9 @@ def finetune(
                 result = streaming_loss(model, batch, stream_weight=config.stream_weight)
             (result.loss / config.accumulate).backward()
             progress.add(result, sum(len(examples[row]) for row in rows))
-        torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        # Each by its own norm: the pruner shares no gradient with the rest and must not shorten the rest's steps.
+        for group in (pruner, others):
+            torch.nn.utils.clip_grad_norm_(group, config.clip_norm)
         optimizer.step()
         schedule.step()
         if iteration % config.log_every == 0 or iteration == total:

@@ -179,7 +179,8 @@ class SpecStream(nn.Module):
         if config.init_rank is not None:
             self.stream_init = LowRank(hidden_size, config.init_rank, residual=config.init_residual)
         if config.prune_rank is not None:
-            self.prune = LowRank(hidden_size, config.prune_rank, residual=config.prune_residual)
+            with torch.random.fork_rng(devices=[]):  # what is drawn after it is what it would be without it
+                self.prune = LowRank(hidden_size, config.prune_rank, residual=config.prune_residual)
 
     def init_streams(self, main: torch.Tensor) -> torch.Tensor:
         """Start gamma streams from each anchor's ``M_t^{N-N_s}``: (B, A, D) -> (B, A, gamma, D)."""
