@@ -39,6 +39,34 @@ CACHES = "tests/test_caches.py::"
 PEFT = "tests/training/test_export_peft.py::"
 BREAKS = (
     Break(
+        "SIGTERM loses the training",
+        "specstream_mlx/training/trainer.py",
+        "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}",
+        "for number in (signal.SIGINT,)}",
+        "tests/cli/test_cli_train.py::test_being_stopped_saves_and_resume_goes_on",
+    ),
+    Break(
+        "the output is lost between two renames",
+        "specstream_mlx/training/output.py",
+        "        elif old.exists():  # interrupted between the two renames\n            old.rename(target)\n",
+        "        else:\n            shutil.rmtree(old, ignore_errors=True)\n",
+        "tests/training/test_trainer.py::test_a_full_disk_loses_nothing_that_was_saved",
+    ),
+    Break(
+        "training goes on from the streams of another base",
+        "specstream_mlx/training/run.py",
+        "            base.load_adapter(adapter, _STARTING)\n            base.unload_adapter(_STARTING)\n",
+        "            pass\n",
+        "tests/cli/test_cli_train.py::test_what_no_training_goes_on_from_is_one_line",
+    ),
+    Break(
+        "restart points are deleted with what others put there",
+        "specstream_mlx/training/restart.py",
+        '(*self.directory.glob("step-*"), *self.directory.glob(".step-*"))',
+        "self.directory, ",
+        "tests/cli/test_cli_train.py::test_nothing_that_train_did_not_write_is_deleted",
+    ),
+    Break(
         "a tree reaches across the point where the cache is quantised",
         "specstream_mlx/caches.py",
         "return None if change is None else max(change - num_rows - 1, 0)",

@@ -158,6 +158,16 @@ def test_a_full_disk_loses_nothing_that_was_saved(base: Path, tmp_path: Path, mo
     assert same(read_adapter(target)[1], before)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
+    def interrupt(path: Path, goal: Path) -> Path:
+        if ".partial-" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, goal)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt), replaced_directory(target) as temporary:
+        (temporary / "whole").write_text("written")
+    assert same(read_adapter(target)[1], before)
+
 
 def test_streams_learn_a_rule_that_the_answers_follow(base: Path, tmp_path: Path) -> None:
     """Red when: gradients have the wrong sign, targets are shifted, or the validation measures something else."""
