@@ -259,7 +259,7 @@ def _check_base(
         problems.append(f"{where}: prune.layer is {stream_config.prune.layer}, the base has {layers} layers")
     mark: Any = trained_for.get("fingerprint")
     marked = family.fingerprint_tensor(config)
-    if isinstance(mark, dict) and marked is not None and mark.get("tensor") == marked:
+    if not problems and isinstance(mark, dict) and marked is not None and mark.get("tensor") == marked:
         weight: mx.array = dict(tree_flatten(base.parameters()))[marked]
         if not is_marked(mark, weight):
             problems.append(

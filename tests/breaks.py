@@ -39,6 +39,27 @@ CACHES = "tests/test_caches.py::"
 PEFT = "tests/training/test_export_peft.py::"
 BREAKS = (
     Break(
+        "SIGTERM loses the training",
+        "specstream_mlx/training/trainer.py",
+        "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}",
+        "for number in (signal.SIGINT,)}",
+        "tests/cli/test_cli_train.py::test_being_stopped_saves_and_resume_goes_on",
+    ),
+    Break(
+        "the output is lost between two renames",
+        "specstream_mlx/training/output.py",
+        "        elif old.exists():  # interrupted between the two renames\n            old.rename(target)\n",
+        "        else:\n            shutil.rmtree(old, ignore_errors=True)\n",
+        "tests/training/test_trainer.py::test_a_full_disk_loses_nothing_that_was_saved",
+    ),
+    Break(
+        "restart points are deleted with what others put there",
+        "specstream_mlx/training/restart.py",
+        '(*self.directory.glob("step-*"), *self.directory.glob(".step-*"))',
+        "self.directory, ",
+        "tests/cli/test_cli_train.py::test_nothing_that_train_did_not_write_is_deleted",
+    ),
+    Break(
         "a tree reaches across the point where the cache is quantised",
         "specstream_mlx/caches.py",
         "return None if change is None else max(change - num_rows - 1, 0)",
@@ -146,8 +167,8 @@ BREAKS = (
     Break(
         "streams begin in float32",
         "specstream_mlx/streams.py",
-        "return x + mapped if self._residual else mapped",
-        "return (x + mapped if self._residual else mapped).astype(mx.float32)",
+        "(x + mapped if self._residual else mapped).astype(x.dtype)",
+        "(x + mapped if self._residual else mapped).astype(mx.float32)",
         "tests/test_exactness.py::test_nothing_is_upcast",
     ),
     Break(
@@ -862,8 +883,8 @@ BREAKS = (
     Break(
         "Ctrl-C between two renames loses both directories",
         "specstream_mlx/training/output.py",
-        "except BaseException:  # a second Ctrl-C too",
-        "except OSError:",
+        "            old.rename(target)\n\n\ndef write_adapter",
+        "            pass\n\n\ndef write_adapter",
         "tests/training/test_trainer.py::test_a_full_disk_loses_nothing_that_was_saved",
     ),
     Break(

@@ -1,5 +1,6 @@
 """``specstream-mlx train``: streams (and LoRA) for a model, on this machine."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from specstream_cli.chat_template import ChatTemplate
+from specstream_cli.signals import terminated_like_interrupted
 from specstream_cli.terminal import Progress, answer, is_terminal, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.train_config import FEATURES, read_config, refuse_flags
 from specstream_cli.validation import is_repo_id, repo_id, usage_error, within
@@ -16,6 +18,16 @@ from specstream_cli.validation import is_repo_id, repo_id, usage_error, within
 Mode = Literal["lossless", "shared"]
 StreamPosition = Literal["anchor_plus_j", "anchor"]
 Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
+_WRITTEN = (
+    "README.md",
+    "adapters",
+    "specstream.safetensors",
+    "specstream_config.json",
+    "training.png",
+    "training_log.jsonl",
+    ".DS_Store",
+)
+"""What an output of this command may hold."""
 
 
 class TrainCommand(TyperCommand):
@@ -174,9 +186,9 @@ def train(
         remote = remote or not Path(place).expanduser().exists()
     _check_sources(given)
     output = Path(given.get("adapter_path", "stream_adapter")).expanduser()
-    _check_outputs(output, export_peft, resume=resume, overwrite=overwrite)
+    _check_outputs(output, export_peft, given, resume=resume, overwrite=overwrite)
     quieten_libraries(offline=not remote, debug=debug)
-    with answer() as out:
+    with answer() as out, terminated_like_interrupted():
         from specstream_mlx.training.run import TrainRun
         from specstream_mlx.upload import check_upload
 
@@ -198,12 +210,17 @@ def train(
             say(f"{run.summary()}; {len(examples.train):,} rows to train on, {len(examples.valid):,} to validate on")
             if overwrite and not resume:
                 run.discard_restart_points()
-            found = run.train(
-                examples,
-                resume=resume,
-                report=None if quiet else _reporter(run.settings.iters),
-                progress=progress,
-            )
+            try:
+                found = run.train(
+                    examples,
+                    resume=resume,
+                    report=None if quiet else _reporter(run.settings.iters),
+                    progress=progress,
+                )
+            except KeyboardInterrupt:
+                if any(_checkpoints(output).glob("step-*")):
+                    say(f"the training so far is in {_checkpoints(output)}; the same command with --resume goes on")
+                raise
         if export_peft is not None:
             run.export_peft(export_peft.expanduser())
         if upload_repo is not None:
@@ -244,21 +261,57 @@ def _check_sources(given: Mapping[str, Any]) -> None:
                 )
 
 
-def _check_outputs(output: Path, export_peft: Path | None, *, resume: bool, overwrite: bool) -> None:
+def _check_outputs(
+    output: Path, export_peft: Path | None, given: Mapping[str, Any], *, resume: bool, overwrite: bool
+) -> None:
     """Refuse, before hours of work, what could not be written or would be lost."""
-    checkpoints = output.with_name(output.name + ".checkpoints")
-    if not output.name:
+    if not output.name or output.name == "..":
         raise usage_error(f"--adapter-path: {output} is not a name for a directory")
+    checkpoints = _checkpoints(output)
+    for flag, place in (("--adapter-path", output), ("--export-peft", export_peft)):
+        if place is not None:
+            _check_writable(flag, place.expanduser())
+    for flag, value in (("--answers", given.get("answers")), ("--export-peft", export_peft)):
+        if value is not None and _within(Path(value), output, checkpoints):
+            raise usage_error(f"{flag}: {value} lies where --adapter-path {output} is written; choose another place")
+    start = given.get("resume_adapter_file")
+    if overwrite and start is not None and _within(Path(start), checkpoints):
+        raise usage_error(
+            f"--overwrite: discards the restart points in {checkpoints}, and --resume-adapter-file is one; choose "
+            "another --adapter-path"
+        )
     if output.exists() and not overwrite:
         raise usage_error(f"{output}: already exists; choose another --adapter-path or give --overwrite")
     if output.exists() and not (output.is_dir() and (output / "training_log.jsonl").is_file()):
         raise usage_error(
             f"{output}: --overwrite replaces only an earlier output of train; choose another --adapter-path"
         )
+    others = sorted(path.name for path in output.iterdir() if path.name not in _WRITTEN) if output.exists() else []
+    if others:
+        raise usage_error(
+            f"{output}: holds what train did not write ({', '.join(others[:5])}), which --overwrite would delete; "
+            "move it away, or choose another --adapter-path"
+        )
     if any(checkpoints.glob("step-*")) and not (resume or overwrite):
         raise usage_error(f"{checkpoints}: an interrupted run is there; --resume goes on, --overwrite starts again")
     if export_peft is not None and export_peft.expanduser().exists():
         raise usage_error(f"{export_peft}: already exists; choose another --export-peft")
+
+
+def _check_writable(flag: str, path: Path) -> None:
+    parent = next(one for one in path.absolute().parents if one.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "may not be written" if parent.is_dir() else "is no directory"
+        raise usage_error(f"{flag}: {path} cannot be made, {parent} {reason}; choose another place")
+
+
+def _checkpoints(output: Path) -> Path:
+    return output.with_name(output.name + ".checkpoints")
+
+
+def _within(path: Path, *directories: Path) -> bool:
+    real = path.expanduser().resolve()
+    return any(real.is_relative_to(directory.resolve()) for directory in directories)
 
 
 def _adapter_directory(name: str | None) -> Path | None:
@@ -314,6 +367,8 @@ def _reporter(iters: int) -> Callable[[dict[str, Any]], None]:
 
 def event_line(event: Mapping[str, Any], iters: int) -> str | None:
     """An event of the log for people; None for those that only the log needs."""
+    if event["event"] == "interrupted":
+        return "stopping after this step, and saving it; interrupt again to stop at once"
     where = f"iter {event['iteration']}/{iters}"
     if event["event"] == "start":
         return f"stream embeddings learn {event['stream_lr_scale']:.3g} times as fast as LoRA"

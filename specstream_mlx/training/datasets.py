@@ -20,6 +20,7 @@ Encode = Callable[[Any], tuple[list[int], int]]
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _VALIDATION_SHARE = 20  # one row in so many is held out where the data has no validation split
 _MOST_HELD_OUT = 100
+_FEWEST = 10  # rows that one is held out of
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def read_dataset(
     train, valid = cut[0], cut[1] if len(cut) > 1 else []
     if not valid:
         train, valid = hold_out(train, seed)
-        notes.append(f"{len(valid)} of {len(train) + len(valid)} rows are held out for validation")
+        total = len(train) + len(valid)
+        few = f"no validation: {_rows(total)}, fewer than {_FEWEST} to hold one out of; give a valid.jsonl"
+        notes.append(few if not valid else f"{len(valid)} of {total} rows are held out for validation")
     if not train:
         raise InvalidInputError(
             f"{data if isinstance(data, str) else 'hf_dataset'}: no row to train on is left; give longer answers or a "
@@ -99,8 +102,8 @@ def read_dataset(
 
 
 def hold_out(rows: Sequence[Any], seed: int) -> tuple[list[Any], list[Any]]:
-    """Split rows into those to train on and those to validate on, at random; fewer than 10 rows are all trained on."""
-    count = 0 if len(rows) < 10 else min(_MOST_HELD_OUT, max(1, len(rows) // _VALIDATION_SHARE))
+    """Split rows into those to train on and those to validate on, at random; few rows are all trained on."""
+    count = 0 if len(rows) < _FEWEST else min(_MOST_HELD_OUT, max(1, len(rows) // _VALIDATION_SHARE))
     chosen = set(random.Random(f"validation/{seed}").sample(range(len(rows)), count))
     return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
 
@@ -148,7 +151,7 @@ def _read_file(path: Path, features: Mapping[str, str], tokenizer: Any, mask_pro
     except ValueError as error:
         columns = ", ".join(map(repr, rows[0])) or "nothing"
         raise InvalidInputError(f"{path}: rows have {columns}, expected {_formats(features)}") from error
-    return _encode(_encoder(dataset, tokenizer, mask_prompt, str(path)), rows, str(path))
+    return _encode_dataset(dataset, rows, tokenizer, mask_prompt, str(path))
 
 
 def _read_hub(
@@ -184,9 +187,7 @@ def _read_hub(
             reason = f"{reason[:140]} ... {reason[-150:]}"
         raise InvalidInputError(f"{where}: not a data set to train on: {reason}") from error
     return [
-        _encode(_encoder(part, tokenizer, mask_prompt, where), [part[i] for i in range(len(part))], where)
-        if len(part)
-        else []
+        _encode_dataset(part, [part[i] for i in range(len(part))], tokenizer, mask_prompt, where) if len(part) else []
         for part in parts
     ]
 
@@ -212,13 +213,32 @@ def _encoder(dataset: Any, tokenizer: Any, mask_prompt: bool | None, where: str)
     return PlainCompletions([], tokenizer, dataset.prompt_key, dataset.completion_key, dataset.mask_prompt).process
 
 
-def _encode(encode: Encode, rows: Sequence[Any], where: str) -> list[Example]:
+def _encode_dataset(
+    dataset: Any, rows: Sequence[Any], tokenizer: Any, mask_prompt: bool | None, where: str
+) -> list[Example]:
+    texts = [getattr(dataset, key) for key in ("text_key", "prompt_key", "completion_key") if hasattr(dataset, key)]
+    return _encode(_encoder(dataset, tokenizer, mask_prompt, where), rows, texts, where)
+
+
+def _check_texts(row: Any, columns: Sequence[str]) -> None:
+    """Refuse what a tokenizer refuses in its own words, and a chat template would print as ``None``."""
+    for column in columns:
+        if column not in row:
+            raise InvalidInputError(f"has no {column!r}, as the first row does")
+        if not isinstance(row[column], str):
+            raise InvalidInputError(f"{column!r} is {json.dumps(row[column])[:40]}, expected a text")
+
+
+def _encode(encode: Encode, rows: Sequence[Any], texts: Sequence[str], where: str) -> list[Example]:
+    """Rows as examples; ``texts`` are the columns that hold a text each."""
     examples, problems = [], []
     for number, row in enumerate(rows, 1):
         try:
+            _check_texts(row, texts)
             tokens, offset = encode(row)
         except Exception as error:  # a chat template is a program and may raise anything
-            problems.append(f"{where}: row {number}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            kind = "" if isinstance(error, InvalidInputError) else f"{type(error).__name__}: "
+            problems.append(f"{where}: row {number}: {kind}{' '.join(str(error).split())[:200]}")
             if len(problems) == 5:
                 break
             continue
@@ -227,6 +247,10 @@ def _encode(encode: Encode, rows: Sequence[Any], where: str) -> list[Example]:
     if problems:
         raise InvalidInputError("\n".join(problems))
     return examples
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 def _within(examples: list[Example], max_seq_length: int, notes: list[str]) -> list[Example]:
@@ -238,7 +262,7 @@ def _within(examples: list[Example], max_seq_length: int, notes: list[str]) -> l
         cut += len(example.answer) > room
         kept.append(Example(example.prompt, example.answer[:room]))
     if len(kept) < len(examples):
-        notes.append(f"{len(examples) - len(kept)} rows are left out: no answer within {max_seq_length} tokens")
+        notes.append(f"{_rows(len(examples) - len(kept))} left out: no answer within {max_seq_length} tokens")
     if cut:
-        notes.append(f"{cut} rows are cut to {max_seq_length} tokens")
+        notes.append(f"{_rows(cut)} cut to {max_seq_length} tokens")
     return kept

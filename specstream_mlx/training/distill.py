@@ -5,6 +5,7 @@ Answers are appended to a file as they are made, so an interrupted run goes on a
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,11 +47,15 @@ class DistillSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 0 or self.max_tokens < 2 or self.batch_size < 1 or not self.temp > 0:
-            raise UsageError(
-                f"--samples {self.samples}, --temp {self.temp}, --max-tokens {self.max_tokens}, --distill-batch-size "
-                f"{self.batch_size}: expected at least 0, more than 0, at least 2 and at least 1"
-            )
+        assert self.batch_size >= 1
+        problems = []
+        for name, least in (("samples", 0), ("max_tokens", 2)):
+            if getattr(self, name) < least:
+                problems.append(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected at least {least}")
+        if not (math.isfinite(self.temp) and self.temp > 0):
+            problems.append(f"--temp: got {self.temp}, expected a number above 0")
+        if problems:
+            raise UsageError("\n".join(problems))
 
 
 def bundled_prompts() -> list[str]:

@@ -11,6 +11,7 @@ from specstream_mlx.errors import UsageError
 
 LOG = "training_log.jsonl"
 PLOT = "training.png"
+_FEW_DEPTHS = 8  # that a legend holds in one column
 
 
 class TrainingLog:
@@ -87,19 +88,30 @@ def plot(events: list[dict[str, Any]], path: Path) -> bool:
         from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         return False
-    steps = [event for event in events if event["event"] == "train"]
-    checks = [event for event in events if event["event"] == "validation"]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    losses, acceptance = figure.subplots(1, 2)
-    losses.plot([e["iteration"] for e in steps], [e["loss"] for e in steps], label="training")
-    losses.plot([e["iteration"] for e in checks], [e["loss"] for e in checks], "o-", label="validation")
-    losses.set(xlabel="iteration", ylabel="loss")
-    for depth in range(len(checks[0]["acceptance"]) if checks else 0):
-        rates = [e["acceptance"][depth] for e in checks]
-        acceptance.plot([e["iteration"] for e in checks], rates, "o-", label=f"depth {depth + 1}")
-    acceptance.set(xlabel="iteration", ylabel="acceptance, validation", ylim=(0, 1))
-    for axes in (losses, acceptance):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
+    figure = Figure(layout="constrained")
+    _draw(figure, events)
     figure.savefig(path)
     return True
+
+
+def _draw(figure: Any, events: list[dict[str, Any]]) -> None:
+    """Loss, and beside it acceptance by depth where something was validated."""
+    steps = [event for event in events if event["event"] == "train"]
+    checks = [event for event in events if event["event"] == "validation"]
+    figure.set_size_inches(10 if checks else 5, 4)
+    losses, *others = figure.subplots(1, 2 if checks else 1, squeeze=False)[0]
+    losses.plot([e["iteration"] for e in steps], [e["loss"] for e in steps], label="training")
+    losses.set(xlabel="iteration", ylabel="loss")
+    if checks:
+        iterations = [e["iteration"] for e in checks]
+        losses.plot(iterations, [e["loss"] for e in checks], "o-", label="validation")
+        losses.legend()
+        (acceptance,) = others
+        rates = list(zip(*(e["acceptance"] for e in checks), strict=True))
+        for depth, column in enumerate(rates, 1):
+            acceptance.plot(iterations, column, "o-", label=f"depth {depth}")
+        acceptance.set(xlabel="iteration", ylabel="acceptance, validation", ylim=(-0.03, 1.03))
+        small = len(rates) > _FEW_DEPTHS
+        acceptance.legend(ncols=4 if small else 1, fontsize="xx-small" if small else None)
+    for axes in (losses, *others):
+        axes.locator_params(axis="x", integer=True)

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,20 +69,18 @@ def replaced_directory(target: Path) -> Iterator[Path]:
         for path in sorted(temporary.rglob("*")):
             if path.is_file():
                 _flush(path)
-        try:
-            if target.exists():
-                target.rename(old)
-            temporary.rename(target)
-        except BaseException:  # a second Ctrl-C too
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(f"{target}: cannot be written ({reason}); what was saved before is as it was") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():  # interrupted between the two renames
+            old.rename(target)
 
 
 def write_adapter(directory: Path, config: StreamConfig, tensors: Mapping[str, mx.array], num_layers: int) -> None:
@@ -134,7 +133,10 @@ def read_adapter(directory: Path) -> tuple[StreamConfig, dict[str, mx.array]]:
 def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; unlike ``mx.save_safetensors`` this fails when the disk is full."""
     arrays = {name: np.ascontiguousarray(np.array(value)) for name, value in tensors.items()}
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     save_file(arrays, path, metadata=dict(metadata or {"format": "mlx"}))
+    path.chmod(mode)  # safetensors writes what its owner alone may read
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,5 +1,6 @@
 """Restart points: complete adapters with the optimizer's state beside, from which a training goes on bit for bit."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -18,6 +19,7 @@ from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.files import check_safetensors
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training.batches import Example
+from specstream_mlx.training.log import LOG
 from specstream_mlx.training.output import read_adapter, replaced_directory, save_tensors, write_adapter, write_json
 from specstream_mlx.training.settings import TrainSettings
 from specstream_mlx.training.trainable import set_trained_tensors, trained_tensors
@@ -102,8 +104,12 @@ class RestartPoints:
         return int(state["iteration"])
 
     def remove(self) -> None:
-        """Delete all restart points, once the output is in place."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Delete all restart points and the log, once the output is in place; what others put there stays."""
+        for path in (*self.directory.glob("step-*"), *self.directory.glob(".step-*")):
+            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self.directory / LOG).unlink(missing_ok=True)
+            self.directory.rmdir()
 
 
 def _digest(examples: Sequence[Example]) -> str:

@@ -9,8 +9,8 @@ import mlx.core as mx
 
 from specstream_mlx.bundled import default_model_path
 from specstream_mlx.checkpoint import load
-from specstream_mlx.config import PREFIX, StreamConfig, read_json
-from specstream_mlx.errors import UnsupportedError, UsageError
+from specstream_mlx.config import CONFIG_NAME, PREFIX, WEIGHTS_NAME, StreamConfig, read_json
+from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.files import resolve
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training import distill, output, trainer
@@ -29,6 +29,8 @@ from specstream_mlx.training.trainable import (
     trained_tensors,
 )
 from specstream_mlx.upload import upload
+
+_STARTING = "resume_adapter_file"  # what the adapter to start from is called while it is checked
 
 
 @dataclass
@@ -109,7 +111,7 @@ class TrainRun:
             InvalidInputError: it is of another base.
             UnsupportedError: its maps are none that a training here makes.
         """
-        name = self.model.load_adapter(adapter, f"start: {adapter}")
+        name = self.model.load_adapter(adapter, _STARTING)
         theirs, ours = self.model.adapters[name].stream_config, self.config()
         self.model.unload_adapter(name)
         assert theirs is not None
@@ -250,7 +252,16 @@ class TrainRun:
 
 
 def _settings_of(adapter: Path) -> dict[str, Any]:
-    """The settings that a stream adapter's tensors depend on."""
+    """The settings that a stream adapter's tensors depend on.
+
+    Raises:
+        InvalidInputError: it is another kind of directory, or damaged.
+    """
+    where = f"--resume-adapter-file: {adapter}"
+    if (adapter / "adapter_model.safetensors").exists() and not (adapter / WEIGHTS_NAME).exists():
+        raise InvalidInputError(f"{where}: a checkpoint in PEFT's form; bring it here with `convert --adapter-only`")
+    if not (adapter / CONFIG_NAME).exists():
+        raise InvalidInputError(f"{where}: no stream adapter, it has no {CONFIG_NAME}; give one that train wrote")
     config, _ = output.read_adapter(adapter)
     lora: Mapping[str, Any] = config.lora or {}
     found = {

@@ -105,7 +105,14 @@ class TrainSettings:
         if self.val_batches < -1:
             problems.append(f"--val-batches: got {self.val_batches}, expected -1 (all), 0 (none) or more")
         if not 0 <= self.warmup < max(1, self.num_updates):
-            problems.append(f"--warmup: got {self.warmup}, expected less than the {self.num_updates} updates")
+            problems.append(
+                f"--warmup: got {self.warmup}, expected at least 0 and less than the {self.num_updates} updates"
+            )
+        if self.grad_accumulation_steps > self.iters >= 1:
+            problems.append(
+                f"--grad-accumulation-steps: got {self.grad_accumulation_steps}, more than the {self.iters} "
+                "iterations; nothing would be updated"
+            )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 problems.append(f"{flag(name)}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")

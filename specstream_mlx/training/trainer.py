@@ -76,7 +76,7 @@ def train(
         validation: to measure acceptance on; may be empty.
         output: directory to write; restart points and the log are beside it, in ``OUTPUT.checkpoints``, until then.
         resume: go on from the newest restart point, if there is one.
-        report: told every event that the log gets.
+        report: told every event that the log gets, and ``{"event": "interrupted"}`` at once.
         progress: told ``(stage, done, total)``.
 
     Returns:
@@ -119,7 +119,7 @@ def train(
         log.write({"event": "validation", "iteration": iteration, **found.to_dict(), "seconds": _since(begin)})
         return found
 
-    with log, _interruptible() as interrupted:
+    with log, _interruptible(report) as interrupted:
         if done == 0:
             log.write(
                 {
@@ -335,21 +335,30 @@ class _Interval:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within the block the first Ctrl-C only sets a flag; the second one interrupts at once."""
+def _interruptible(report: Report | None) -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C, or SIGTERM or SIGHUP, sets a flag and says so; the second stops at once."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     seen = False
-    before = signal.getsignal(signal.SIGINT)
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}  # nohup
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def note(number: int, frame: Any) -> None:
         nonlocal seen
         seen = True
-        signal.signal(signal.SIGINT, before)
+        restore()
+        if report is not None:
+            with contextlib.suppress(RuntimeError):  # the signal came while a line was being written
+                report({"event": "interrupted"})
 
-    signal.signal(signal.SIGINT, note)
+    for number in before:
+        signal.signal(number, note)
     try:
         yield lambda: seen
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

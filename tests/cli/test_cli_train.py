@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from typer.main import get_command
 
@@ -202,6 +203,13 @@ def test_a_bad_configuration_file_is_one_line(text, reason, train, tmp_path):
         (["--self-distill", "--mode", "shared"], 2, "--self-distill: goes with --mode lossless"),
         (["--self-distill", "--prompts", "x"], 2, "--prompts: --data gives the prompts already"),
         (["--resume-adapter-file", "/nowhere"], 2, "--resume-adapter-file: /nowhere: no such directory"),
+        (
+            ["--export-peft", f"{__file__}/peft"],
+            2,
+            f"--export-peft: {__file__}/peft cannot be made, {__file__} is no dir",
+        ),
+        (["--grad-accumulation-steps", "7"], 2, "--grad-accumulation-steps: got 7, more than the 6 iterations"),
+        (["--warmup", "-1"], 2, "--warmup: got -1, expected at least 0 and less than the 6 updates"),
         (["--data", "/nowhere/at/all"], 3, "--data: /nowhere/at/all: neither a file or directory nor a data set"),
         (["--model", "/nowhere/at/all"], 3, "--model: /nowhere/at/all: no such directory"),
         (["--upload-repo", "x y"], 2, "--upload-repo"),
@@ -234,6 +242,61 @@ def test_nothing_to_train_on_and_places_that_are_taken(train, base, run, tmp_pat
     assert "already exists" in train("--export-peft", tmp_path / "own", out="new").stderr
 
 
+def test_nothing_that_train_did_not_write_is_deleted(train, tmp_path):
+    out, checkpoints = tmp_path / "out", tmp_path / "out.checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "mine.txt").write_text("mine")
+    assert train().code == 0
+    assert [path.name for path in checkpoints.iterdir()] == ["mine.txt"]
+    assert train("--overwrite").code == 0
+    assert (checkpoints / "mine.txt").read_text() == "mine"
+    (out / "notes.txt").write_text("mine")
+    foreign = train("--overwrite")
+    assert (foreign.code, foreign.stderr.count("\n")) == (2, 1)
+    assert f"{out}: holds what train did not write (notes.txt)" in foreign.stderr
+    assert (out / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "place"),
+    [("--export-peft", "out"), ("--answers", "out/answers.jsonl"), ("--answers", "out.checkpoints/answers.jsonl")],
+)
+def test_two_outputs_in_one_place_are_one_line(flag, place, train, tmp_path):
+    source = ("--self-distill",) if flag == "--answers" else ("--data", str(tmp_path / "rows.jsonl"))
+    result = train(flag, tmp_path / place, source=source)
+    assert (result.code, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert f"{flag}: {tmp_path / place} lies where --adapter-path" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_no_training_goes_on_from_is_one_line(train, tmp_path, base):
+    def refusal(start, *words):
+        result = train("--resume-adapter-file", start, *words, out="more")
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert not (tmp_path / "more").exists()
+        return result.code, result.stderr
+
+    assert train("--mode", "shared", "--export-peft", tmp_path / "peft").code == 0
+    shared = ["--mode", "shared"]
+    code, line = refusal(tmp_path / "peft", *shared)
+    assert (code, "in PEFT's form; bring it here with `convert --adapter-only`" in line) == (3, True)
+    code, line = refusal(tmp_path / "out" / "adapters", *shared)
+    assert (code, "no stream adapter, it has no specstream_config.json" in line) == (3, True)
+    wider = save_base(tmp_path / "wider", hidden_size=64, head_dim=16)
+    code, line = refusal(tmp_path / "out", *shared, "--model", wider)
+    assert (code, "streams were trained for hidden_size 32, this base has 64" in line) == (3, True)
+    shutil.copytree(base, tmp_path / "other")
+    file = tmp_path / "other" / "model.safetensors"
+    weights = mx.load(str(file))
+    mx.save_safetensors(str(file), {name: value + 0.5 for name, value in weights.items()})
+    code, line = refusal(tmp_path / "out", *shared, "--model", tmp_path / "other")
+    assert (code, "this is another base" in line) == (3, True)
+    kept = tmp_path / "more.checkpoints" / "step-0000002"
+    shutil.copytree(tmp_path / "out", kept)
+    code, line = refusal(kept, *shared, "--overwrite")
+    assert (code, "discards the restart points" in line, kept.exists()) == (2, True, True)
+
+
 def test_an_adapter_can_be_trained_further_and_gives_its_settings(run, train, base, data, tmp_path):
     assert train("--scale", "3", "--mode", "shared").code == 0
     more = ["--model", base, "--data", data, "--adapter-path", str(tmp_path / "more"), "--iters", "2"]
@@ -248,7 +311,8 @@ def test_an_adapter_can_be_trained_further_and_gives_its_settings(run, train, ba
     assert (other.code, "--scale 2.0 differs from its 3.0" in other.stderr) == (2, True)
 
 
-def test_ctrl_c_saves_and_resume_goes_on(train, base, data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_being_stopped_saves_and_resume_goes_on(number, train, base, data, tmp_path):
     words = ["--model", base, "--data", data, *QUICK, "--iters", "2000", "--seed", "4"]
     command = [sys.executable, "-m", "specstream_cli.app", "train", *words, "--adapter-path", str(tmp_path / "out")]
     root = Path(__file__).parents[2]
@@ -259,10 +323,12 @@ def test_ctrl_c_saves_and_resume_goes_on(train, base, data, tmp_path):
     checkpoints = tmp_path / "out.checkpoints"
     assert process.stderr is not None
     assert any(line.startswith("iter 2/2000  loss") for line in process.stderr)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (130, "")
-    assert stderr.endswith("interrupted\n")
+    goes_on = f"the training so far is in {checkpoints}; the same command with --resume goes on\ninterrupted\n"
+    assert stderr.endswith(goes_on)
+    assert "stopping after this step, and saving it" in stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "out").exists()
     (point,) = checkpoints.glob("step-*")

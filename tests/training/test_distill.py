@@ -156,8 +156,10 @@ def test_bad_files_are_one_line(loaded: tuple[Path, Any, Any], tmp_path: Path) -
         answered(loaded, tmp_path)
     with pytest.raises(InvalidInputError, match="leaves room"):
         answered(loaded, tmp_path / "new.jsonl", max_seq_length=3)
-    with pytest.raises(UsageError, match="--max-tokens 1"):
-        DistillSettings(max_tokens=1)
+    with pytest.raises(
+        UsageError, match="--max-tokens: got 1, expected at least 2\n--temp: got 0, expected a number above 0"
+    ):
+        DistillSettings(max_tokens=1, temp=0)
 
 
 def test_prompts_come_from_text_and_jsonl(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:

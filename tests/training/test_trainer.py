@@ -18,7 +18,7 @@ from specstream_mlx.training import trainer
 from specstream_mlx.training.batches import Example
 from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.forward import forward_main
-from specstream_mlx.training.log import LOG, TrainingLog, plot, read_log
+from specstream_mlx.training.log import LOG, TrainingLog, _draw, plot, read_log
 from specstream_mlx.training.output import read_adapter, replaced_directory
 from specstream_mlx.training.settings import TrainSettings
 from specstream_mlx.training.trainable import attach, trained_tensors
@@ -164,6 +164,16 @@ def test_a_full_disk_loses_nothing_that_was_saved(base: Path, tmp_path: Path, mo
             (temporary / "whole").write_text("written")
         assert same(read_adapter(target)[1], before)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    def interrupt(path: Path, goal: Path) -> Path:
+        if ".partial-" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, goal)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt), replaced_directory(target) as temporary:
+        (temporary / "whole").write_text("written")
+    assert same(read_adapter(target)[1], before)
 
 
 def test_a_log_that_cannot_be_written_again_stays(tmp_path: Path) -> None:
@@ -381,6 +391,23 @@ def test_the_log_is_json_and_the_plot_needs_matplotlib(base: Path, tmp_path: Pat
     assert [event["iteration"] for event in events if event["event"] == "validation"] == [0, 4, 7]
     drawn = plot(events, tmp_path / "plot.png")
     assert drawn == (tmp_path / "plot.png").exists() == (tmp_path / "out" / "training.png").exists()
+
+
+def test_the_plot_shows_what_was_measured_and_no_more() -> None:
+    """Red when: a run without validation gets an empty plot, or many depths a legend over the edge."""
+    figure = pytest.importorskip("matplotlib.figure")
+    steps: list[dict[str, Any]] = [{"event": "train", "iteration": i, "loss": 2.0 - i / 10} for i in (1, 2)]
+    alone = figure.Figure()
+    _draw(alone, steps)
+    assert [axes.get_ylabel() for axes in alone.axes] == ["loss"]
+    checks = [{"event": "validation", "iteration": i, "loss": 1.0, "acceptance": [0.5] * 32} for i in (0, 2)]
+    both = figure.Figure(layout="constrained")
+    _draw(both, steps + checks)
+    both.draw_without_rendering()
+    axes = both.axes[1]
+    legend = axes.get_legend().get_window_extent()
+    assert axes.get_window_extent().contains(legend.x0, legend.y0)
+    assert axes.get_window_extent().contains(legend.x1, legend.y1)
 
 
 def test_the_optimizer_takes_its_own_arguments_and_no_others() -> None:
