@@ -881,13 +881,6 @@ BREAKS = (
         "tests/training/test_trainer.py::test_a_log_that_cannot_be_written_again_stays",
     ),
     Break(
-        "Ctrl-C between two renames loses both directories",
-        "specstream_mlx/training/output.py",
-        "            old.rename(target)\n\n\ndef write_adapter",
-        "            pass\n\n\ndef write_adapter",
-        "tests/training/test_trainer.py::test_a_full_disk_loses_nothing_that_was_saved",
-    ),
-    Break(
         "Ctrl-C stops the writing of a finished adapter",
         "specstream_mlx/training/trainer.py",
         "        with replaced_directory(output)",
