@@ -280,17 +280,21 @@ def plot(document: dict[str, Any], path: Path) -> None:
         return
     arms = {name: runs for name, runs in document["arms"].items() if runs}
     groups = [word for word in dict.fromkeys(re.split(r"[ ,]", name)[0] for name in arms) if word != BASELINE]
-    figure = Figure(figsize=(14, 3 * (1 + -(-len(groups) // 4))), layout="constrained")
-    rows, columns = 1 + -(-len(groups) // 4), 4
-    overview = figure.add_subplot(rows, 1, 1)
+    columns = 4
+    rows = -(-max(len(groups), 1) // columns)
+    figure = Figure(figsize=(14, 4 + 3 * rows), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(4, 3 * rows))
+    overview = top.subplots()
     for place, (name, runs) in enumerate(arms.items()):
         seen = [run["tokens_per_pass"] for run in runs]
         overview.bar(place, mean(seen), color="tab:gray" if name == BASELINE else "tab:blue")
         overview.plot([place] * len(seen), seen, "k.", markersize=4)
     overview.set_xticks(range(len(arms)), list(arms), rotation=30, ha="right", fontsize="small")
     overview.set_ylabel("tokens per pass")
-    for number, group in enumerate(groups):
-        axes = figure.add_subplot(rows, columns, columns + number + 1)
+    small = bottom.subplots(rows, columns, squeeze=False).flatten()
+    for axes in small[len(groups) :]:
+        axes.remove()
+    for axes, group in zip(small, groups, strict=False):
         for name, runs in arms.items():
             if name == BASELINE or re.split(r"[ ,]", name)[0] == group:
                 rates = mean_acceptance(runs)

@@ -13,7 +13,8 @@ def test_arms_are_trained_once_on_one_budget(tmp_path: Path, capsys: pytest.Capt
     """Red when: an arm's own setting is lost, an arm is trained again, or figures of two budgets are mixed."""
     out = tmp_path / "figures.json"
     words = ["--out", str(out), "--prompts", "8", "--heldout", "3", "--iters", "2", "--batch-size", "4"]
-    assert train_ablations.main([*words, "--only", "gamma 2"]) == 0
+    assert train_ablations.main([*words, "--only", "gamma 2", "--plot", str(tmp_path / "figures.png")]) == 0
+    assert (tmp_path / "figures.png").stat().st_size > 10_000
     arm = json.loads(capsys.readouterr().out.splitlines()[-1])["arms"]["gamma 2"][0]
     assert (arm["settings"]["gamma"], len(arm["acceptance"]), arm["settings"]["rank"]) == (2, 2, 32)
     assert arm["tokens_per_pass"] >= 1
