@@ -23,7 +23,6 @@ from specstream_mlx import DraftOptions, stream_generate
 from specstream_mlx.calibration.calibration import Calibration
 from specstream_mlx.calibration.planner import Curve, PassCosts, candidate_trees
 from specstream_mlx.drafting import Insertion, make_plan
-from specstream_mlx.loop import Loop
 from specstream_mlx.tree import DraftTree
 from tests import tiny
 from tests.tiny import (
@@ -265,7 +264,7 @@ def test_plans_that_change_in_mid_generation(monkeypatch, name, temp):
     for seed in range(6):
         control = Erratic(seed)
         monkeypatch.setattr(
-            sys.modules[Loop.__module__], "steer", lambda *_, c=control: (make_plan("auto", model.gamma), c)
+            sys.modules[stream_generate.__module__], "steer", lambda *_, c=control: (make_plan("auto", model.gamma), c)
         )
         prompt = random_prompt(3 + seed, seed=seed)
         expected = plain_tokens(model.base, prompt, 60, end_of_text=(), seed=seed, sampler=sampler)
