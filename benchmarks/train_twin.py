@@ -83,7 +83,7 @@ def read_rows(count: int) -> list[Example]:
 
 def train_here(rows: list[Example], folder: Path, settings: dict[str, Any]) -> list[float]:
     """Write the common start to ``start`` and our adapter to ``here``; the losses of all steps."""
-    quiet = {"steps_per_report": 1, "val_batches": 0, "save_every": 10**6, "rows_per_chunk": 8192}
+    quiet = {"steps_per_report": 1, "val_batches": 0, "save_every": 10**6}
     start, run = (TrainRun.prepare(None, folder / "here", settings | quiet | {"mode": "shared"}) for _ in range(2))
     attach(start.model, start.config(), rank=start.settings.rank, scale=start.settings.scale, seed=start.settings.seed)
     start.export_peft(folder / "start")
