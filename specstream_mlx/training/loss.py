@@ -281,19 +281,19 @@ def _stream_pieces(
 
     def run(main: MainPass, part: AnchorChunk, rows: IntArray) -> _Outcome:
         targets = mx.array(all_targets[part].reshape(-1)[rows])
-        counts = mx.array(row_weights[part].reshape(-1)[rows])
+        shares = mx.array(row_weights[part].reshape(-1)[rows])
         read = main if len(part[0]) == size else main.of_sequences(part[0])
         hidden = forward_streams(model, read.trunk, read.keys_values, batch.anchors[part], checkpoint=checkpoint)
         normed = model.family.norm(_rows(hidden, rows))
         logits = model.family.head(normed).astype(mx.float32)
         losses = nn.losses.cross_entropy(logits, targets, reduction="none")
-        total = weights.streams * (losses * counts).sum()
+        total = weights.streams * (losses * shares).sum()
         outcome = {"losses": losses, "right": logits.argmax(axis=-1) == targets}
         if weights.latent:
             ahead = all_ahead[part].reshape(-1)[rows]
             aim = model.family.norm(mx.stop_gradient(_rows(main.hidden, ahead))).astype(mx.float32)
             distance = (normed.astype(mx.float32) - aim).square().sum(axis=-1) / aim.square().sum(axis=-1)
-            outcome["latent"] = (distance * counts).sum()
+            outcome["latent"] = (distance * shares).sum()
             total = total + weights.latent * outcome["latent"]
         return total, outcome
 
