@@ -22,6 +22,7 @@ from benchmarks.exactness import bundled_arm, cases, tiny_arm
 from specstream_mlx import DraftOptions, stream_generate
 from specstream_mlx.calibration.calibration import Calibration
 from specstream_mlx.calibration.planner import Curve, PassCosts, candidate_trees
+from specstream_mlx.control import Control
 from specstream_mlx.drafting import Insertion, make_plan
 from specstream_mlx.tree import DraftTree
 from tests import tiny
@@ -290,8 +291,9 @@ def test_a_calibration_that_says_plain_decoding_starts_parked_and_probes():
     assert responses[-1].stream_passes == 2, "one probe of two passes after 48 plain ones"
 
 
-def test_parking_and_probing_change_no_token():
+def test_parking_and_probing_change_no_token(monkeypatch):
     """Red when: a pass launched ahead of a parked one is counted, sampled or rolled back wrongly."""
+    monkeypatch.setattr(Control, "observe", lambda *_: None)  # no clock decides when it parks
     model = make_model("llama", seed=7)
     prompt = random_prompt(12, seed=5)
     for temp in (0.0, 0.9):
