@@ -238,8 +238,6 @@ def report(document: dict[str, Any]) -> str:
     header = ("arm", "tokens per pass", "acceptance by depth", "parameters", "CPU s", "note")
     rows = []
     for name, runs in document["arms"].items():
-        if not runs:
-            continue
         seen = [run["tokens_per_pass"] for run in runs]
         spread = f" ({min(seen):.3f}..{max(seen):.3f})" if len(seen) > 1 else ""
         rows.append(
@@ -278,7 +276,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     except ImportError:
         print("no plot: matplotlib is not installed", file=sys.stderr)
         return
-    arms = {name: runs for name, runs in document["arms"].items() if runs}
+    arms = document["arms"]
     groups = [word for word in dict.fromkeys(re.split(r"[ ,]", name)[0] for name in arms) if word != BASELINE]
     columns = 4
     rows = -(-max(len(groups), 1) // columns)

@@ -22,6 +22,7 @@ from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training.batches import Example, mixed_seed
 from specstream_mlx.training.datasets import Dataset, hold_out, plain_prompt, read_rows
+from specstream_mlx.training.settings import flag
 from specstream_mlx.tree_attention import runs_batches
 
 Prompt = tuple[int, ...]
@@ -51,7 +52,7 @@ class DistillSettings:
         problems = []
         for name, least in (("samples", 0), ("max_tokens", 2)):
             if getattr(self, name) < least:
-                problems.append(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected at least {least}")
+                problems.append(f"{flag(name)}: got {getattr(self, name)}, expected at least {least}")
         if not (math.isfinite(self.temp) and self.temp > 0):
             problems.append(f"--temp: got {self.temp}, expected a number above 0")
         if problems:

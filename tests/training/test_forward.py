@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training.forward import forward_main, forward_streams, stream_mask
-from specstream_mlx.training.trainable import attach, set_trained_tensors, trained_tensors
+from specstream_mlx.training.trainable import attach, trained_tensors
 from specstream_mlx.tree import DraftTree
 from tests import tiny
 from tests.family_cases import inference_logits
 from tests.tiny import FAMILIES, make_model, random_prompt, stream_config
+from tests.training.training_cases import with_lora
 
 ATOL = 2e-5  # float32, logits around 10, other orders of summation
 CASES = {
@@ -22,18 +22,6 @@ CASES = {
     "rotation": {"stream_id": {"type": "value_rotation", "epsilon": 0.3}},
     "all-layers": {"num_stream_layers": 4, "prune": None},
 }
-
-
-def with_lora(model: SpecStreamModel) -> SpecStreamModel:
-    """LoRA attached, and every trained tensor moved away from its neutral start."""
-    assert model.stream_config is not None
-    attach(model, model.stream_config, rank=3, scale=1.5)
-    noise = {
-        name: value + 0.2 * mx.random.normal(value.shape, key=mx.random.key(index))
-        for index, (name, value) in enumerate(trained_tensors(model).items())
-    }
-    set_trained_tensors(model, noise)
-    return model
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training.batches import IGNORE, Batch, Example, anchor_chunks, make_batch
 from specstream_mlx.training.forward import forward_main
 from specstream_mlx.training.loss import LossWeights, _pieces, loss_and_gradients, loss_only
-from specstream_mlx.training.trainable import attach, set_trained_tensors, train_pruner_only, trained_tensors
+from specstream_mlx.training.trainable import train_pruner_only
 from tests import tiny
 from tests.tiny import make_model, random_prompt
+from tests.training.training_cases import with_lora
 
 RTOL = 2e-5  # of a tensor's largest gradient: float32, other orders of summation
 LENGTHS = ((7, 12), (3, 20), (11, 2), (5, 1))
@@ -25,14 +26,7 @@ def trainable(family: str = "llama", base_changes: Any = None, bits: int | None 
     model = make_model(family, seed=4, base_changes=base_changes, **case)
     if bits is not None:
         nn.quantize(model.base, group_size=32, bits=bits)
-    assert model.stream_config is not None
-    attach(model, model.stream_config, rank=3, scale=1.5)
-    noise = {
-        name: value + 0.2 * mx.random.normal(value.shape, key=mx.random.key(index))
-        for index, (name, value) in enumerate(trained_tensors(model).items())
-    }
-    set_trained_tensors(model, noise)
-    return model
+    return with_lora(model)
 
 
 def batch_of(lengths: Any = LENGTHS, max_anchors: int | None = None) -> Batch:

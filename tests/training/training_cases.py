@@ -7,8 +7,10 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training.batches import Example
 from specstream_mlx.training.run import TrainRun
+from specstream_mlx.training.trainable import attach, set_trained_tensors, trained_tensors
 from tests.tiny import END_OF_TEXT, make_model, random_prompt, save_directory
 
 QUICK: dict[str, Any] = {
@@ -35,6 +37,18 @@ def save_base(path: Path, family: str = "llama", **changes: Any) -> Path:
     config = json.loads((path / "config.json").read_text()) | changes
     (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def with_lora(model: SpecStreamModel) -> SpecStreamModel:
+    """Streams and LoRA attached, and every trained tensor moved away from its neutral start."""
+    assert model.stream_config is not None
+    attach(model, model.stream_config, rank=3, scale=1.5)
+    noise = {
+        name: value + 0.2 * mx.random.normal(value.shape, key=mx.random.key(index))
+        for index, (name, value) in enumerate(trained_tensors(model).items())
+    }
+    set_trained_tensors(model, noise)
+    return model
 
 
 def rows(count: int = 11) -> list[Example]:
