@@ -39,6 +39,13 @@ CACHES = "tests/test_caches.py::"
 PEFT = "tests/training/test_export_peft.py::"
 BREAKS = (
     Break(
+        "something holds on to an unloaded adapter",
+        "specstream_mlx/model.py",
+        "        del self._shelf.resident[name]\n",
+        "        self.__dict__.setdefault('_unloaded', []).append(self._shelf.resident.pop(name))\n",
+        ADAPTERS + "test_memory_is_reported_and_given_back",
+    ),
+    Break(
         "SIGTERM loses the training",
         "specstream_mlx/training/trainer.py",
         "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}",
