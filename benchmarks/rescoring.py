@@ -38,7 +38,7 @@ from specstream_mlx.drafting import top_candidates
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training.batches import IGNORE, Batch, Example, make_batch
 from specstream_mlx.training.evaluation import chain_passes
-from specstream_mlx.training.forward import forward_main, forward_streams
+from specstream_mlx.training.forward import MainPass, forward_main, forward_streams
 
 CANDIDATES = 8
 _RANK = 16
@@ -75,17 +75,19 @@ class Guesses:
         )
 
 
-def children_of(model: SpecStreamModel, example: Example, count: int) -> tuple[Any, Any, Any]:
-    """Of every anchor of an answer: where each guess's parent stands (n, G), ``count`` guesses, (n, G) targets."""
+def children_of(model: SpecStreamModel, example: Example, count: int) -> tuple[MainPass, Any, Any, Any]:
+    """The main pass, and of every anchor of an answer: where each guess's parent stands (n, G), ``count`` guesses,
+    (n, G) targets.
+    """
     batch = make_batch([example], model.gamma)
-    _, tokens, _ = _candidates(model, batch, count)
-    places = batch.anchors[0][:, None] + np.arange(1, model.gamma + 1)
-    return np.minimum(places, len(example) - 1), tokens[0], batch.stream_targets[0]
-
-
-def _candidates(model: SpecStreamModel, batch: Batch, count: int) -> list[npt.NDArray[Any]]:
-    """(B, A, G, ...) hidden states after the final norm, candidates and their log-probabilities."""
     main = forward_main(model, mx.array(batch.tokens))
+    _, tokens, _ = _candidates(model, batch, main, count)
+    places = batch.anchors[0][:, None] + np.arange(1, model.gamma + 1)
+    return main, np.minimum(places, len(example) - 1), tokens[0], batch.stream_targets[0]
+
+
+def _candidates(model: SpecStreamModel, batch: Batch, main: MainPass, count: int) -> list[npt.NDArray[Any]]:
+    """(B, A, G, ...) hidden states after the final norm, candidates and their log-probabilities."""
     hidden = model.family.norm(forward_streams(model, main.trunk, main.keys_values, batch.anchors))
     logits = model.family.head(hidden).astype(mx.float32).reshape(-1, model.family.size(vars(model.args), "vocab_size"))
     tokens = top_candidates(logits, count)
@@ -101,7 +103,7 @@ def read_guesses(model: SpecStreamModel, examples: Sequence[Example], batch_size
     for begin in range(0, len(examples), batch_size):
         chosen = examples[begin : begin + batch_size]
         batch = make_batch(chosen, model.gamma)
-        arrays = _candidates(model, batch, CANDIDATES)
+        arrays = _candidates(model, batch, forward_main(model, mx.array(batch.tokens)), CANDIDATES)
         for row, example in enumerate(chosen):
             count = max(0, len(example.answer) - 1)
             states, tokens, logprobs = (array[row, :count] for array in arrays)

@@ -91,7 +91,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--iters", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2.5e-3)
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each arm")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each arm; may be raised later")
     return parser.parse_args(arguments)
 
 
@@ -114,7 +114,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "model": Path(options.model).name if options.model else "bundled",
         "prompts": options.prompts,
         "heldout": options.heldout,
-        "seeds": options.seeds,
         "budget": budget,
         "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "mlx": version("mlx")},
     }
@@ -192,12 +191,10 @@ def wrong_children_pruned(model: Any, examples: Any) -> float:
     import numpy as np
 
     from benchmarks.rescoring import children_of
-    from specstream_mlx.training.forward import forward_main
 
     right, wrong = [], []
     for example in examples:
-        parents, tokens, targets = children_of(model, example, _CHILDREN)
-        main = forward_main(model, mx.array([example.prompt + example.answer]))
+        main, parents, tokens, targets = children_of(model, example, _CHILDREN)
         chances = mx.softmax(model.early_exit_logits(main.trunk), axis=-1)
         chances = np.array(chances[mx.array(parents)[:, :, None], mx.array(tokens)])
         hit = tokens == targets[:, :, None]

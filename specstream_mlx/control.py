@@ -25,6 +25,10 @@ from specstream_mlx.tree import DraftTree
 class Costs(Protocol):
     """What the control must know of the machine."""
 
+    begins_with_probe: bool
+    """Whether a generation drafts a few passes before it may park: what is remembered of the one before it may have
+    been a busy moment, and short generations would never learn otherwise."""
+
     def at(self, context: int, ends: FloatArray) -> tuple[FloatArray, float]:
         """Costs of a pass over every tree, (C,), and of a plain step, after ``context`` cached rows.
 
@@ -45,8 +49,9 @@ class Costs(Protocol):
 class LearnedCosts:
     """The costs of one tree and of plain decoding, learned from passes as they are made."""
 
+    begins_with_probe = True
     ASSUMED = 1.5  # plain steps per drafted pass until both were seen; the paper's range on a GPU is 1.15 to 1.6
-    ENOUGH = 3
+    ENOUGH = 7
     LEAF_FROM = 0.25  # leaf insertion costs less than a stream pass, by more than this on most machines
 
     def __init__(self, tree: DraftTree, insertion: Insertion | None, times: PassTimes) -> None:
@@ -139,7 +144,7 @@ class Control:
     PROBE = 2  # drafted passes before parking again
     REMEMBERED = 0.25  # share of the counts that a probe starts from
     PROVEN = 16  # drafted passes in a row after which the next pause is the first again
-    LEARNING_PAUSE = 4  # plain passes made to see what they cost
+    LEARNING_PAUSE = 8  # plain passes made to see what they cost; the first one is not timed
     REVIEW = 8  # drafted passes between choices, when drafts are accepted and no probe is under way
 
     def __init__(self, candidates: Candidates, rates: Rates, costs: Costs) -> None:
@@ -151,7 +156,7 @@ class Control:
         self._chosen: tuple[DraftTree, Insertion] | None = None
         self._pause = self.FIRST_PAUSE
         self._plain_left = 0
-        self._probe_left = 0
+        self._probe_left = self.PROBE if costs.begins_with_probe else 0
         self._drafted_in_a_row = 0
         self._until_review = 0
 

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.planner_simulation import PROFILES, controlled_speed, pass_costs, read_curves, simulate
 from specstream_mlx.calibration.planner import Candidates, Curve, PassCosts, candidate_trees, solve
 from specstream_mlx.calibration.tabulated import TabulatedCosts
+from specstream_mlx.calibration.times import RECENT
 from specstream_mlx.control import Acceptance, Control, LearnedCosts, PassTimes
 from specstream_mlx.tree import DraftTree
 
@@ -125,6 +126,24 @@ def test_costs_are_learned_from_passes_and_kept_for_the_next_generation():
     assert plain_passes == [Control.LEARNING_PAUSE, 0]
     costs, plain = LearnedCosts(chain, "deferred", times).at(0, np.ones(1))
     assert (costs.tolist(), plain) == ([0.003], 0.001)
+
+
+def test_a_busy_moment_is_forgotten_by_short_generations():
+    """Red when: costs remembered of one generation keep the next ones from drafting, so that they stay as they are."""
+    chain, root, times = DraftTree.chain(4), DraftTree.chain(0), PassTimes()
+    times.plain.extend([0.001] * RECENT)
+    times.of(chain, "deferred").extend([0.02] * RECENT)
+    drafted = []
+    for _ in range(12):
+        steered = Control(Candidates([chain], 1), [[0.9]] * 4, LearnedCosts(chain, "deferred", times))
+        choices = []
+        for _ in range(8):
+            choices.append(steered.choose(0))
+            steered.record(choices[-1] is not None, chain if choices[-1] else root, range(5 if choices[-1] else 1))
+            steered.observe(choices[-1] is not None, chain if choices[-1] else root, 0.0015 if choices[-1] else 0.001)
+        drafted.append(sum(choice is not None for choice in choices))
+    assert drafted[0] == Control.PROBE
+    assert drafted[-1] == 8
 
 
 def test_learned_costs_park_a_tree_that_is_accepted_and_still_too_dear():

@@ -14,6 +14,7 @@ class TabulatedCosts:
     """Calibrated costs at a few lengths of context, straight lines between them."""
 
     wants_plain_passes = False
+    begins_with_probe = False
 
     def __init__(
         self, trees: Sequence[DraftTree], table: Sequence[tuple[int, PassCosts]], insertion: Insertion | None = None

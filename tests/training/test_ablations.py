@@ -29,6 +29,8 @@ def test_arms_are_trained_once_on_one_budget(tmp_path: Path, capsys: pytest.Capt
         assert train_ablations.main([*words, "--only", "gamma 2"]) == 0
         with pytest.raises(AssertionError, match="trained again"):
             train_ablations.main([*words, "--only", "rank 8"])
+        with pytest.raises(AssertionError, match="trained again"):
+            train_ablations.main([*words, "--only", "gamma 2", "--seeds", "2"])
     assert "gamma 2" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="made with other settings"):
         train_ablations.main([*words, "--iters", "3", "--only", "gamma 2"])
