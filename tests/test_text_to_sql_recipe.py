@@ -26,12 +26,14 @@ from recipes.text_to_sql.evaluate import main as measure  # noqa: E402
 from recipes.text_to_sql.finetune import BASE_NAME, FinetuneSettings, finetune, fresh_examples  # noqa: E402
 from recipes.text_to_sql.heldout import HELDOUT, write_heldout  # noqa: E402
 from recipes.text_to_sql.pretrain import PretrainSettings, pretrain  # noqa: E402
+from recipes.text_to_sql.prompts import BUNDLED_COUNT, write_prompts  # noqa: E402
 from recipes.text_to_sql.rescale import rescale  # noqa: E402
 from recipes.text_to_sql.stamps import is_current, write_stamp  # noqa: E402
 from recipes.text_to_sql.tokenizer import ExampleEncoder  # noqa: E402
 from specstream_cli.app import main as program  # noqa: E402
 from specstream_mlx import default_model_path, load  # noqa: E402
 from specstream_mlx.bundled import samples  # noqa: E402
+from specstream_mlx.training.distill import PROMPTS_NAME, default_prompts  # noqa: E402
 from specstream_mlx.tree import DraftTree  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -241,6 +243,7 @@ def test_the_bundle_holds_the_model_and_samples(out: Path, tmp_path: Path, monke
     samples = [json.loads(line) for line in (bundle / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == build.NUM_SAMPLES
     assert all(sample in read_examples(HELDOUT) for sample in samples)
+    assert (bundle / PROMPTS_NAME).read_bytes() == (build.BUNDLE / PROMPTS_NAME).read_bytes()
     model, _ = load(str(bundle))
     assert model.gamma == 4
     monkeypatch.setattr(build, "MAX_BYTES", size - 1)
@@ -258,3 +261,13 @@ def test_the_heldout_file_is_what_the_generator_writes(tmp_path: Path) -> None:
     """Catches a change of the task that leaves the published examples behind."""
     write_heldout(tmp_path / "heldout.jsonl")
     assert (tmp_path / "heldout.jsonl").read_bytes() == HELDOUT.read_bytes()
+
+
+def test_the_bundled_model_brings_prompts_of_its_training_split(tmp_path: Path) -> None:
+    """Red when: prompts and task have come apart, or the list left the package; held-out questions are not in it."""
+    path = default_prompts(default_model_path())
+    assert path is not None
+    assert path.read_bytes() == write_prompts(tmp_path / "prompts.jsonl").read_bytes()
+    prompts = {json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()}
+    assert len(prompts) == BUNDLED_COUNT
+    assert not prompts & {row["prompt"] for row in read_examples(HELDOUT)}

@@ -139,7 +139,10 @@ def train(
         str | None, typer.Option(help="Start from the tensors of this stream adapter; its settings are the defaults.")
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="Prompts to answer: text, one a line, or JSONL; default: a general list.")
+        str | None,
+        typer.Option(
+            help="Prompts to answer: text, one a line, or JSONL; default: the model's prompts.jsonl, or a general list."
+        ),
     ] = None,
     answers: Annotated[
         str | None, typer.Option(help="File that keeps the answers; default: beside --adapter-path.")
@@ -328,15 +331,18 @@ def _examples(
     run: Any, given: Mapping[str, Any], output: Path, progress: Progress | None, say: Callable[[str], None]
 ) -> Any:
     if given.get("self_distill", False):
+        from specstream_mlx.training.distill import default_prompts
+
         chosen = {key: given[key] for key in ("samples", "temp", "max_tokens") if key in given}
         file = Path(given.get("answers", output.with_name(output.name + ".answers.jsonl"))).expanduser()
-        source = given.get("prompts", given.get("data"))
+        given_prompts = given.get("prompts", given.get("data"))
+        prompts = default_prompts(run.path) if given_prompts is None else Path(given_prompts).expanduser()
         chat = ChatTemplate.of(None, given.get("chat_template_config"))
         chat.is_used(run.tokenizer)
         begin = time.perf_counter()
         try:
             found = run.own_answers(
-                None if source is None else Path(source).expanduser(),
+                prompts,
                 file,
                 chosen,
                 None if progress is None else lambda done, total: progress("answers", done, total),
@@ -347,7 +353,8 @@ def _examples(
                 say(f"the answers so far are in {file}; the same command goes on")
             raise
         tokens = sum(len(example.answer) for example in [*found.train, *found.valid])
-        say(f"own answers: {tokens:,} tokens in {time.perf_counter() - begin:.0f} s, kept in {file}")
+        seconds = time.perf_counter() - begin
+        say(f"own answers to {prompts or 'general prompts'}: {tokens:,} tokens in {seconds:.0f} s, kept in {file}")
     else:
         features = {name: given[name] for name in FEATURES if name in given}
         found = run.read(given.get("hf_dataset") or given["data"], given.get("mask_prompt"), features)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .heldout import HELDOUT, write_heldout
+from .prompts import write_prompts
 from .stamps import digest, is_current, write_stamp
 
 ROOT = Path(__file__).parents[2]
@@ -68,11 +69,13 @@ def choose_samples(heldout: list[dict[str, str]], num_tokens: Callable[[str], in
 
 
 def write_bundle(model: Path, heldout: Path, bundle: Path) -> int:
-    """Put model and samples where the package looks for them, and return their size in bytes.
+    """Put model, samples and prompts where the package looks for them, and return their size in bytes.
 
     Raises:
         SystemExit: they are larger than the package may be; the old bundle stays.
     """
+    from specstream_mlx.training.distill import PROMPTS_NAME
+
     from .tokenizer import ExampleEncoder
 
     encoder = ExampleEncoder(model)
@@ -85,6 +88,7 @@ def write_bundle(model: Path, heldout: Path, bundle: Path) -> int:
         (partial / file.name).write_bytes(file.read_bytes())
     lines = "".join(json.dumps(row) + "\n" for row in samples)
     (partial / "samples.jsonl").write_text(lines, encoding="utf-8")
+    write_prompts(partial / PROMPTS_NAME)
     size = sum(path.stat().st_size for path in partial.iterdir())
     if size > MAX_BYTES:
         shutil.rmtree(partial)

@@ -25,8 +25,8 @@ from specstream_mlx.config import read_json
 
 from .build import ROOT
 from .heldout import HELDOUT
+from .prompts import write_prompts
 from .stamps import digest, is_current, write_stamp
-from .task import examples
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,6 @@ def mlx_directory(base: Path, out: Path) -> Path:
     return out
 
 
-def write_prompts(path: Path, settings: LosslessSettings) -> Path:
-    """Questions of the training split; their answers are left to the model."""
-    seed = random.Random(f"lossless/{settings.seed}").getrandbits(48)
-    drawn = itertools.islice(examples("train", seed), settings.num_prompts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"prompt": row.prompt}) + "\n" for row in drawn), encoding="utf-8")
-    return path
-
-
 def train(model: Path, out: Path, settings: LosslessSettings) -> Path:
     """Train the adapter, `lossless` under `out`, in a process of its own."""
     adapter, restart = out / "lossless", out / "lossless.checkpoints"
@@ -75,7 +66,8 @@ def train(model: Path, out: Path, settings: LosslessSettings) -> Path:
         return adapter
     if restart.exists() and not is_current(restart, made_from):
         raise SystemExit(f"{restart} was made with other settings or another model; delete it or choose another --out")
-    prompts = write_prompts(out / "lossless.prompts.jsonl", settings)
+    seed = random.Random(f"lossless/{settings.seed}").getrandbits(48)
+    prompts = write_prompts(out / "lossless.prompts.jsonl", settings.num_prompts, seed)
     write_stamp(restart, made_from)
     options = {
         f"--{name.replace('_', '-')}": value for name, value in asdict(settings).items() if name != "num_prompts"

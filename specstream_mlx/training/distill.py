@@ -26,6 +26,7 @@ from specstream_mlx.training.settings import flag
 from specstream_mlx.tree_attention import runs_batches
 
 Prompt = tuple[int, ...]
+PROMPTS_NAME = "prompts.jsonl"  # prompts that a model directory brings along
 _BLOCKS, _BLOCK_SIZE = 1024, 4096  # of a file of weights that are read to tell it from others; size in bytes
 
 
@@ -59,7 +60,13 @@ class DistillSettings:
             raise UsageError("\n".join(problems))
 
 
-def bundled_prompts() -> list[str]:
+def default_prompts(model: Path) -> Path | None:
+    """The prompts that a model's directory brings along, or None where it has none."""
+    path = model / PROMPTS_NAME
+    return path if path.is_file() else None
+
+
+def general_prompts() -> list[str]:
     """The prompts that ship with the package: everyday requests of many kinds, written for this project."""
     text = resources.files("specstream_mlx").joinpath("bundled/prompts.txt").read_text(encoding="utf-8")
     return [line for _, line in _lines(text)]
@@ -71,7 +78,7 @@ def read_prompts(path: Path | None, tokenizer: Any, template: Mapping[str, Any] 
     Repeated prompts go once. ``tools`` of a JSONL row go into the chat template, as in mlx-lm's data.
 
     Args:
-        path: the file, or a directory with ``train.jsonl``; None for the bundled prompts.
+        path: the file, or a directory with ``train.jsonl``; None for ``general_prompts``.
         tokenizer: mlx-lm's wrapper; its chat template is used where it has one.
         template: further arguments of the chat template.
 
@@ -79,7 +86,7 @@ def read_prompts(path: Path | None, tokenizer: Any, template: Mapping[str, Any] 
         InvalidInputError: the file cannot be read, or rows have no prompt that the tokenizer takes.
     """
     if path is None:
-        return _encoded({line: {"prompt": line} for line in bundled_prompts()}, tokenizer, template)
+        return _encoded({line: {"prompt": line} for line in general_prompts()}, tokenizer, template)
     if path.is_dir():
         path = path / "train.jsonl"
     if path.suffix == ".jsonl":

@@ -150,7 +150,7 @@ class TrainRun:
         progress: Callable[[int, int], None] | None = None,
         template: Mapping[str, Any] | None = None,
     ) -> Dataset:
-        """Examples that the model answers itself; ``prompts`` None for the bundled list.
+        """Examples that the model answers itself; ``prompts`` None for a general list.
 
         ``template`` holds further arguments of the chat template.
         """

@@ -85,6 +85,22 @@ def test_self_distillation_needs_no_data_and_keeps_answers(train, tmp_path):
     assert same(read_adapter(tmp_path / "first")[1], read_adapter(tmp_path / "second")[1])
 
 
+def test_a_model_answers_the_prompts_in_its_directory_unless_given_others(train, base, tmp_path):
+    """Red when: they are passed over, or asked in place of those that were given."""
+    model = Path(shutil.copytree(base, tmp_path / "model"))
+    (model / "prompts.jsonl").write_text("".join(f'{{"prompt": "w{10 + i}"}}\n' for i in range(9)))
+    words = ["--model", model, "--self-distill", "--max-tokens", "4", "--samples", "0"]
+    result = train(*words, source=(), out="own")
+    assert result.code == 0, result.stderr
+    assert f"own answers to {model / 'prompts.jsonl'}: " in result.stderr
+    assert len((tmp_path / "own.answers.jsonl").read_text().splitlines()) == 9
+    others = tmp_path / "others.txt"
+    others.write_text("".join(f"w{10 + i} w20\n" for i in range(7)))
+    result = train(*words, "--prompts", others, source=(), out="given")
+    assert f"own answers to {others}: " in result.stderr
+    assert len((tmp_path / "given.answers.jsonl").read_text().splitlines()) == 7
+
+
 def test_a_configuration_file_gives_what_the_command_line_does_not(train, data, base, run, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(

@@ -12,7 +12,7 @@ from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.training import distill
 from specstream_mlx.training.batches import Example
 from specstream_mlx.training.datasets import Dataset
-from specstream_mlx.training.distill import DistillSettings, base_identity, bundled_prompts, own_answers, read_prompts
+from specstream_mlx.training.distill import DistillSettings, base_identity, general_prompts, own_answers, read_prompts
 from tests.tiny import END_OF_TEXT, NumberTokenizer, make_model, plain_tokens, random_prompt
 from tests.training.training_cases import save_base, words
 
@@ -278,8 +278,8 @@ def test_a_full_disk_keeps_the_answers_before(loaded: tuple[Path, Any, Any], tmp
     assert file.read_bytes() == expected
 
 
-def test_the_bundled_prompts_are_many_and_different() -> None:
+def test_the_general_prompts_are_many_and_different() -> None:
     """Red when: the list is missing from the package or repeats itself."""
-    prompts = bundled_prompts()
+    prompts = general_prompts()
     assert len(prompts) == len(set(prompts)) >= 150
     assert all(10 < len(prompt) < 250 for prompt in prompts)
