@@ -6,8 +6,6 @@ disk or a lost process leaves what was there before (``specstream_mlx.atomic``).
 
 import contextlib
 import json
-import os
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +17,7 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from specstream_mlx.atomic import PARTIAL, create_locked, hidden_name, recover, swap, sync, sync_tree
+from specstream_mlx import atomic
 from specstream_mlx.config import (
     BASE_FIELDS,
     CONFIG_NAME,
@@ -56,32 +54,17 @@ def describe_base(config: Mapping[str, Any], name: str, model: SpecStreamModel) 
 
 @contextlib.contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty sibling of ``target`` that takes its place when the block succeeds.
-
-    What a killed process left of an earlier attempt is cleared first.
+    """``atomic.replaced_directory`` for users.
 
     Raises:
         UsageError: it cannot be written; whatever ``target`` held is still there.
     """
-    temporary, lock = hidden_name(target, PARTIAL), None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        recover(target)
-        lock = create_locked(temporary)
-        yield temporary
-        sync_tree(temporary)
-        if target.exists():
-            swap(temporary, target)
-        else:
-            temporary.rename(target)
-        sync(target.parent)
+        with atomic.replaced_directory(target) as temporary:
+            yield temporary
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(f"{target}: cannot be written ({reason}); what was saved before is as it was") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after a swap, what was there before
-        if lock is not None:
-            os.close(lock)
 
 
 def write_adapter(directory: Path, config: StreamConfig, tensors: Mapping[str, mx.array], num_layers: int) -> None:

@@ -117,7 +117,9 @@ def check_fits(
     for key in keys or ():
         if not lora_modules(model, config, num_layers, [key]):
             known = dict.fromkeys(path for _, path, _ in _linear_layers(model))
-            raise UsageError(f"lora_parameters.keys: {key!r} is no linear layer of the blocks: {', '.join(known)}")
+            whole = key.startswith(model.family.LAYERS + ".")
+            which = "that may get LoRA" if whole else f"of the blocks: {', '.join(known)}"
+            raise UsageError(f"lora_parameters.keys: {key!r} is no linear layer {which}")
 
 
 def train_pruner_only(model: SpecStreamModel) -> None:

@@ -15,6 +15,7 @@ from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.export_peft import export_peft
 from specstream_mlx.training.output import read_adapter, write_adapter
 from specstream_mlx.training.run import TrainRun
+from specstream_mlx.training.trainable import lora_modules
 from tests.training.training_cases import QUICK, prepared, rows, same, save_base
 
 DATA = Dataset(rows(11), [])
@@ -82,6 +83,8 @@ def test_an_adapter_of_a_pytorch_trainer_goes_on_with_the_modules_that_it_has(
     config, after = read_adapter(tmp_path / "out")
     assert same(after, before)
     run.export_peft(tmp_path / "peft")
+    targets = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == ([Q, V] if name == "some" else sorted(expected))
     convert(
         ConvertOptions(adapter_path=tmp_path / "peft", mlx_path=tmp_path / "back", hf_path=str(base), adapter_only=True)
     )
@@ -107,6 +110,16 @@ def test_flags_that_say_what_an_adapter_has_are_no_contradiction(base: Path, pef
     assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="--rank 4 differs from its 3"):
         started(base, adapter, tmp_path / "out", rank=4)
+
+
+def test_keys_are_paths_in_a_block_or_in_the_model(base: Path, tmp_path: Path) -> None:
+    """Red when: a whole path is no key, or ``num_layers`` hides it, which it does not in mlx-lm."""
+    keys = [Q, f"model.layers.0.{V}"]
+    shared = prepared(base, tmp_path / "out", mode="shared", num_layers=1, lora_keys=keys)
+    modules = lora_modules(shared.model, shared.config(), 1, keys)
+    assert modules == {f"model.layers.0.{V}": 0, f"model.layers.3.{Q}": 3}
+    with pytest.raises(UsageError, match=r"'model.layers.0.self_attn.v_proj' is no linear layer that may get LoRA"):
+        prepared(base, tmp_path / "out", mode="lossless", lora_keys=keys)
 
 
 def test_streams_alone_get_a_fresh_lora(base: Path, peft: Path, tmp_path: Path) -> None:

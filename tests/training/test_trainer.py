@@ -178,6 +178,18 @@ def test_a_full_disk_loses_nothing_that_was_saved(base: Path, tmp_path: Path, mo
     assert same(read_adapter(target)[1], before)
 
 
+def test_what_a_kill_left_aside_is_there_again_whatever_becomes_of_the_next_attempt(tmp_path: Path) -> None:
+    """Red when: a replacement clears what it finds under a hidden name without a look at what is in place."""
+    target = tmp_path / "out"
+    for name in (".out.replaced-0123456789ab", ".out.partial-0123456789ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    with pytest.raises(UsageError, match="cannot be written"), replaced_directory(target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (target / "file").read_text() == ".out.replaced-0123456789ab"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_a_log_that_cannot_be_written_again_stays(tmp_path: Path) -> None:
     """Red when: a training that goes on on a full disk first empties its log."""
     with TrainingLog(tmp_path, 0) as log:
