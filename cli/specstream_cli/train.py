@@ -1,6 +1,8 @@
 """``specstream-mlx train``: streams (and LoRA) for a model, on this machine."""
 
+import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +15,7 @@ from specstream_cli.chat_template import ChatTemplate
 from specstream_cli.signals import terminated_like_interrupted
 from specstream_cli.terminal import Progress, answer, is_terminal, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.train_config import FEATURES, read_config, refuse_flags
-from specstream_cli.validation import is_repo_id, repo_id, usage_error, within
+from specstream_cli.validation import invalid_input, is_repo_id, repo_id, usage_error, within
 
 Mode = Literal["lossless", "shared"]
 StreamPosition = Literal["anchor_plus_j", "anchor"]
@@ -124,7 +126,7 @@ def train(
         bool | None, typer.Option("--grad-checkpoint", help="Compute twice instead of keeping; needs less memory.")
     ] = None,
     val_batches: Annotated[
-        int | None, typer.Option(help="Validation batches, -1 for all, 0 for none; default 25.")
+        int | None, typer.Option(help="Validation batches, -1 for all, 0 for none and no row held out; default 25.")
     ] = None,
     steps_per_report: Annotated[int | None, typer.Option(help="Iterations between reports; default 10.")] = None,
     steps_per_eval: Annotated[int | None, typer.Option(help="Iterations between validations; default 200.")] = None,
@@ -136,7 +138,8 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest restart point of an interrupted run.")
     ] = False,
     resume_adapter_file: Annotated[
-        str | None, typer.Option(help="Start from the tensors of this stream adapter; its settings are the defaults.")
+        str | None,
+        typer.Option(help="Start from the tensors of this stream adapter; its settings and modules are the defaults."),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -181,6 +184,9 @@ def train(
             del in_file["num_layers"]
             notes.append(f"{config}: num_layers has no effect in lossless mode, where LoRA acts in the stream layers")
         given = in_file | given
+    for name, value in given.items():
+        if value == "" and name != "model":
+            raise usage_error(f"--{name.replace('_', '-')}: empty; give a value or drop it")
     begin = time.perf_counter()
     chosen = str(given["model"]) if "model" in given else None
     remote = is_repo_id(chosen, "--model") if chosen is not None else False
@@ -189,14 +195,19 @@ def train(
         remote = remote or not Path(place).expanduser().exists()
     _check_sources(given)
     output = Path(given.get("adapter_path", "stream_adapter")).expanduser()
-    _check_outputs(output, export_peft, given, resume=resume, overwrite=overwrite)
     quieten_libraries(offline=not remote, debug=debug)
+    _check_outputs(output, export_peft, given, resume=resume, overwrite=overwrite)
     with answer() as out, terminated_like_interrupted():
+        from specstream_mlx.training.datasets import local_files
+        from specstream_mlx.training.distill import DistillSettings
         from specstream_mlx.training.run import TrainRun
         from specstream_mlx.upload import check_upload
 
         if upload_repo is not None:
             check_upload(upload_repo)
+        DistillSettings(**_of_answers(given))
+        if "data" in given and not given.get("self_distill", False):
+            local_files(given["data"])
         run = TrainRun.prepare(
             chosen,
             output,
@@ -210,7 +221,8 @@ def train(
             say(f"note: {note}")
         with progress_bar(quiet=quiet) as progress:
             examples = _examples(run, given, output, progress, say)
-            say(f"{run.summary()}; {len(examples.train):,} rows to train on, {len(examples.valid):,} to validate on")
+            validated = f"{len(examples.valid):,}" if examples.valid else "none"
+            say(f"{run.summary()}; {len(examples.train):,} rows to train on, {validated} to validate on")
             if overwrite and not resume:
                 run.discard_restart_points()
             try:
@@ -245,6 +257,11 @@ def _types_in_file() -> dict[str, type]:
     return found
 
 
+def _of_answers(given: Mapping[str, Any]) -> dict[str, Any]:
+    """How the model is to answer, for ``DistillSettings``."""
+    return {key: given[key] for key in ("samples", "temp", "max_tokens") if key in given}
+
+
 def _check_sources(given: Mapping[str, Any]) -> None:
     distill = given.get("self_distill", False)
     ChatTemplate.of(None, given.get("chat_template_config"))
@@ -256,6 +273,9 @@ def _check_sources(given: Mapping[str, Any]) -> None:
         raise usage_error("--self-distill: goes with --mode lossless; shared mode trains new answers, give --data")
     if distill and "data" in given and "prompts" in given:
         raise usage_error("--prompts: --data gives the prompts already; drop one")
+    source = given.get("prompts", given.get("data"))
+    if distill and source is not None and not Path(source).expanduser().exists():
+        raise invalid_input(f"--{'prompts' if 'prompts' in given else 'data'}: {source}: no such file or directory")
     if not distill:
         for name in ("prompts", "answers", "chat_template_config", "samples", "temp", "max_tokens"):
             if name in given:
@@ -267,13 +287,22 @@ def _check_sources(given: Mapping[str, Any]) -> None:
 def _check_outputs(
     output: Path, export_peft: Path | None, given: Mapping[str, Any], *, resume: bool, overwrite: bool
 ) -> None:
-    """Refuse, before hours of work, what could not be written or would be lost."""
+    """Refuse, before hours of work, what could not be written or would be lost; an output that a kill hid returns."""
+    from specstream_mlx.atomic import recover
+
     if not output.name or output.name == "..":
         raise usage_error(f"--adapter-path: {output} is not a name for a directory")
     checkpoints = _checkpoints(output)
     for flag, place in (("--adapter-path", output), ("--export-peft", export_peft)):
         if place is not None:
             _check_writable(flag, place.expanduser())
+            recover(place.expanduser())
+    if output.is_symlink():
+        raise usage_error(f"--adapter-path: {output} is a symbolic link; give the place it points to")
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise usage_error(f"{checkpoints}: no directory, and restart points go there; choose another --adapter-path")
+    if given.get("self_distill", False):
+        _check_answers(Path(given.get("answers", _answers(output))).expanduser())
     for flag, value in (("--answers", given.get("answers")), ("--export-peft", export_peft)):
         if value is not None and _within(Path(value), output, checkpoints):
             raise usage_error(f"{flag}: {value} lies where --adapter-path {output} is written; choose another place")
@@ -297,15 +326,34 @@ def _check_outputs(
         )
     if any(checkpoints.glob("step-*")) and not (resume or overwrite):
         raise usage_error(f"{checkpoints}: an interrupted run is there; --resume goes on, --overwrite starts again")
-    if export_peft is not None and export_peft.expanduser().exists():
+    if export_peft is not None and os.path.lexists(export_peft.expanduser()):
         raise usage_error(f"{export_peft}: already exists; choose another --export-peft")
 
 
 def _check_writable(flag: str, path: Path) -> None:
-    parent = next(one for one in path.absolute().parents if one.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        reason = "may not be written" if parent.is_dir() else "is no directory"
-        raise usage_error(f"{flag}: {path} cannot be made, {parent} {reason}; choose another place")
+    """Find out by making a directory there: permissions do not tell of a system mounted for reading."""
+    try:
+        parent = next(one for one in path.absolute().parents if one.exists())
+        if not parent.is_dir():
+            raise usage_error(f"{flag}: {path} cannot be made, {parent} is no directory; choose another place")
+        with contextlib.suppress(FileNotFoundError):
+            _checkpoints(path).lstat()  # the longest of the names
+        Path(tempfile.mkdtemp(prefix=".specstream-", dir=parent)).rmdir()
+    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise usage_error(f"{flag}: {path} cannot be made ({reason}); choose another place") from error
+
+
+def _check_answers(file: Path) -> None:
+    if not file.exists():
+        _check_writable("--answers", file)
+    elif not file.is_file() or not os.access(file, os.R_OK | os.W_OK):
+        reason = "may not be read and written" if file.is_file() else "is no file"
+        raise usage_error(f"--answers: {file} {reason}; choose another place")
+
+
+def _answers(output: Path) -> Path:
+    return output.with_name(output.name + ".answers.jsonl")
 
 
 def _checkpoints(output: Path) -> Path:
@@ -333,8 +381,7 @@ def _examples(
     if given.get("self_distill", False):
         from specstream_mlx.training.distill import default_prompts
 
-        chosen = {key: given[key] for key in ("samples", "temp", "max_tokens") if key in given}
-        file = Path(given.get("answers", output.with_name(output.name + ".answers.jsonl"))).expanduser()
+        file = Path(given.get("answers", _answers(output))).expanduser()
         given_prompts = given.get("prompts", given.get("data"))
         prompts = default_prompts(run.path) if given_prompts is None else Path(given_prompts).expanduser()
         chat = ChatTemplate.of(None, given.get("chat_template_config"))
@@ -344,7 +391,7 @@ def _examples(
             found = run.own_answers(
                 prompts,
                 file,
-                chosen,
+                _of_answers(given),
                 None if progress is None else lambda done, total: progress("answers", done, total),
                 chat.arguments,
             )
@@ -358,6 +405,7 @@ def _examples(
     else:
         features = {name: given[name] for name in FEATURES if name in given}
         found = run.read(given.get("hf_dataset") or given["data"], given.get("mask_prompt"), features)
+    run.check_rows(found)
     for note in found.notes:
         say(f"note: {note}")
     return found

@@ -51,7 +51,7 @@ def read_config(path: Path, types: Mapping[str, type]) -> tuple[dict[str, Any], 
         raw = yaml.load(path.read_text(encoding="utf-8"), yaml_loader)
     except (OSError, UnicodeDecodeError) as error:
         raise invalid_input(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, or brackets without end
         raise invalid_input(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(raw, dict):
         raise invalid_input(f"{path}: expected 'key: value' lines, found {type(raw).__name__}")
@@ -117,13 +117,13 @@ def _checked(
         elif value is not None and not _is(value, known[key]):
             problems.append(f"{prefix}{key}: got {value!r}, expected {known[key].__name__}")
         elif value is not None:
-            values[key] = value
+            values[key] = float(value) if known[key] is float else value
     return values
 
 
 def _is(value: Any, kind: type) -> bool:
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**1023
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)

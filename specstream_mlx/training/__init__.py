@@ -7,6 +7,7 @@ datasets.py     mlx-lm's data formats -> examples
 distill.py      the model's own answers -> examples
 settings.py     every setting of a run
 trainable.py    what trains: streams and LoRA
+start.py        the adapter that a training starts from
 trainer.py      the loop
 evaluation.py   acceptance by depth on a validation split
 restart.py      restart points

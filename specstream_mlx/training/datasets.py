@@ -56,6 +56,7 @@ def read_dataset(
     max_seq_length: int,
     seed: int,
     features: Mapping[str, str] | None = None,
+    validation: bool = True,
 ) -> Dataset:
     """Read ``data``: a directory with ``train.jsonl`` (and ``valid.jsonl``), a JSONL file, or Hugging Face data sets.
 
@@ -66,6 +67,7 @@ def read_dataset(
         max_seq_length: longer rows are cut, as in mlx-lm; a row whose prompt alone is so long is dropped.
         seed: of the choice of validation rows, where the data has none.
         features: other names of the columns, as in mlx-lm: ``{"prompt_feature": "question"}``.
+        validation: whether there is to be one; without it nothing is held out, and ``valid.jsonl`` is not read.
 
     Raises:
         InvalidInputError: data is missing or a row is not in one of the formats.
@@ -79,16 +81,14 @@ def read_dataset(
             for one in data
         ]
         parts = [[row for part in column for row in part] for column in zip(*loaded, strict=True)]
-    elif (path := Path(data).expanduser()).exists():
-        files = [path / "train.jsonl", path / "valid.jsonl"] if path.is_dir() else [path]
-        parts = [_read_file(file, names, tokenizer, mask_prompt) for file in files if file.exists() or file == files[0]]
-    elif _REPO.fullmatch(data) and not path.parent.is_dir():  # a mistyped path is no download
-        parts = _read_hub({"data": data} | names, f"--data: {data}", names, tokenizer, mask_prompt)
+    elif files := local_files(data):
+        chosen = files if validation else files[:1]
+        parts = [_read_file(file, names, tokenizer, mask_prompt) for file in chosen]
     else:
-        raise InvalidInputError(f"--data: {data}: neither a file or directory nor a data set such as org/name")
-    cut = [_within(part, max_seq_length, notes) for part in parts]
+        parts = _read_hub({"data": data} | names, f"--data: {data}", names, tokenizer, mask_prompt)
+    cut = [_within(part, max_seq_length, notes) for part in (parts if validation else parts[:1])]
     train, valid = cut[0], cut[1] if len(cut) > 1 else []
-    if not valid:
+    if validation and not valid:
         train, valid = hold_out(train, seed)
         total = len(train) + len(valid)
         few = f"no validation: {_rows(total)}, fewer than {_FEWEST} to hold one out of; give a valid.jsonl"
@@ -99,6 +99,25 @@ def read_dataset(
             "larger --max-seq-length"
         )
     return Dataset(train, valid, notes)
+
+
+def local_files(data: str) -> list[Path]:
+    """The files of a local ``--data``, the one to train on first; none for a data set of the hub.
+
+    Raises:
+        InvalidInputError: there is nothing of that name.
+    """
+    path = Path(data).expanduser()
+    if path.is_dir():
+        train, valid = path / "train.jsonl", path / "valid.jsonl"
+        if not train.exists():
+            raise InvalidInputError(f"--data: {train}: no such file; a data directory needs train.jsonl")
+        return [train, valid] if valid.exists() else [train]
+    if path.exists():
+        return [path]
+    if _REPO.fullmatch(data) and not path.parent.is_dir():  # a mistyped path is no download
+        return []
+    raise InvalidInputError(f"--data: {data}: neither a file or directory nor a data set such as org/name")
 
 
 def hold_out(rows: Sequence[Any], seed: int) -> tuple[list[Any], list[Any]]:
@@ -126,7 +145,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+            if "\\u" in line:  # JSON can spell half a character, which no tokenizer takes
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])[1:-1]
+            raise InvalidInputError(f"{path}:{number}: {half} alone is no character; drop the row") from error
+        except (ValueError, RecursionError) as error:
             raise InvalidInputError(f"{path}:{number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise InvalidInputError(f"{path}:{number}: a {type(row).__name__}, expected an object like {_formats({})}")

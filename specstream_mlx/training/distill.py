@@ -157,6 +157,7 @@ def own_answers(
     identity: str,
     max_seq_length: int,
     split_seed: int,
+    validation: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """The model's own answers as a dataset; validation holds out prompts, and their greedy answers alone.
@@ -170,6 +171,7 @@ def own_answers(
         identity: of the model (``base_identity``); answers of another one are left alone.
         max_seq_length: longer prompts are left out, answers end there.
         split_seed: of the choice of validation prompts.
+        validation: whether prompts are held out at all.
         progress: told how many of all answers there are.
 
     Raises:
@@ -201,7 +203,7 @@ def own_answers(
             answers |= {one: recorded[one] for one in asked}
             if progress is not None:
                 progress(len(answers), total)
-    train, valid = hold_out(fitting, split_seed)
+    train, valid = hold_out(fitting, split_seed) if validation else (fitting, [])
     return Dataset(
         [Example(prompt, answers[prompt, sample]) for sample in range(1 + settings.samples) for prompt in train],
         [Example(prompt, answers[prompt, 0]) for prompt in valid],
@@ -286,7 +288,7 @@ def _rows(file: Path) -> Iterator[Any]:
     for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # cut off by an interruption
                 return
             raise InvalidInputError(f"{file}:{number}: not JSON ({error}); delete the line or the file") from error

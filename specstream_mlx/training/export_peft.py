@@ -68,7 +68,7 @@ def export_peft(
     check_peft(model_type)
     assert config.lora is not None
     place, blocks = _PLACES[model_type], FAMILIES[model_type].LAYERS
-    renamed, targets, layers = {}, set(), set()
+    renamed, modules, targets, layers = {}, set(), set(), set()
     for name, value in tensors.items():
         if name.startswith(PREFIX):
             renamed["base_model.model." + name] = value
@@ -78,8 +78,10 @@ def export_peft(
         targets.add(within)
         layers.add(int(index))
         theirs = place.root + path.removeprefix("model")
+        modules.add(theirs)
         renamed[f"base_model.model.{theirs}.lora_{leaf[-1].upper()}.weight"] = value.T
-    all_layers = len(layers) == num_layers
+    everywhere = len(modules) == len(targets) * len(layers)  # else every module is named by its whole path
+    all_layers = len(layers) == num_layers or not everywhere
     adapter_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -91,7 +93,7 @@ def export_peft(
         "fan_in_fan_out": place.conv1d,
         "inference_mode": True,
         "init_lora_weights": True,
-        "target_modules": sorted(targets),
+        "target_modules": sorted(targets if everywhere else modules),
         "layers_to_transform": None if all_layers else sorted(layers),
         "layers_pattern": None if all_layers else blocks.rpartition(".")[2],
         "modules_to_save": ["specstream"],

@@ -1,14 +1,11 @@
 """What a training writes: the stream adapter that ``generate --adapter`` takes.
 
 Every file is written to a temporary directory beside its target, flushed to the disk, and renamed, so that a full
-disk or a lost process leaves what was there before.
+disk or a lost process leaves what was there before (``specstream_mlx.atomic``).
 """
 
 import contextlib
 import json
-import os
-import secrets
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +17,7 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from specstream_mlx import atomic
 from specstream_mlx.config import (
     BASE_FIELDS,
     CONFIG_NAME,
@@ -56,31 +54,17 @@ def describe_base(config: Mapping[str, Any], name: str, model: SpecStreamModel) 
 
 @contextlib.contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty sibling of ``target`` that takes its place when the block succeeds.
+    """``atomic.replaced_directory`` for users.
 
     Raises:
         UsageError: it cannot be written; whatever ``target`` held is still there.
     """
-    temporary = target.parent / f".{target.name[:80]}.partial-{secrets.token_hex(6)}"
-    old = target.parent / f".{target.name[:80]}.replaced-{secrets.token_hex(6)}"
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                _flush(path)
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
+        with atomic.replaced_directory(target) as temporary:
+            yield temporary
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(f"{target}: cannot be written ({reason}); what was saved before is as it was") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        elif old.exists():  # interrupted between the two renames
-            old.rename(target)
 
 
 def write_adapter(directory: Path, config: StreamConfig, tensors: Mapping[str, mx.array], num_layers: int) -> None:
@@ -142,11 +126,6 @@ def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[
 def write_json(path: Path, value: Any) -> None:
     """Write JSON the same way every time."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _card(config: StreamConfig) -> str:

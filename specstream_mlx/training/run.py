@@ -9,8 +9,8 @@ import mlx.core as mx
 
 from specstream_mlx.bundled import default_model_path
 from specstream_mlx.checkpoint import load
-from specstream_mlx.config import CONFIG_NAME, PREFIX, WEIGHTS_NAME, StreamConfig, read_json
-from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.config import LORA_PREFIX, PREFIX, StreamConfig, read_json
+from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.files import resolve
 from specstream_mlx.model import SpecStreamModel
 from specstream_mlx.training import distill, output, trainer
@@ -20,17 +20,17 @@ from specstream_mlx.training.export_peft import check_peft as check_peft_form
 from specstream_mlx.training.export_peft import export_peft
 from specstream_mlx.training.log import PLOT
 from specstream_mlx.training.restart import RestartPoints
-from specstream_mlx.training.settings import TrainSettings, flag
+from specstream_mlx.training.settings import TrainSettings
+from specstream_mlx.training.start import check_agreement, settings_of, settings_with_its_lora
 from specstream_mlx.training.trainable import (
     attach,
+    bare,
     check_fits,
     set_trained_tensors,
     train_pruner_only,
     trained_tensors,
 )
 from specstream_mlx.upload import upload
-
-_STARTING = "resume_adapter_file"  # what the adapter to start from is called while it is checked
 
 
 @dataclass
@@ -82,44 +82,23 @@ class TrainRun:
         Raises:
             UsageError, InvalidInputError, UnsupportedError: something is wrong; nothing was written.
         """
-        defaults = _settings_of(adapter) if adapter is not None else {}
+        defaults = settings_of(adapter) if adapter is not None else {}
         chosen = TrainSettings(**(defaults | dict(settings)))
-        changed = [
-            f"{flag(name)} {getattr(chosen, name)} differs from its {value}"
-            for name, value in defaults.items()
-            if getattr(chosen, name) != value and (name, value) != ("prune_rank", None)
-        ]
-        if changed:
-            raise UsageError(f"--resume-adapter-file: {adapter}: {', '.join(changed)}; drop the options")
+        if adapter is not None:
+            check_agreement(adapter, defaults, chosen)
         if chosen.pruner_only and adapter is None:
             raise UsageError("--pruner-only: needs streams that are trained; give --resume-adapter-file")
-        trainer.make_optimizer(chosen)
+        trainer.check_optimizer(chosen)
         path = resolve(model) if model is not None else default_model_path()
         base, tokenizer = load(path, trust_remote_code=trust_remote_code)
         if check_peft:
             check_peft_form(base.model_type)
         run = cls(model or str(path), path, base, tokenizer, chosen, target, adapter)
+        bare(base)
         check_fits(base, run.config(), chosen.num_layers, chosen.lora_keys)
         if adapter is not None:
-            run._check_start(adapter)
+            run.settings = settings_with_its_lora(base, adapter, chosen, settings)
         return run
-
-    def _check_start(self, adapter: Path) -> None:
-        """Make sure that the tensors of an adapter mean here what they meant where they were trained.
-
-        Raises:
-            InvalidInputError: it is of another base.
-            UnsupportedError: its maps are none that a training here makes.
-        """
-        name = self.model.load_adapter(adapter, _STARTING)
-        theirs, ours = self.model.adapters[name].stream_config, self.config()
-        self.model.unload_adapter(name)
-        assert theirs is not None
-        if theirs.stream_init != ours.stream_init or theirs.prune not in (None, ours.prune):
-            raise UnsupportedError(
-                f"--resume-adapter-file: {adapter}: stream_init or prune is not as train makes it (residual, with the "
-                "final norm, the pruner right below the stream layers); train new streams"
-            )
 
     @property
     def max_seq_length(self) -> int:
@@ -140,6 +119,7 @@ class TrainRun:
             max_seq_length=self.max_seq_length,
             seed=self.settings.seed,
             features=features,
+            validation=self.settings.val_batches != 0,
         )
 
     def own_answers(
@@ -163,8 +143,26 @@ class TrainRun:
             identity=distill.base_identity(self.path, self.config().base_model),
             max_seq_length=self.max_seq_length,
             split_seed=self.settings.seed,
+            validation=self.settings.val_batches != 0,
             progress=progress,
         )
+
+    def check_rows(self, examples: Dataset) -> None:
+        """Refuse rows that do not fill a batch, as mlx-lm does, and those that leave streams nothing to predict.
+
+        Raises:
+            UsageError: there are too few.
+            InvalidInputError: all answers are of one token, which is the main stream's.
+        """
+        if not any(len(example.answer) > 1 for example in examples.train):
+            raise InvalidInputError(
+                "no answer to train on has more than one token, so streams have nothing to predict; give longer ones"
+            )
+        if self.settings.batch_size > len(examples.train):
+            raise UsageError(
+                f"--batch-size: got {self.settings.batch_size}, more than the {len(examples.train)} rows to train on; "
+                "give a smaller one, or more data"
+            )
 
     def summary(self) -> str:
         """One line: what is trained how long."""
@@ -198,8 +196,12 @@ class TrainRun:
             seed=self.settings.seed,
         )
         if self.adapter is not None:
-            fresh = {name: v for name, v in trained_tensors(self.model).items() if name.startswith(PREFIX + "prune.")}
-            set_trained_tensors(self.model, fresh | output.read_adapter(self.adapter)[1])
+            theirs = output.read_adapter(self.adapter)[1]
+            without = [PREFIX + "prune."]
+            if not any(name.startswith(LORA_PREFIX) for name in theirs):
+                without.append(LORA_PREFIX)
+            fresh = {name: v for name, v in trained_tensors(self.model).items() if name.startswith(tuple(without))}
+            set_trained_tensors(self.model, fresh | theirs)
         if self.settings.pruner_only:
             train_pruner_only(self.model)
         return trainer.train(
@@ -249,30 +251,3 @@ class TrainRun:
             self.model,
         )
         return self.settings.stream_config(len(self.model.layers), base)
-
-
-def _settings_of(adapter: Path) -> dict[str, Any]:
-    """The settings that a stream adapter's tensors depend on.
-
-    Raises:
-        InvalidInputError: it is another kind of directory, or damaged.
-    """
-    where = f"--resume-adapter-file: {adapter}"
-    if (adapter / "adapter_model.safetensors").exists() and not (adapter / WEIGHTS_NAME).exists():
-        raise InvalidInputError(f"{where}: a checkpoint in PEFT's form; bring it here with `convert --adapter-only`")
-    if not (adapter / CONFIG_NAME).exists():
-        raise InvalidInputError(f"{where}: no stream adapter, it has no {CONFIG_NAME}; give one that train wrote")
-    config, _ = output.read_adapter(adapter)
-    lora: Mapping[str, Any] = config.lora or {}
-    found = {
-        "mode": config.mode,
-        "gamma": config.gamma,
-        "num_stream_layers": config.num_stream_layers,
-        "value_rotation": config.stream_id.epsilon,
-        "stream_init_rank": config.stream_init.rank,
-        "stream_position": config.stream_position,
-        "prune_rank": config.prune.rank if config.prune is not None else None,
-        "num_layers": config.training.get("num_layers", -1),
-        "lora_keys": config.training.get("lora_keys"),
-    }
-    return found | {key: lora[key] for key in ("rank", "scale") if key in lora}

@@ -36,7 +36,8 @@ class TrainSettings:
         prune_rank: rank of the early-exit pruner; None for none.
         pruner_only: train the pruner and nothing else, on streams that are trained already.
         rank, scale: of LoRA.
-        lora_keys: modules of a block that get LoRA, as in mlx-lm's ``lora_parameters``; None for every linear layer.
+        lora_keys: modules that get LoRA, by their paths in a block or in the model, as in mlx-lm's
+            ``lora_parameters``; None for every linear layer.
         num_layers: shared mode: LoRA in so many blocks from the top, -1 for all.
         optimizer_config: further arguments by optimizer, as in mlx-lm: ``{"adamw": {"weight_decay": 0.01}}``.
         learning_rate: peak of LoRA's; it rises over ``warmup`` updates and falls linearly to zero.
@@ -47,6 +48,7 @@ class TrainSettings:
         max_grad_norm: gradients are scaled down to it, the pruner's apart from the others.
         max_anchors: random anchors per sequence and step; None for all.
         rows_per_chunk: most stream rows that pass, and most rows whose logits exist, at once.
+        val_batches: of a validation, -1 for all; 0: no row is held out, and nothing is validated.
         grad_checkpoint: keep the input of each block only, and compute the rest again for the gradient.
     """
 
@@ -93,6 +95,8 @@ class TrainSettings:
                 problems.append(f"{flag(name)}: got {value}, expected at least 1")
         if not 1 <= self.gamma <= MAX_GAMMA:
             problems.append(f"--gamma: got {self.gamma}, expected 1..{MAX_GAMMA}")
+        if self.value_rotation is not None and not math.isfinite(self.value_rotation):
+            problems.append(f"--value-rotation: got {self.value_rotation}, expected a finite number")
         for name in ("scale", "learning_rate", "stream_lr_scale", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -129,7 +133,9 @@ class TrainSettings:
             problems.append(f"{flag('lora_keys')}: got {self.lora_keys!r}, expected names such as self_attn.q_proj")
         if not 0 <= self.seed <= 2**31:
             problems.append(f"--seed: got {self.seed}, expected 0..{2**31}")
-        if self.mode == "lossless" and self.num_layers != -1:
+        if self.num_layers < -1 or self.num_layers == 0:
+            problems.append(f"--num-layers: got {self.num_layers}, expected at least 1, or -1 for all")
+        elif self.mode == "lossless" and self.num_layers != -1:
             problems.append("--num-layers: has no meaning in lossless mode, where LoRA acts in the stream layers")
         if self.pruner_only and self.prune_rank is None:
             problems.append("--pruner-only: needs --prune-rank")

@@ -43,15 +43,15 @@ def attach(
         rank: of LoRA.
         scale: of LoRA.
         num_layers: shared mode: LoRA in so many blocks from the top; -1 for all. Lossless mode: the stream layers.
-        keys: linear layers of a block that get LoRA, by their paths within it; None for all.
+        keys: linear layers that get LoRA, by their paths within a block or in the model; None for all.
         seed: of the fresh tensors.
 
     Raises:
         UnsupportedError: the model carries a live LoRA, which an adapter beside it would drop.
         UsageError: a number or a key does not fit the model.
     """
+    bare(model)
     check_fits(model, config, num_layers, keys)
-    model.use_adapter(None)
     if TRAINED in model.adapters:
         model.unload_adapter(TRAINED)
     hidden_size = model.family.size(vars(model.args), "hidden_size")
@@ -68,15 +68,14 @@ def attach(
     streams.update(tree_unflatten(fresh))
     model.freeze()
     layers = []
-    for index, path, linear in _linear_layers(model, config, num_layers):
-        if keys is not None and path not in keys:
-            continue
+    modules = dict(model.base.named_modules())
+    for name in lora_modules(model, config, num_layers, keys):
+        linear = modules[name]
         if config.mode == "lossless":
             lora_a, lora_b = mx.zeros((_columns(linear), rank)), mx.zeros((rank, linear.weight.shape[0]))
             lora: Any = StreamLoRALinear(linear, lora_a, lora_b, scale, model.context)
         else:
             lora = LoRALinear.from_base(linear, r=rank, dropout=0.0, scale=scale)
-        name = f"{model.family.LAYERS}.{index}.{path}"
         bound = 1 / math.sqrt(_columns(linear))
         lora.lora_a = mx.random.uniform(-bound, bound, (_columns(linear), rank), key=_key(seed, name))
         layers.append(AdaptedLayer(name, linear, lora))
@@ -85,18 +84,27 @@ def attach(
     train_streams_and_lora(model)
 
 
-def check_fits(
-    model: SpecStreamModel, config: StreamConfig, num_layers: int = -1, keys: Sequence[str] | None = None
-) -> None:
-    """Make sure that ``attach`` can do what it is asked for.
+def bare(model: SpecStreamModel) -> None:
+    """Put aside the streams that a model carries.
 
     Raises:
-        UnsupportedError, UsageError: as ``attach`` raises them.
+        UnsupportedError: it carries a live LoRA too, which is part of what it says.
     """
     names = [name for name, _ in tree_flatten(model.base.parameters())]
     stream_lora = [path for path, m in model.base.named_modules() if isinstance(m, StreamLoRALinear)]
     if any(name.endswith(_LORA) and name.rpartition(".")[0] not in stream_lora for name in names):
         raise UnsupportedError("--model: has a live LoRA in adapters/; fuse it first (mlx_lm fuse), then train on that")
+    model.use_adapter(None)
+
+
+def check_fits(
+    model: SpecStreamModel, config: StreamConfig, num_layers: int = -1, keys: Sequence[str] | None = None
+) -> None:
+    """Make sure that ``attach`` can do with a bare model what it is asked for.
+
+    Raises:
+        UsageError: a number or a key does not fit the model.
+    """
     total = len(model.layers)
     if config.num_stream_layers > total:
         raise UsageError(f"--num-stream-layers: got {config.num_stream_layers}, the model has {total} layers")
@@ -106,10 +114,12 @@ def check_fits(
         raise UsageError(
             "--prune-rank: a pruner reads below the stream layers, and --num-stream-layers covers them all"
         )
-    known = dict.fromkeys(path for _, path, _ in _linear_layers(model, config, num_layers))
     for key in keys or ():
-        if key not in known:
-            raise UsageError(f"lora_parameters.keys: {key!r} is no linear layer of the blocks: {', '.join(known)}")
+        if not lora_modules(model, config, num_layers, [key]):
+            known = dict.fromkeys(path for _, path, _ in _linear_layers(model))
+            whole = key.startswith(model.family.LAYERS + ".")
+            which = "that may get LoRA" if whole else f"of the blocks: {', '.join(known)}"
+            raise UsageError(f"lora_parameters.keys: {key!r} is no linear layer {which}")
 
 
 def train_pruner_only(model: SpecStreamModel) -> None:
@@ -172,16 +182,31 @@ def set_trained_tensors(model: SpecStreamModel, tensors: dict[str, mx.array]) ->
     )
 
 
-def _linear_layers(
-    model: SpecStreamModel, config: StreamConfig, num_layers: int
-) -> Iterator[tuple[int, str, nn.Module]]:
-    """Block index, path within the block, and module of every linear layer that may get LoRA."""
+def lora_modules(
+    model: SpecStreamModel, config: StreamConfig, num_layers: int = -1, keys: Sequence[str] | None = None
+) -> dict[str, int]:
+    """The linear layers that LoRA goes on: their paths in a bare model, and the index of the block of each.
+
+    As in mlx-lm a key is a path within a block, of those that ``num_layers`` leaves, or one in the model, of any
+    block; lossless mode has LoRA in the stream layers alone.
+    """
     total = len(model.layers)
-    count = config.num_stream_layers if config.mode == "lossless" else total if num_layers == -1 else num_layers
-    for index in range(total - count, total):
-        for path, module in model.layers[index].named_modules():
+    lossless = config.mode == "lossless"
+    first = total - (config.num_stream_layers if lossless else total if num_layers == -1 else num_layers)
+    found = {}
+    for index, path, name in _linear_layers(model):
+        by_name = keys is not None and name in keys
+        if (by_name and not lossless) or (index >= first and (by_name or keys is None or path in keys)):
+            found[name] = index
+    return found
+
+
+def _linear_layers(model: SpecStreamModel) -> Iterator[tuple[int, str, str]]:
+    """Block index, path within the block, and path in the model of every linear layer that may get LoRA."""
+    for index, layer in enumerate(model.layers):
+        for path, module in layer.named_modules():
             if isinstance(module, nn.Linear | nn.QuantizedLinear):
-                yield index, path, module
+                yield index, path, f"{model.family.LAYERS}.{index}.{path}"
 
 
 def _key(seed: int, name: str) -> mx.array:

@@ -225,6 +225,29 @@ def make_optimizer(settings: TrainSettings, rms: float = 1.0) -> optim.Optimizer
     return optim.MultiOptimizer([others, streams], [lambda path, _: not path.startswith(own_rate)])
 
 
+def check_optimizer(settings: TrainSettings) -> None:
+    """Make one update of a small matrix: mlx looks at much of a configuration only then.
+
+    Raises:
+        UsageError: mlx does not take the configuration, or the update or a learning rate is not a number.
+    """
+    start = {"probe": mx.ones((2, 2))}
+    optimizer, schedule = make_optimizer(settings), _schedule(settings)
+    try:
+        rates = [float(schedule(mx.array(update))) for update in (0, settings.num_updates - 1)]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"lr_schedule: mlx-lm cannot run it ({type(error).__name__}: {error})") from error
+    for rate in rates:
+        if not (math.isfinite(rate) and rate >= 0):
+            raise UsageError(f"lr_schedule: gives a learning rate of {rate}; correct its arguments")
+    try:
+        finite = mx.isfinite(optimizer.apply_gradients(start, start)["probe"]).all().item()
+    except (TypeError, ValueError, IndexError) as error:
+        raise UsageError(f"optimizer_config: {settings.optimizer} refuses it ({error})") from error
+    if not finite:
+        raise UsageError(f"optimizer_config: an update of {settings.optimizer} is not a number; correct its arguments")
+
+
 def _schedule(settings: TrainSettings) -> Schedule:
     """Learning rate of LoRA by update: a linear rise and a linear fall to zero, or what ``lr_schedule`` asks for."""
     if settings.lr_schedule is not None:

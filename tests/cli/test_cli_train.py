@@ -224,6 +224,7 @@ def test_a_bad_configuration_file_is_one_line(text, reason, train, tmp_path):
             2,
             f"--export-peft: {__file__}/peft cannot be made, {__file__} is no dir",
         ),
+        (["--batch-size", "24"], 2, "--batch-size: got 24, more than the 23 rows to train on"),
         (["--grad-accumulation-steps", "7"], 2, "--grad-accumulation-steps: got 7, more than the 6 iterations"),
         (["--warmup", "-1"], 2, "--warmup: got -1, expected at least 0 and less than the 6 updates"),
         (["--data", "/nowhere/at/all"], 3, "--data: /nowhere/at/all: neither a file or directory nor a data set"),
@@ -240,6 +241,144 @@ def test_what_cannot_be_done_is_one_line(words, code, reason, train, tmp_path):
     assert (result.code, result.stdout, result.stderr.count("\n")) == (code, "", 1), result.stderr
     assert reason in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_are_judged_before_anything_is_loaded(train, tmp_path, monkeypatch):
+    """Red when: a flag, or a key of a file, that is wrong by itself costs the loading of a model."""
+    from specstream_mlx.training import run as run_module
+
+    monkeypatch.setattr(run_module, "load", lambda *_, **__: pytest.fail("loaded"))
+    adamw, cosine = "optimizer_config: {adamw: {%s}}", "lr_schedule: {name: cosine_decay, arguments: [%s, 6]}"
+    for text, reason in {
+        "samples: -1": "--samples: got -1, expected at least 0",
+        "temp: 0": "--temp: got 0.0, expected a number above 0",
+        "temp: .nan": "--temp: got nan, expected a number above 0",
+        "max_tokens: 1": "--max-tokens: got 1, expected at least 2",
+        "value_rotation: .nan": "--value-rotation: got nan, expected a finite number",
+        "learning_rate: .nan": "--learning-rate: got nan, expected a number above 0",
+        "num_layers: 0\nmode: shared": "--num-layers: got 0, expected at least 1, or -1 for all",
+        adamw % "weight_decay: a": "optimizer_config: adamw refuses it (Cannot perform multiplication on an mlx",
+        adamw % "betas: [0.9]": "optimizer_config: adamw refuses it (not enough values",
+        adamw % "weight_decay: .nan": "optimizer_config: an update of adamw is not a number",
+        cosine % ".nan": "lr_schedule: gives a learning rate of nan",
+        cosine % "-1.0": "lr_schedule: gives a learning rate of -1.0",
+        "answers: .": "--answers: . is no file; choose another place",
+        "prompts: /nowhere": "--prompts: /nowhere: no such file or directory",
+        "data: ''": "--data: empty; give a value or drop it",
+    }.items():
+        key, _, value = text.partition("\n")[0].partition(": ")
+        answers = key in ("samples", "temp", "max_tokens", "answers", "prompts")
+        source = {"source": ("--self-distill",)} if answers else {"source": ()} if key == "data" else {}
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        result = train("--config", file, **source)
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert f"error: {reason}" in result.stderr
+        assert result.code == (3 if key == "prompts" else 2)
+        if key in ("samples", "temp", "max_tokens", "value_rotation"):
+            flag = train("--" + key.replace("_", "-"), value.replace(".nan", "nan"), **source)
+            assert (flag.code, flag.stderr) == (2, result.stderr)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("source", ["rows", "answers", "directory"])
+def test_without_validation_all_rows_are_trained_on(source, train, data, tmp_path):
+    """Red when: ``--val-batches 0`` holds rows out, reads the rows to validate on, or stumbles over having none."""
+    words, given = [], ("--data", data)
+    if source == "answers":
+        (tmp_path / "prompts.txt").write_text("".join(f"w{10 + i}\n" for i in range(12)))
+        given = ("--self-distill", "--prompts", tmp_path / "prompts.txt")
+        words = ["--max-tokens", "4", "--samples", "0"]
+    if source == "directory":
+        (tmp_path / "rows").mkdir()
+        shutil.copy(data, tmp_path / "rows" / "train.jsonl")
+        (tmp_path / "rows" / "valid.jsonl").write_text("not read")
+        given = ("--data", tmp_path / "rows")
+    result = train("--val-batches", "0", "--json", *words, source=given)
+    assert result.code == 0, result.stderr
+    assert f"{12 if source == 'answers' else 24} rows to train on, none to validate on" in result.stderr
+    assert "held out" not in result.stderr
+    assert "validation:" not in result.stderr
+    document = json.loads(result.stdout)
+    assert document["validation"] is None
+    events = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
+    assert {event["event"] for event in events} == {"start", "train"}
+    assert document["plot"] is None or Path(document["plot"]).exists()
+
+
+def test_an_output_that_a_kill_hid_comes_back(train, tmp_path):
+    """Red when: a kill between the two renames of a replacement leaves the old output under its hidden name."""
+    assert train().code == 0
+    out = tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from specstream_mlx import atomic\n"
+        "from specstream_mlx.training.output import replaced_directory\n"
+        "atomic._exchange = lambda *_: False\n"
+        "rename = Path.rename\n"
+        "def renamed(path, goal):\n"
+        "    rename(path, goal)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Path.rename = renamed\n"
+        "with replaced_directory(Path(sys.argv[1])) as temporary:\n"
+        "    (temporary / 'new').write_text('new')\n"
+    )
+    paths = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    killed = subprocess.run([sys.executable, "-c", code, str(out)], env=os.environ | paths, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert [path.name.rpartition("-")[0] for path in sorted(tmp_path.glob(".*"))] == [".out.partial", ".out.replaced"]
+    again = train()
+    assert (again.code, "already exists" in again.stderr) == (2, True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "holds no rows; expected one JSON object a line"),
+        (b'{"text": "w10 w11 w12"}\nno\n', ":2: not JSON ("),
+        (b"[" * 9999, ":1: not JSON ("),
+        (b'{"text": "caf\xe9"}\n', "cannot be read ('utf-8' codec can't decode byte 0xe9"),
+        (b'{"text": "w10 \\ud800 w11"}\n' * 9, ":1: \\ud800 alone is no character; drop the row"),
+        (b'{"prompt": "w10", "completion": ""}\n' * 9, "no answer to train on has more than one token"),
+    ],
+    ids=["empty", "not JSON", "deep", "latin-1", "surrogate", "no answers"],
+)
+def test_rows_that_nothing_is_learned_from_are_one_line(content, reason, train, tmp_path):
+    """Red when: a bad file of rows is a traceback, many lines, or an adapter that nothing was trained into."""
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(content)
+    result = train("--data", file)
+    assert (result.code, result.stderr.count("\n")) == (3, 1), result.stderr
+    assert reason in result.stderr
+    assert (f"error: {file}" in result.stderr) != ("no answer" in reason)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "rows.jsonl"]
+
+
+def test_places_that_cannot_be_written_are_refused_before_anything_is_loaded(train, tmp_path, monkeypatch):
+    """Red when: hours of training end with an output that cannot be put in its place."""
+    from specstream_mlx.training import run as run_module
+
+    monkeypatch.setattr(run_module, "load", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file.checkpoints").write_text("mine")
+    if sys.platform == "linux":
+        unwritable = train(out="/proc/out")
+        assert (unwritable.code, "--adapter-path: /proc/out cannot be made (" in unwritable.stderr) == (2, True)
+    for out, reason in {
+        "x" * 250: "cannot be made (File name too long); choose another place",
+        "link": "is a symbolic link; give the place it points to",
+        "file": "no directory, and restart points go there; choose another --adapter-path",
+        "rows.jsonl/out": "rows.jsonl is no directory; choose another place",
+    }.items():
+        result = train(out=out)
+        assert (result.code, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert reason in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.checkpoints", "link", "rows.jsonl"]
 
 
 def test_nothing_to_train_on_and_places_that_are_taken(train, base, run, tmp_path):
@@ -391,7 +530,7 @@ def test_the_chat_template_of_prompts_takes_flags(base, run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("w10\nw11\n")
     words = ["train", "--model", str(model), *QUICK, "--adapter-path", str(tmp_path / "out"), "--max-tokens", "4"]
-    words += ["--self-distill", "--prompts", str(prompts), "--samples", "0"]
+    words += ["--self-distill", "--prompts", str(prompts), "--samples", "0", "--batch-size", "2"]
     result = run(*words, "--chat-template-config", '{"enable_thinking": true}')
     assert result.code == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "out.answers.jsonl").read_text().splitlines()]

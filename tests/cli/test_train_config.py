@@ -108,6 +108,12 @@ def test_what_mlx_lm_takes_for_granted_may_be_written_down(key: str, tmp_path: P
         ("lora_parameters: [3]", "lora_parameters: got [3], expected dict"),
         ("lora_parameters: {keys: q_proj}", "lora_parameters.keys: got 'q_proj', expected list"),
         ("prompt_feature: [a]", "prompt_feature: got ['a'], expected str"),
+        ("seed: 2024-13-45", "not valid YAML (month must be in 1..12)"),
+        ("a: " + "[" * 400, "not valid YAML ("),
+        ("iters: '10'", "iters: got '10', expected int"),
+        ("iters: 10.5", "iters: got 10.5, expected int"),
+        ("batch_size: true", "batch_size: got True, expected int"),
+        ("scale: 1" + "0" * 400, "scale: got 1000"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_one_line(text: str, reason: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from specstream_mlx import atomic
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.training import trainer
 from specstream_mlx.training.batches import Example
@@ -150,6 +151,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(base: Path, tmp_path: Path, mo
         (temporary / "half").write_text("written")
     assert same(read_adapter(target)[1], before)
     monkeypatch.undo()
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)  # where two directories cannot be swapped at once
     rename = Path.rename
 
     for error in (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()):
@@ -174,6 +176,18 @@ def test_a_full_disk_loses_nothing_that_was_saved(base: Path, tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt), replaced_directory(target) as temporary:
         (temporary / "whole").write_text("written")
     assert same(read_adapter(target)[1], before)
+
+
+def test_what_a_kill_left_aside_is_there_again_whatever_becomes_of_the_next_attempt(tmp_path: Path) -> None:
+    """Red when: a replacement clears what it finds under a hidden name without a look at what is in place."""
+    target = tmp_path / "out"
+    for name in (".out.replaced-0123456789ab", ".out.partial-0123456789ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    with pytest.raises(UsageError, match="cannot be written"), replaced_directory(target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (target / "file").read_text() == ".out.replaced-0123456789ab"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_log_that_cannot_be_written_again_stays(tmp_path: Path) -> None:

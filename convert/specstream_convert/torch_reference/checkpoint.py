@@ -8,9 +8,6 @@ form B keeps them in a sibling ``specstream.safetensors``, as ``specstream.*``. 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
+
+from specstream_mlx.atomic import replaced_directory
 
 from .families import decoder_of
 from .modeling import attach_streams, causal_lm, stream_module
@@ -108,7 +107,7 @@ def save_checkpoint(
 
     ``base_name`` is the name to record for the base model instead of the path it was loaded from.
     """
-    with replaced_directory(directory) as temporary:
+    with replaced_directory(Path(directory)) as temporary:
         write_checkpoint(model, temporary, form=form, training=training, base_name=base_name)
     return Path(directory)
 
@@ -170,22 +169,6 @@ def load_checkpoint(base: Any, directory: str | Path, *, trainable: bool = False
 def read_stream_config(directory: str | Path) -> StreamConfig:
     """Read ``specstream_config.json`` of a checkpoint directory."""
     return StreamConfig.from_json(_read_json(Path(directory) / CONFIG_FILE))
-
-
-@contextmanager
-def replaced_directory(directory: str | Path) -> Iterator[Path]:
-    """Yield an empty sibling directory that takes the place of ``directory`` when the block succeeds."""
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.rename(temporary, directory)  # noqa: PTH104 - a rename must not fall back to a copy
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

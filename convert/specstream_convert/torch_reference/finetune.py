@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from specstream_mlx.atomic import replaced_directory
 from specstream_mlx.training.batches import iterate_batches, mixed_seed
 
 from .checkpoint import (
@@ -29,7 +30,6 @@ from .checkpoint import (
     load_base,
     load_checkpoint,
     read_stream_config,
-    replaced_directory,
     save_checkpoint,
     write_checkpoint,
 )

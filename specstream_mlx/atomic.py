@@ -25,6 +25,33 @@ _SWAP = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 _AT_FDCWD = -100
 
 
+@contextlib.contextmanager
+def replaced_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty hidden sibling of ``target`` that takes its place when the block succeeds.
+
+    What a killed process left of an earlier attempt is cleared first.
+
+    Raises:
+        OSError: it cannot be written; whatever ``target`` held is still there.
+    """
+    temporary, lock = hidden_name(target, PARTIAL), None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        recover(target)
+        lock = create_locked(temporary)
+        yield temporary
+        sync_tree(temporary)
+        if target.exists():
+            swap(temporary, target)
+        else:
+            temporary.rename(target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # after a swap, what was there before
+        if lock is not None:
+            os.close(lock)
+
+
 def hidden_name(target: Path, kind: str) -> Path:
     """A new hidden name beside ``target``."""
     return target.parent / f".{_stem(target)}.{kind}-{secrets.token_hex(6)}"
