@@ -84,14 +84,14 @@ def test_json_is_one_object_with_the_fields_of_the_contract(run, model):
 def test_every_flag_reaches_the_library(run, library, model, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    words = f"generate --model {model} --adapter {adapter} -p hi -m 7 --draft tree --tree cartesian:2x2 --seed 3"
+    words = "-p hi -m 7 --draft tree --tree cartesian:2x2 --seed 3"
     words += " --insertion parallel --prune-threshold 0.25 --stop ; --stop END --prefill-step-size 16"
     words += " --extra-eos-token END --extra-eos-token 2 --temp 0.5 --top-p 0.9 --top-k 5 --min-p 0.1"
     words += ' --min-tokens-to-keep 2 --xtc-probability 0.5 --xtc-threshold 0.2 --logit-bias {"3":-1.5}'
     words += " --repetition-penalty 1.1 --repetition-context-size 8 --presence-penalty 0.2 --presence-context-size 0"
     words += " --frequency-penalty -0.1 --frequency-context-size 9"
     words += " --kv-bits 4 --kv-group-size 32 --quantized-kv-start 9 --max-kv-size 50"
-    assert run(*words.split()).code == 0
+    assert run("generate", "--model", model, "--adapter", str(adapter), *words.split()).code == 0
     assert library.loaded == (model, str(adapter))
     assert library.prompt == "hi"
     assert library.tokenizer.added == ["7", "2"]
