@@ -74,11 +74,14 @@ def bundled_arm(num_prompts: int) -> Arm:
     return Arm("bundled", model, tokenizer, prompts, tuple(tokenizer.eos_token_ids), 128)
 
 
-def cases(arm: Arm, in_turn: bool = False) -> Iterator[tuple[bool, dict[str, Any]]]:
-    """Run the grid, yielding whether the tokens were equal and which case it was."""
+def cases(arm: Arm, in_turn: bool = False, first_turn: int = 0) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """Run the grid, yielding whether the tokens were equal and which case it was.
+
+    ``in_turn``: one tree and insertion per prompt, from number ``first_turn`` on, instead of all.
+    """
     drafts = list(itertools.product(TREES, INSERTIONS))
     for index, prompt in enumerate(arm.prompts):
-        turn = index // len(ACCURACIES) % len(drafts)
+        turn = (first_turn + index // len(ACCURACIES)) % len(drafts)
         accuracy = ACCURACIES[index % len(ACCURACIES)]
         for temp in TEMPERATURES:
             sampler = make_sampler(temp)

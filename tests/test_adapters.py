@@ -1,6 +1,5 @@
 """Several adapters on one base: each is exactly itself, the base stays as it was, and a refusal changes nothing."""
 
-import gc
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +9,6 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.generate import generation_stream
 
 from specstream_mlx import load, stream_generate
 from specstream_mlx.adapters import OWN
@@ -21,7 +19,7 @@ from specstream_mlx.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.errors import InvalidInputError, SpecStreamError, UnsupportedError, UsageError
 from specstream_mlx.tree import DraftTree
 from tests.adapter_cases import mark_of, save_base, save_every_kind, save_live_lora
-from tests.tiny import NumberTokenizer, make_base, our_tokens, plain_tokens, random_prompt
+from tests.tiny import NumberTokenizer, active_memory, make_base, our_tokens, plain_tokens, random_prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:transformers.*")
 
@@ -152,14 +150,6 @@ def test_memory_is_reported_and_given_back(base_path, kinds):
         model.unload_adapter(name)
         assert (model.adapter, model.adapters) == (None, {})
         assert active_memory() <= before
-
-
-def active_memory():
-    """Bytes in use once nothing is under way on any stream and no cycle waits to be collected."""
-    gc.collect()
-    mx.synchronize()
-    mx.synchronize(generation_stream)
-    return mx.get_active_memory()
 
 
 def change_json(file, **changes):

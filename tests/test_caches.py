@@ -4,6 +4,7 @@ The reference for tokens is ``mlx_lm.generate.generate_step`` with the same argu
 that turns the test red.
 """
 
+import functools
 import inspect
 from pathlib import Path
 
@@ -272,16 +273,21 @@ def test_value_rotation_over_a_quantised_cache():
                 assert our_tokens(model, prompt, 24, draft="tree", draft_options=options, **kept) == expected
 
 
+@functools.cache
+def limited_reference(length, size, temp):
+    """A model, and what mlx-lm makes of a prompt of it with a cache of this size."""
+    model = make_model("qwen3", seed=6)
+    limited = {"max_kv_size": size, "prefill_step_size": 6, "sampler": make_sampler(temp)}
+    return model, plain_tokens(model.base, random_prompt(length, seed=length), 30, seed=3, end_of_text=(), **limited)
+
+
 @pytest.mark.parametrize(("draft", "temp"), [*((draft, 0.0) for draft in DRAFTS), ("auto", 0.9)])
 def test_a_size_limited_cache_forgets_as_mlx_lms_does(draft, temp):
     """Red when: a tree reaches past the size, or the full cache is turned round otherwise than mlx-lm's."""
-    model = make_model("qwen3", seed=6)
     mode, tree = DRAFTS[draft]
-    sampler = make_sampler(temp)
     for length, size in ((9, 5), (9, 8), (9, 16), (9, 200), (1, 12), (23, 14)):
         prompt = random_prompt(length, seed=length)
-        limited = {"max_kv_size": size, "prefill_step_size": 6, "sampler": sampler}
-        expected = plain_tokens(model.base, prompt, 30, seed=3, end_of_text=(), **limited)
+        model, expected = limited_reference(length, size, temp)
         with drafter(model, expected, length, 0.8, seed=size):
             tokens = our_tokens(
                 model,
@@ -291,7 +297,9 @@ def test_a_size_limited_cache_forgets_as_mlx_lms_does(draft, temp):
                 tokenizer=NumberTokenizer(end_of_text=()),
                 draft=mode,
                 draft_options=DraftOptions(tree=tree, insertion="leaf" if length == 9 else None),
-                **limited,
+                max_kv_size=size,
+                prefill_step_size=6,
+                sampler=make_sampler(temp),
             )
         assert tokens == expected, (length, size)
 

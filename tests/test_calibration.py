@@ -1,16 +1,18 @@
 """Measuring, storing and finding calibrations."""
 
+import itertools
 import json
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 
 from specstream_mlx import stream_generate
-from specstream_mlx.calibration import machine
+from specstream_mlx.calibration import costs, machine
 from specstream_mlx.calibration.acceptance import AcceptanceCounts, measure_acceptance
 from specstream_mlx.calibration.calibration import Calibration
-from specstream_mlx.calibration.costs import measure_costs, sample_tree, usable_contexts
+from specstream_mlx.calibration.costs import PLAIN_STEPS, measure_costs, sample_tree, usable_contexts
 from specstream_mlx.calibration.measure import encode_prompt, measure, read_prompts
 from specstream_mlx.calibration.store import cache_directory, calibration_key, find, model_digest, path_for, save
 from specstream_mlx.errors import InvalidInputError, UsageError
@@ -22,13 +24,21 @@ def _cache(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECSTREAM_MLX_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _clock():
+    """Every look at the clock is a second later, however busy the machine is: no kind of pass is ever too dear."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+        yield
+
+
 @pytest.fixture(scope="module")
 def model():
     return make_model("llama", seed=31)
 
 
 @pytest.fixture(scope="module")
-def calibration(model):
+def calibration(model, _clock):
     prompts = [random_prompt(6, seed) for seed in range(2)]
     return measure(model, NumberTokenizer(), prompts, text="two prompts", contexts=[8, 32], repeats=1, max_tokens=12)
 
@@ -45,17 +55,18 @@ def test_a_calibration_survives_the_file(model, calibration):
 
 def test_costs_cover_rows_kinds_and_contexts(model):
     stages = []
-    costs = dict(
+    found = dict(
         measure_costs(model, [4, 20], rows=(1, 3, 5), repeats=1, progress=lambda *report: stages.append(report))
     )
-    assert set(costs) == {4, 20}
-    for at in costs.values():
+    assert set(found) == {4, 20}
+    for at in found.values():
         assert [rows for rows, _ in at.chain.points] == [1, 3, 5]
         assert [rows for rows, _ in at.tree.points] == [3, 5]
         assert [rows for rows, _ in at.parallel.points] == [3, 5]
         assert min(at.plain, *(seconds for _, seconds in at.chain.points)) > 0
         assert [rows for rows, _ in at.deferred.points] == [rows for rows, _ in at.leaf.points] == [3, 5]
         assert at.stream_pass(4) >= 0
+        assert (at.plain, *(seconds for _, seconds in at.chain.points)) == (1 / PLAIN_STEPS, 1, 1, 1)
     assert stages == [("passes", 1, 2), ("passes", 2, 2)]
 
 
@@ -93,7 +104,9 @@ def test_a_drafter_that_is_always_right_is_measured_so(model):
     assert counts.hits[:, 0].tolist() == [8, 8, 8, 8]
 
 
-def test_without_prompts_the_model_samples_its_own_text(model):
+def test_without_prompts_the_model_samples_its_own_text(model, monkeypatch):
+    monkeypatch.setattr(f"{measure.__module__}.OWN_SAMPLES", 3)
+    monkeypatch.setattr(f"{measure.__module__}.OWN_SAMPLE_TOKENS", 30)
     tokenizer = NumberTokenizer()
     tokenizer.__dict__["bos_token_id"] = None
     found = measure(model, tokenizer, contexts=[8], repeats=1)

@@ -49,7 +49,7 @@ AXES = {
     "sampler": tuple(SAMPLERS),
     "cache": CACHES,
 }
-MAX_TOKENS = 16
+MAX_TOKENS = 12  # past the window, the point of quantisation and the size limit
 
 
 @lru_cache(maxsize=64)

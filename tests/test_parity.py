@@ -49,8 +49,16 @@ def our_logits(
     return np.array(verified.logits[0]), np.array(model.stream_logits(verified, 0, caches)), pruner
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+# All cases where the families' code and PEFT's modules differ most; elsewhere two of them, in turn.
+GRID = [
+    (family, case)
+    for i, family in enumerate(FAMILIES)
+    for j, case in enumerate(CASES)
+    if family in ("llama", "opt", "gpt2") or (j - 2 * i) % len(CASES) < 2
+]
+
+
+@pytest.mark.parametrize(("family", "case"), GRID)
 def test_converted_checkpoints_give_the_twins_logits(family: str, case: str, tmp_path: Path) -> None:
     """Red when: a scale, a transposition, a rotary base, a stream position or the stream mask differs."""
     base, adapter = make_tiny_checkpoint(family, tmp_path, seed=3, **CASES[case])

@@ -35,7 +35,7 @@ def test_the_same_seed_gives_the_same_examples(split: Split) -> None:
 
 def test_splits_share_no_word() -> None:
     """Catches a word pool that leaks into another split."""
-    seen = {split: set().union(*(names_and_values(e) for e in draw(split, 1500))) for split in SPLITS}
+    seen = {split: set().union(*(names_and_values(e) for e in draw(split, 500))) for split in SPLITS}
     for left, right in itertools.combinations(SPLITS, 2):
         assert not seen[left] & seen[right]
         assert not real_words(left) & real_words(right)

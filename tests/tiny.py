@@ -1,5 +1,6 @@
 """Tiny random models, a tokenizer of plain numbers, and drafters that are as right as one likes."""
 
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import generate_step, generation_stream
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -254,6 +255,14 @@ def our_tokens(model: SpecStreamModel, prompt: Sequence[int], max_tokens: int, *
     tokenizer = kwargs.pop("tokenizer") if "tokenizer" in kwargs else NumberTokenizer()
     responses = stream_generate(model, tokenizer, list(prompt), max_tokens, **kwargs)
     return [token for response in responses for token in response.tokens]
+
+
+def active_memory() -> int:
+    """Bytes in use once nothing is under way on any stream and no cycle waits to be collected."""
+    gc.collect()
+    mx.synchronize()
+    mx.synchronize(generation_stream)
+    return mx.get_active_memory()
 
 
 def random_prompt(length: int, seed: int) -> list[int]:

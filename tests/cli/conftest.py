@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +31,6 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     for name, module in fake.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     return fake
-
-
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """The program changes its environment, which is its own; a test's is not."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

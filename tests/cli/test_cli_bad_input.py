@@ -238,7 +238,7 @@ def test_closed_stdin_is_one_line(run, library, monkeypatch):
 def test_unreadable_stdin_is_one_line(child, tmp_path):
     write_only = os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)
     process = child("import fake_library as f, sys; sys.exit(f.run(['generate', '-p', '-']))", stdin=write_only)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=600)
     os.close(write_only)
     line = b"error: standard input: cannot be read (Bad file descriptor)\n"
     assert (process.returncode, stdout, stderr) == (3, b"", line)

@@ -65,13 +65,13 @@ def converter(monkeypatch):
 
 
 def test_every_flag_reaches_the_converter(run, library, converter, tmp_path):
-    words = f"convert --model {tmp_path} --adapter-path a --adapter-name n --streams-path s --specstream-config c"
+    words = "--adapter-path a --adapter-name n --streams-path s --specstream-config c"
     words += " --mlx-path out --overwrite --keep-adapters --adapter-only -q --q-bits 8 --q-group-size 32 --q-mode mxfp8"
     words += (
         " --dtype bfloat16 --key-map k --ignore-keys .*bias --recompute-init --dequantize --lora-only --allow-pickle"
     )
     words += " --trust-remote-code --dry-run --no-verify --reference-logits r.npz"
-    assert run(*words.split()).code == 0
+    assert run("convert", "--model", str(tmp_path), *words.split()).code == 0
     assert converter.calls == [
         {
             "hf_path": str(tmp_path),

@@ -26,6 +26,7 @@ from specstream_convert.verification.verify import output_logits
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "gpt2")
 WITH_BIASES = ("qwen2", "opt", "gpt2")  # families whose adapted layers have biases
+LIKE_LLAMA = ("mistral", "qwen2", "qwen3")
 ONE = ("llama",)  # for what does not depend on the family: initialisations, ways to save
 UNTIABLE = tuple(family for family in FAMILIES if family != "gpt2")  # may have an LM head of their own
 RESIZED = 101
@@ -442,8 +443,19 @@ def ties(feature: Feature, family: str) -> tuple[bool, ...]:
 
 
 def variants() -> list[tuple[Feature, str, bool]]:
-    """Every feature with every family and tie for which it makes sense."""
-    return [(f, family, tie) for f in FEATURES for family in f.families for tie in ties(f, family)]
+    """Every feature with every tie on llama, and with one in turn on families with modules of their own.
+
+    One in turn of those that have llama's modules joins them. The command of ``peft_table.py`` runs them all.
+    """
+    found = []
+    for i, feature in enumerate(FEATURES):
+        for family in feature.families:
+            if family in LIKE_LLAMA and i % len(LIKE_LLAMA) != LIKE_LLAMA.index(family):
+                continue
+            possible = ties(feature, family)
+            turn = (i // len(LIKE_LLAMA) + FAMILIES.index(family)) % len(possible)
+            found += [(feature, family, tie) for tie in (possible if family == "llama" else possible[turn : turn + 1])]
+    return found
 
 
 def refused(feature: Feature, family: str, *, fuse: bool) -> str | None:

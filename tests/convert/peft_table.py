@@ -50,7 +50,7 @@ def measure(saved: Saved, out: Path, *, fuse: bool) -> float | str:
 
 def reason(error: SpecStreamError) -> str:
     """The first line of a refusal without the place."""
-    return re.sub(r"^\S*:\s|^\S*\.json: ", "", str(error).splitlines()[0])
+    return re.sub(r"^/.*?\.json: |^\S*:\s", "", str(error).splitlines()[0])
 
 
 def rows() -> list[tuple[Feature, bool, str]]:

@@ -19,7 +19,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
 
 def test_damaged_checkpoints(sound: list[Case], tmp_path: Path) -> None:
     """Every damaged checkpoint is refused or converted; most are refused."""
-    outcomes = [run_one(sound, tmp_path / str(seed), seed) for seed in range(150)]
+    outcomes = [run_one(sound, tmp_path / str(seed), seed, seconds=120) for seed in range(150)]
     assert outcomes.count("InvalidInputError") > 75
     assert "UnsupportedError" in outcomes
     assert "converted" in outcomes

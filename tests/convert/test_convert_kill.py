@@ -5,7 +5,6 @@ kill costs milliseconds. ``KILL`` counts Python's audit events (every file, dire
 conversion touches raises one just before it happens) and ``os.fsync``, and kills its process at the n-th.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -14,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,10 +35,11 @@ main(["convert", "--hf-path", ".", "--adapter-path", "/nothing", "--mlx-path", "
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "fcntl.flock", "shutil.rmtree")
 
+seen = 0
+
 def kill_at(n, number, root):
-    seen = 0
     def count(event, arguments=()):
-        nonlocal seen
+        global seen
         if event not in EVENTS or (event == "open" and not str(arguments[0]).startswith(root + "/.out.")):
             return
         seen += 1
@@ -55,22 +54,32 @@ def kill_at(n, number, root):
 
 for line in sys.stdin:
     job = json.loads(line)
+    events, counter = os.pipe()
     child = os.fork()
     if child == 0:
         sys.stderr = sys.stdout = open(os.devnull, "w")
         if job["no_swap"]:
             atomic._exchange = lambda first, second: False
-        if job["n"]:
-            kill_at(job["n"], job["signal"], job["root"])
-        os._exit(main(job["words"]))
-    print(json.dumps({"pid": child}), flush=True)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps({"status": status}), flush=True)
+        kill_at(job["n"], job["signal"], job["root"])
+        if job["seconds"]:  # nothing of Python runs at SIGPROF
+            signal.setitimer(signal.ITIMER_PROF, job["seconds"])
+        code = main(job["words"])
+        os.write(counter, str(seen).encode())
+        os._exit(code)
+    _, status, used = os.wait4(child, 0)
+    answer = {"status": os.waitstatus_to_exitcode(status), "seconds": used.ru_utime + used.ru_stime}
+    os.close(counter)
+    answer["events"] = int(os.read(events, 10) or 0)
+    os.close(events)
+    print(json.dumps(answer), flush=True)
 """
 
 
 class Server:
-    """Runs command lines in forked children; ``run`` waits, ``start`` and ``wait`` do so in two steps."""
+    """Runs command lines in forked children; of the last one: its processor time, its events unless it was killed."""
+
+    seconds = 0.0
+    events = 0
 
     def __init__(self) -> None:
         paths = os.pathsep.join(map(str, (ROOT, ROOT / "convert", ROOT / "cli")))
@@ -79,25 +88,27 @@ class Server:
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )
 
-    def run(self, case: Case, *words: str, n: int = 0, number: int = signal.SIGKILL, no_swap: bool = False) -> int:
-        self.start(case, *words, n=n, number=number, no_swap=no_swap)
-        return self.wait()
-
-    def start(self, case: Case, *words: str, n: int = 0, number: int = signal.SIGKILL, no_swap: bool = False) -> int:
+    def run(
+        self,
+        case: Case,
+        *words: str,
+        n: int = 0,
+        number: int = signal.SIGKILL,
+        no_swap: bool = False,
+        seconds: float = 0.0,
+    ) -> int:
+        """Stop it at its ``n``-th event, or after ``seconds`` of processor time; the exit status."""
         command = ["convert", "--hf-path", str(case.base), "--adapter-path", str(case.adapter)]
         command += ["--mlx-path", str(case.out), "--no-verify", *words]
-        job = {"words": command, "n": n, "signal": int(number), "no_swap": no_swap, "root": str(case.root)}
+        job = {"words": command, "n": n, "signal": int(number), "no_swap": no_swap, "seconds": seconds}
+        job["root"] = str(case.root)
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        return int(self._answer()["pid"])
-
-    def wait(self) -> int:
-        return int(self._answer()["status"])
-
-    def _answer(self) -> Any:
         assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
+        answer = json.loads(self.process.stdout.readline())
+        self.seconds, self.events = answer["seconds"], answer["events"]
+        return int(answer["status"])
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -140,13 +151,22 @@ def with_old_output(case: Case) -> None:
     case.json(f"adapter/{CONFIG}", lambda raw: raw.update(lora_alpha=80))
 
 
-def points(server: Server, case: Case, stride: int = 1, **job: Any) -> Iterator[tuple[int, int]]:
-    """(n, exit status) for every ``stride``-th n up to the one that no longer stops the conversion."""
-    for n in range(1, 500, stride):
+def points(
+    server: Server, case: Case, stride: int = 1, every_from: float = 1.0, **job: Any
+) -> Iterator[tuple[int, int]]:
+    """(n, exit status) for every ``stride``-th n up to the one that no longer stops the conversion.
+
+    From this share of its events on, ``every_from``, for every n.
+    """
+    assert server.run(case.copy(case.root.parent / "whole"), "--overwrite", **job) == 0
+    n, total = 1, server.events
+    while n < 500:
         status = server.run(case, "--overwrite", n=n, **job)
         yield n, status
         if status == 0:
+            assert n > total > 30
             return
+        n += stride if n + stride <= every_from * total else 1
     raise AssertionError("the conversion has more events than expected")
 
 
@@ -173,7 +193,7 @@ def test_killed_while_replacing(server: Server, case: Case, no_swap: bool) -> No
     with_old_output(case)
     old = case.copy(case.root.parent / "old").out
     seen = set()
-    for n, status in points(server, case, no_swap=no_swap):
+    for n, status in points(server, case, 6, 0.6, no_swap=no_swap):
         assert status in (0, -signal.SIGKILL), n
         scale = scale_of(case)
         assert scale in (OLD, NEW) or (no_swap and scale is None), n
@@ -203,18 +223,14 @@ def test_interrupted_at_every_step(server: Server, case: Case, number: int, stri
 
 
 def test_killed_at_any_time(server: Server, case: Case) -> None:
-    """Kills spread over the conversion's own time instead of its steps."""
-    start = time.monotonic()
+    """Kills spread over the conversion's own processor time instead of its steps."""
     assert server.run(case) == 0
-    seconds = time.monotonic() - start
+    seconds, ends = server.seconds, set()
     for i in range(12):
         shutil.rmtree(case.out, ignore_errors=True)
-        child = server.start(case)
-        time.sleep(seconds * i / 12)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        assert server.wait() in (0, -signal.SIGKILL)
+        ends.add(server.run(case, seconds=max(seconds * i / 12, 1e-3)))
         assert scale_of(case) in (None, OLD)
+    assert -signal.SIGPROF in ends <= {0, -signal.SIGPROF}
     assert server.run(case, "--overwrite") == 0
     assert hidden(case) == []
 

@@ -51,24 +51,32 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Files, int]:
     return files, peak(files, "merge")
 
 
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return make(tmp_path_factory.mktemp("deep") / "x", num_hidden_layers=12)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return make(tmp_path_factory.mktemp("wide") / "x", vocab_size=32_000)
+
+
 @pytest.mark.parametrize("mode", ["merge", "quantize"])
-def test_memory_does_not_grow_with_layers_and_shards(tmp_path: Path, small: tuple[Files, int], mode: str) -> None:
+def test_memory_does_not_grow_with_layers_and_shards(small: tuple[Files, int], deep: Files, mode: str) -> None:
     """Red when: the model is held as a whole, in any dtype, while it is written or verified."""
-    large = make(tmp_path / "large", num_hidden_layers=18)
-    grown = sum(large.shards) - sum(small[0].shards)
-    assert grown > 60 * MB
-    assert len(large.shards) > 2 * len(small[0].shards)
-    more = peak(large, mode) - small[1]
+    grown = sum(deep.shards) - sum(small[0].shards)
+    assert grown > 30 * MB
+    assert len(deep.shards) > 1.5 * len(small[0].shards)
+    more = peak(deep, mode) - small[1]
     assert more < grown / 4, f"{more / MB:.0f} MB more for {grown / MB:.0f} MB more"
 
 
 @pytest.mark.parametrize("mode", ["merge", "keep-adapters"])
-def test_memory_of_a_large_tensor(tmp_path: Path, small: tuple[Files, int], mode: str) -> None:
+def test_memory_of_a_large_tensor(small: tuple[Files, int], wide: Files, mode: str) -> None:
     """Red when: a merged LM head, its LoRA's product or an embedding exists in float32."""
-    large = make(tmp_path / "large", vocab_size=48_000)
-    grown = max(large.shards) - max(small[0].shards)
-    assert grown > 40 * MB
-    more = peak(large, mode) - small[1]
+    grown = max(wide.shards) - max(small[0].shards)
+    assert grown > 24 * MB
+    more = peak(wide, mode) - small[1]
     assert more < 1.5 * grown, f"{more / MB:.0f} MB more for a tensor {grown / MB:.0f} MB larger"
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shlex
 import shutil
 import sys
 import tempfile
@@ -136,7 +137,7 @@ def test_without_the_flag(case: Case) -> None:
 def test_hostile_pickle(case: Case, tmp_path: Path) -> None:
     """What the plain unpickler would run, and did when the file was tried on it, is refused and not run."""
     marker = tmp_path / "marker"
-    path = pickled(case, wrap=lambda held: held | {"x": Runs(f"touch {marker}")})
+    path = pickled(case, wrap=lambda held: held | {"x": Runs(f"touch {shlex.quote(str(marker))}")})
     with pytest.raises(InvalidInputError, match=r"adapter_model\.bin: holds (posix|nt)\.system") as caught:
         convert(case.options(allow_pickle=True))
     assert not marker.exists()
@@ -149,7 +150,7 @@ def test_hostile_pickle(case: Case, tmp_path: Path) -> None:
 def test_trainer_files_are_not_opened(case: Case, expected: Path, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        (case.adapter / name).write_bytes(pickle.dumps(Runs(f"touch {marker}")))
+        (case.adapter / name).write_bytes(pickle.dumps(Runs(f"touch {shlex.quote(str(marker))}")))
     pickled(case)
     report = convert(case.options(allow_pickle=True))
     same_output(case.out, expected)

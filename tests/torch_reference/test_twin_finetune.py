@@ -142,10 +142,8 @@ def test_command_line_and_jsonl(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "ab", "answer": "c"}\n\n{"prompt": "b", "completion": "ca"}\n')
     base = str(tiny("llama").base)
-    config = parse_arguments(
-        f"--model {base} --data {data} --output out --mode lossless --gamma 3 --num-stream-layers 1 "
-        "--stream-init-rank 5 --prune-rank 8 --bf16 --form B".split()
-    )
+    words = "--output out --mode lossless --gamma 3 --num-stream-layers 1 --stream-init-rank 5 --prune-rank 8 --bf16"
+    config = parse_arguments(["--model", base, "--data", str(data), "--form", "B", *words.split()])
     assert (config.mode, config.bf16, config.form) == ("lossless", True, "B")
     assert (config.streams.gamma, config.streams.init_rank, config.streams.prune_rank) == (3, 5, 8)
     a, b, c = (3 + ord(letter) - 32 for letter in "abc")

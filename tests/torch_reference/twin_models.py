@@ -2,7 +2,7 @@
 
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ PROMPT = [1, 40, 7, 63, 22, 9, 88, 31, 5, 17, 70, 3]
 ATOL = 1e-5
 """Float32 with logits around 4: two orders of summation differ by some 1e-6."""
 
+_SCRATCH = TemporaryDirectory(prefix="twin-")  # gone when the process ends
+
 
 @cache
 def tiny(family: str, **options: Any) -> TinyCheckpoint:
     """Write a tiny checkpoint once per test run."""
-    return make_tiny_checkpoint(family, Path(mkdtemp()), hidden_size=32, **options)
+    return make_tiny_checkpoint(family, Path(mkdtemp(dir=_SCRATCH.name)), hidden_size=32, **options)
 
 
 def load(family: str, attention: str = "sdpa", **options: Any) -> Any:

@@ -14,7 +14,7 @@ from specstream_mlx.training.forward import forward_main
 from specstream_mlx.training.loss import LossWeights, _pieces, loss_and_gradients, loss_only
 from specstream_mlx.training.trainable import train_pruner_only
 from tests import tiny
-from tests.tiny import make_model, random_prompt
+from tests.tiny import active_memory, make_model, random_prompt
 from tests.training.training_cases import with_lora
 
 RTOL = 2e-5  # of a tensor's largest gradient: float32, other orders of summation
@@ -124,9 +124,9 @@ def test_the_pruner_alone_and_a_loss_without_rows_have_gradients_too() -> None:
 
 def peak(model: SpecStreamModel, batch: Batch, weights: LossWeights, rows_per_chunk: int) -> int:
     """Most bytes in use beyond what is in use before."""
+    before = active_memory()
     mx.clear_cache()
     mx.reset_peak_memory()
-    before = mx.get_active_memory()
     loss_and_gradients(model, batch, weights, rows_per_chunk=rows_per_chunk)
     return mx.get_peak_memory() - before
 

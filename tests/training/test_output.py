@@ -50,7 +50,7 @@ def test_the_adapter_loads_at_once_and_computes_what_training_computed(
 
         quantise(str(base), str(tmp_path / "q"), quantize=True, q_bits=4, q_group_size=64)
         base = tmp_path / "q"
-    run = prepared(base, tmp_path / "out", **CASES[case])
+    run = prepared(base, tmp_path / "out", **CASES[case], iters=3, val_batches=0)
     run.train(DATA)
     batch = make_batch(rows(4), 3)
     expected = loss_only(run.model, batch, LossWeights(main=1.0))

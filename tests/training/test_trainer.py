@@ -1,7 +1,6 @@
 """The loop: interrupted, diverged, out of disk, resumed; and that streams do learn."""
 
 import errno
-import gc
 import json
 import os
 import resource
@@ -23,6 +22,7 @@ from specstream_mlx.training.log import LOG, TrainingLog, _draw, plot, read_log
 from specstream_mlx.training.output import read_adapter, replaced_directory
 from specstream_mlx.training.settings import TrainSettings
 from specstream_mlx.training.trainable import attach, trained_tensors
+from tests.tiny import active_memory
 from tests.training.training_cases import prepared, rows, same, save_base
 
 DATA = Dataset(rows(11), rows(5))
@@ -292,8 +292,7 @@ def test_accumulated_gradients_take_the_memory_of_one(base: Path, tmp_path: Path
 
     def note(event: dict[str, Any]) -> None:
         if event["event"] == "train":
-            gc.collect()
-            in_use.append(mx.get_active_memory())
+            in_use.append(active_memory())
 
     changes = {"mode": "shared", "rank": 64, "iters": 8, "grad_accumulation_steps": 8, "batch_size": 1, "warmup": 0}
     prepared(base, tmp_path / "out", **changes).train(DATA, report=note)
