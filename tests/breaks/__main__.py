@@ -14,11 +14,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.breaks import Break, adapters, caches, command_line, convert, decoding, families, passes, recipes, training
+from tests.breaks import (
+    Break,
+    adapters,
+    caches,
+    command_line,
+    convert,
+    decoding,
+    families,
+    passes,
+    recipes,
+    train_command,
+    training,
+)
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("specstream_mlx", "convert", "cli", "tests", "benchmarks", "recipes", "pyproject.toml")
-AREAS = (decoding, passes, caches, families, adapters, training, convert, command_line, recipes)
+AREAS = (decoding, passes, caches, families, adapters, training, train_command, convert, command_line, recipes)
 BREAKS = tuple(broken for area in AREAS for broken in area.BREAKS)
 
 
