@@ -55,14 +55,14 @@ BREAKS = (
     ),
     Break(
         "an output that a killed conversion had moved aside stays aside",
-        "convert/specstream_convert/writing/atomic.py",
+        "specstream_mlx/atomic.py",
         "            moved.rename(target)\n            sync(target.parent)\n",
         "            pass\n",
         "tests/convert/test_convert_kill.py::test_killed_while_replacing",
     ),
     Break(
         "what a killed conversion left is never cleared",
-        "convert/specstream_convert/writing/atomic.py",
+        "specstream_mlx/atomic.py",
         "    for partial in _left_behind(target, PARTIAL):\n        shutil.rmtree(partial, ignore_errors=True)\n",
         "",
         "tests/convert/test_convert_kill.py::test_killed_at_every_step",
