@@ -23,6 +23,7 @@ from tests.tiny import NumberTokenizer, active_memory, make_base, our_tokens, pl
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:transformers.*")
 
+OTHERS = 512  # bytes of scalars and keys that a process may take or drop meanwhile; every adapter has more
 KINDS = ("lossless", "shared", "streams", "at-anchor", "plain")
 
 
@@ -144,12 +145,12 @@ def test_memory_is_reported_and_given_back(base_path, kinds):
         held = [sum(value.nbytes for value in mx.load(str(file)).values()) for file in directory.rglob("*.safetensors")]
         model.load_adapter(directory)
         assert model.adapters[name].num_bytes == sum(held)
-        assert active_memory() - before >= sum(held)
+        assert active_memory() - before > sum(held) - OTHERS
         model.use_adapter(name)
         our_tokens(model, [7, 8], 4)
         model.unload_adapter(name)
         assert (model.adapter, model.adapters) == (None, {})
-        assert active_memory() <= before
+        assert active_memory() < before + OTHERS
 
 
 def change_json(file, **changes):

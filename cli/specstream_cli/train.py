@@ -405,9 +405,9 @@ def _examples(
     else:
         features = {name: given[name] for name in FEATURES if name in given}
         found = run.read(given.get("hf_dataset") or given["data"], given.get("mask_prompt"), features)
-    run.check_rows(found)
-    for note in found.notes:
-        say(f"note: {note}")
+    for note in (*found.notes, run.check_rows(found)):
+        if note is not None:
+            say(f"note: {note}")
     return found
 
 

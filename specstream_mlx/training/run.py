@@ -147,22 +147,21 @@ class TrainRun:
             progress=progress,
         )
 
-    def check_rows(self, examples: Dataset) -> None:
-        """Refuse rows that do not fill a batch, as mlx-lm does, and those that leave streams nothing to predict.
+    def check_rows(self, examples: Dataset) -> str | None:
+        """Refuse rows that leave streams nothing to predict; a note where they do not fill a batch.
 
         Raises:
-            UsageError: there are too few.
             InvalidInputError: all answers are of one token, which is the main stream's.
         """
         if not any(len(example.answer) > 1 for example in examples.train):
             raise InvalidInputError(
                 "no answer to train on has more than one token, so streams have nothing to predict; give longer ones"
             )
-        if self.settings.batch_size > len(examples.train):
-            raise UsageError(
-                f"--batch-size: got {self.settings.batch_size}, more than the {len(examples.train)} rows to train on; "
-                "give a smaller one, or more data"
-            )
+        if len(examples.train) >= self.settings.batch_size:
+            return None
+        return (
+            f"{len(examples.train)} rows do not fill a batch of {self.settings.batch_size}; each batch is all of them"
+        )
 
     def summary(self) -> str:
         """One line: what is trained how long."""

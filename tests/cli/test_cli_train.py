@@ -224,7 +224,6 @@ def test_a_bad_configuration_file_is_one_line(text, reason, train, tmp_path):
             2,
             f"--export-peft: {__file__}/peft cannot be made, {__file__} is no dir",
         ),
-        (["--batch-size", "24"], 2, "--batch-size: got 24, more than the 23 rows to train on"),
         (["--grad-accumulation-steps", "7"], 2, "--grad-accumulation-steps: got 7, more than the 6 iterations"),
         (["--warmup", "-1"], 2, "--warmup: got -1, expected at least 0 and less than the 6 updates"),
         (["--data", "/nowhere/at/all"], 3, "--data: /nowhere/at/all: neither a file or directory nor a data set"),
@@ -241,6 +240,13 @@ def test_what_cannot_be_done_is_one_line(words, code, reason, train, tmp_path):
     assert (result.code, result.stdout, result.stderr.count("\n")) == (code, "", 1), result.stderr
     assert reason in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_do_not_fill_a_batch_are_one(train):
+    """Red when: few rows are refused, or trained on without a word."""
+    result = train("--batch-size", "24", "--iters", "2")
+    assert result.code == 0, result.stderr
+    assert "note: 23 rows do not fill a batch of 24; each batch is all of them" in result.stderr
 
 
 def test_numbers_are_judged_before_anything_is_loaded(train, tmp_path, monkeypatch):
