@@ -93,6 +93,7 @@ class TrainRun:
         base, tokenizer = load(path, trust_remote_code=trust_remote_code)
         if check_peft:
             check_peft_form(base.model_type)
+        chosen = chosen.for_hidden_size(base.family.size(vars(base.args), "hidden_size"))
         run = cls(model or str(path), path, base, tokenizer, chosen, target, adapter)
         bare(base)
         check_fits(base, run.config(), chosen.num_layers, chosen.lora_keys)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from specstream_mlx.config import MAX_GAMMA, Mode, Prune, StreamConfig, StreamId, StreamInit, StreamPosition
@@ -23,6 +23,7 @@ _COUNTS = (
     "steps_per_eval",
     "save_every",
 )
+_RATE, _RATE_SIZE = 5e-4, 2048  # LoRA's default learning rate, at this size of the hidden states
 _CHOICES = {"mode": get_args(Mode), "stream_position": get_args(StreamPosition), "optimizer": get_args(Optimizer)}
 
 
@@ -40,7 +41,8 @@ class TrainSettings:
             ``lora_parameters``; None for every linear layer.
         num_layers: shared mode: LoRA in so many blocks from the top, -1 for all.
         optimizer_config: further arguments by optimizer, as in mlx-lm: ``{"adamw": {"weight_decay": 0.01}}``.
-        learning_rate: peak of LoRA's; it rises over ``warmup`` updates and falls linearly to zero.
+        learning_rate: peak of LoRA's; it rises over ``warmup`` updates and falls linearly to zero; None: what
+            ``for_hidden_size`` gives.
         stream_lr_scale: the learning rate of all stream tensors, times LoRA's; None: the stream embeddings' is
             ``trainer.STREAM_STEP`` of the size of the hidden states that they are added to, the others' is LoRA's.
         lr_schedule: mlx-lm's ``{name, arguments, warmup}`` instead of that schedule.
@@ -69,7 +71,7 @@ class TrainSettings:
     grad_accumulation_steps: int = 1
     optimizer: Optimizer = "adamw"
     optimizer_config: dict[str, Any] = field(default_factory=dict)
-    learning_rate: float = 5e-4
+    learning_rate: float | None = None
     stream_lr_scale: float | None = None
     warmup: int = 0
     lr_schedule: dict[str, Any] | None = None
@@ -146,6 +148,17 @@ class TrainSettings:
     def num_updates(self) -> int:
         """Optimizer steps of the run."""
         return max(1, self.iters // max(1, self.grad_accumulation_steps))
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """LoRA's; before the model is known, that of a hidden size of 2,048."""
+        return _RATE if self.learning_rate is None else self.learning_rate
+
+    def for_hidden_size(self, hidden_size: int) -> "TrainSettings":
+        """With a learning rate for LoRA, which falls with the root of the hidden size, where none was chosen."""
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=_RATE * math.sqrt(_RATE_SIZE / hidden_size))
 
     def stream_config(self, num_layers: int, base_model: Mapping[str, Any]) -> StreamConfig:
         """The streams' configuration for a base of ``num_layers`` blocks that ``base_model`` describes."""

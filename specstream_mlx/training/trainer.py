@@ -197,7 +197,7 @@ def stream_lr_scale(settings: TrainSettings, rms: float) -> float:
     """The stream embeddings' learning rate, times LoRA's, for hidden states of this root mean square."""
     if settings.stream_lr_scale is None and settings.optimizer == "sgd":  # whose steps are as long as the gradient is
         return 1.0
-    return settings.stream_lr_scale or STREAM_STEP * rms / settings.learning_rate
+    return settings.stream_lr_scale or STREAM_STEP * rms / settings.peak_learning_rate
 
 
 def make_optimizer(settings: TrainSettings, rms: float = 1.0) -> optim.Optimizer:
@@ -260,7 +260,7 @@ def _schedule(settings: TrainSettings) -> Schedule:
     def linear(step: mx.array) -> mx.array:
         position = step.astype(mx.float32)
         rise, fall = (position + 1) / (warmup + 1), (total - position) / max(1, total - warmup)
-        return settings.learning_rate * mx.minimum(rise, fall)
+        return settings.peak_learning_rate * mx.minimum(rise, fall)
 
     return linear
 

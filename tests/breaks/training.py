@@ -256,4 +256,11 @@ BREAKS = (
         "            pass\n",
         "tests/training/test_trainer.py::test_an_adapter_to_start_from_is_one_of_this_base_and_kind",
     ),
+    Break(
+        "LoRA's learning rate ignores the hidden size",
+        "specstream_mlx/training/run.py",
+        'chosen.for_hidden_size(base.family.size(vars(base.args), "hidden_size"))',
+        "chosen.for_hidden_size(2048)",
+        "tests/training/test_trainer.py::test_loras_learning_rate_follows_the_hidden_size",
+    ),
 )

@@ -269,6 +269,15 @@ def test_stream_embeddings_learn_at_the_scale_of_the_hidden_states(tmp_path: Pat
         assert max(others.values()) <= 1.01e-3  # type: ignore[type-var]
 
 
+def test_loras_learning_rate_follows_the_hidden_size(base: Path, tmp_path: Path) -> None:
+    """Red when: a small model gets the rate of a large one, in what is trained, logged or recorded."""
+    events: list[dict[str, Any]] = []
+    prepared(base, tmp_path / "out", learning_rate=None, iters=1, warmup=0).train(DATA, report=events.append)
+    expected = pytest.approx(5e-4 * 8)  # the hidden size is 32, a sixty-fourth of 2,048
+    assert next(event["learning_rate"] for event in events if event["event"] == "train") == expected
+    assert read_adapter(tmp_path / "out")[0].training["learning_rate"] == expected
+
+
 def test_every_step_draws_its_own_anchors(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Red when: the anchors that are left out are left out in every step."""
     real, seen = trainer.make_batch, []
