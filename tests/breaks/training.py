@@ -147,7 +147,7 @@ BREAKS = (
     Break(
         "stream embeddings learn at one rate, however large the hidden states are",
         "specstream_mlx/training/trainer.py",
-        "STREAM_STEP * rms / settings.learning_rate",
+        "STREAM_STEP * rms / settings.peak_learning_rate",
         "STREAM_STEP / settings.learning_rate",
         "tests/training/test_trainer.py::test_stream_embeddings_learn_at_the_scale_of_the_hidden_states",
     ),
