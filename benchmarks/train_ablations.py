@@ -208,20 +208,15 @@ def wrong_children_pruned(model: Any, examples: Any) -> float:
 def own_answers(options: argparse.Namespace, run: Any) -> Any:
     """The model's greedy answers to training questions, and to held-out ones to measure on."""
     from recipes.text_to_sql.heldout import HELDOUT
-    from recipes.text_to_sql.task import examples
+    from recipes.text_to_sql.prompts import write_prompts
     from specstream_mlx.training.datasets import Dataset
 
-    drawn = itertools.islice(examples("train", 4242), options.prompts)
-    held_out = [json.loads(line) for line in HELDOUT.read_text(encoding="utf-8").splitlines()[: options.heldout]]
+    held_out = HELDOUT.read_text(encoding="utf-8").splitlines(keepends=True)[: options.heldout]
     answers = options.out.with_suffix(".answers.jsonl")
-    parts = []
     with TemporaryDirectory() as folder:
-        for name, prompts in (("train", [e.prompt for e in drawn]), ("heldout", [e["prompt"] for e in held_out])):
-            file = Path(folder) / f"{name}.jsonl"
-            file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
-            part = run.own_answers(file, answers, {"samples": 0, "max_tokens": 128})
-            parts.append([*part.train, *part.valid])
-    return Dataset(*parts)
+        files = write_prompts(Path(folder) / "train.jsonl", options.prompts, 4242), Path(folder) / "heldout.jsonl"
+        files[1].write_text("".join(held_out), encoding="utf-8")
+        return Dataset(*(run.own_answers(file, answers, {"samples": 0, "max_tokens": 128}).train for file in files))
 
 
 def cpu_seconds() -> float:

@@ -51,7 +51,7 @@ class LearnedCosts:
 
     begins_with_probe = True
     ASSUMED = 1.5  # plain steps per drafted pass until both were seen; the paper's range on a GPU is 1.15 to 1.6
-    ENOUGH = 7
+    ENOUGH = 7  # passes to judge by
     LEAF_FROM = 0.25  # leaf insertion costs less than a stream pass, by more than this on most machines
 
     def __init__(self, tree: DraftTree, insertion: Insertion | None, times: PassTimes) -> None:
@@ -144,7 +144,7 @@ class Control:
     PROBE = 2  # drafted passes before parking again
     REMEMBERED = 0.25  # share of the counts that a probe starts from
     PROVEN = 16  # drafted passes in a row after which the next pause is the first again
-    LEARNING_PAUSE = 8  # plain passes made to see what they cost; the first one is not timed
+    LEARNING_PAUSE = LearnedCosts.ENOUGH + 1  # plain passes made to see what they cost; the first one is not timed
     REVIEW = 8  # drafted passes between choices, when drafts are accepted and no probe is under way
 
     def __init__(self, candidates: Candidates, rates: Rates, costs: Costs) -> None:

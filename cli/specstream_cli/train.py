@@ -259,6 +259,12 @@ def _types_in_file() -> dict[str, type]:
     return found
 
 
+def _prompts(given: Mapping[str, Any]) -> Path | None:
+    """Where the prompts to answer were said to be."""
+    source = given.get("prompts", given.get("data"))
+    return None if source is None else Path(source).expanduser()
+
+
 def _of_answers(given: Mapping[str, Any]) -> dict[str, Any]:
     """How the model is to answer, for ``DistillSettings``."""
     return {key: given[key] for key in ("samples", "temp", "max_tokens") if key in given}
@@ -275,9 +281,10 @@ def _check_sources(given: Mapping[str, Any]) -> None:
         raise usage_error("--self-distill: goes with --mode lossless; shared mode trains new answers, give --data")
     if distill and "data" in given and "prompts" in given:
         raise usage_error("--prompts: --data gives the prompts already; drop one")
-    source = given.get("prompts", given.get("data"))
-    if distill and source is not None and not Path(source).expanduser().exists():
-        raise invalid_input(f"--{'prompts' if 'prompts' in given else 'data'}: {source}: no such file or directory")
+    prompts = _prompts(given)
+    if distill and prompts is not None and not prompts.exists():
+        flag = "prompts" if "prompts" in given else "data"
+        raise invalid_input(f"--{flag}: {given[flag]}: no such file or directory")
     if not distill:
         for name in ("prompts", "answers", "chat_template_config", "samples", "temp", "max_tokens"):
             if name in given:
@@ -384,8 +391,7 @@ def _examples(
         from specstream_mlx.training.distill import default_prompts
 
         file = Path(given.get("answers", _answers(output))).expanduser()
-        given_prompts = given.get("prompts", given.get("data"))
-        prompts = default_prompts(run.path) if given_prompts is None else Path(given_prompts).expanduser()
+        prompts = _prompts(given) or default_prompts(run.path)
         chat = ChatTemplate.of(None, given.get("chat_template_config"))
         chat.is_used(run.tokenizer)
         begin = time.perf_counter()

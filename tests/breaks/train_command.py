@@ -127,8 +127,8 @@ BREAKS = (
     Break(
         "the prompts in a model's directory are passed over",
         "cli/specstream_cli/train.py",
-        "default_prompts(run.path) if given_prompts is None",
-        "None if given_prompts is None",
+        "_prompts(given) or default_prompts(run.path)",
+        "_prompts(given)",
         CLI_TRAIN + "test_a_model_answers_the_prompts_in_its_directory_unless_given_others",
     ),
 )
