@@ -53,20 +53,20 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Files, int]:
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return make(tmp_path_factory.mktemp("deep") / "x", num_hidden_layers=12)
+    return make(tmp_path_factory.mktemp("deep") / "x", num_hidden_layers=18)
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return make(tmp_path_factory.mktemp("wide") / "x", vocab_size=32_000)
+    return make(tmp_path_factory.mktemp("wide") / "x", vocab_size=48_000)
 
 
 @pytest.mark.parametrize("mode", ["merge", "quantize"])
 def test_memory_does_not_grow_with_layers_and_shards(small: tuple[Files, int], deep: Files, mode: str) -> None:
     """Red when: the model is held as a whole, in any dtype, while it is written or verified."""
     grown = sum(deep.shards) - sum(small[0].shards)
-    assert grown > 30 * MB
-    assert len(deep.shards) > 1.5 * len(small[0].shards)
+    assert grown > 60 * MB
+    assert len(deep.shards) > 2 * len(small[0].shards)
     more = peak(deep, mode) - small[1]
     assert more < grown / 4, f"{more / MB:.0f} MB more for {grown / MB:.0f} MB more"
 
@@ -75,7 +75,7 @@ def test_memory_does_not_grow_with_layers_and_shards(small: tuple[Files, int], d
 def test_memory_of_a_large_tensor(small: tuple[Files, int], wide: Files, mode: str) -> None:
     """Red when: a merged LM head, its LoRA's product or an embedding exists in float32."""
     grown = max(wide.shards) - max(small[0].shards)
-    assert grown > 24 * MB
+    assert grown > 40 * MB
     more = peak(wide, mode) - small[1]
     assert more < 1.5 * grown, f"{more / MB:.0f} MB more for a tensor {grown / MB:.0f} MB larger"
 
