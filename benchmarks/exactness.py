@@ -24,8 +24,8 @@ import mlx.core as mx
 import mlx_lm
 from mlx_lm.sample_utils import make_sampler
 
-from recipes.text_to_sql.heldout import HELDOUT_SEED
-from recipes.text_to_sql.task import examples
+from benchmarks.tasks.text_to_sql.heldout import HELDOUT_SEED
+from benchmarks.tasks.text_to_sql.task import examples
 from specstream_mlx import DraftOptions, load
 from tests.tiny import (
     END_OF_TEXT,

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specstream_mlx.calibration.planner import (
+from specstream_mlx.planning.planner import (
     Candidates,
     Curve,
     PassCosts,
@@ -31,10 +31,10 @@ from specstream_mlx.calibration.planner import (
     candidate_trees,
     solve,
 )
-from specstream_mlx.calibration.tabulated import TabulatedCosts
-from specstream_mlx.control import Control, Costs, LearnedCosts, PassTimes
-from specstream_mlx.drafting import ASSUMED_ACCEPTANCE
-from specstream_mlx.tree import DraftTree
+from specstream_mlx.planning.tabulated import TabulatedCosts
+from specstream_mlx.planning.control import Control, Costs, LearnedCosts, PassTimes
+from specstream_mlx.planning.plan import ASSUMED_ACCEPTANCE
+from specstream_mlx.target.tree import DraftTree
 
 CURVES = Path(__file__).with_name("row_cost.json")
 GAMMA = 4

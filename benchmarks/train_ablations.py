@@ -207,8 +207,8 @@ def wrong_children_pruned(model: Any, examples: Any) -> float:
 
 def own_answers(options: argparse.Namespace, run: Any) -> Any:
     """The model's greedy answers to training questions, and to held-out ones to measure on."""
-    from recipes.text_to_sql.heldout import HELDOUT
-    from recipes.text_to_sql.prompts import write_prompts
+    from benchmarks.tasks.text_to_sql.heldout import HELDOUT
+    from benchmarks.tasks.text_to_sql.prompts import write_prompts
     from specstream_mlx.training.datasets import Dataset
 
     held_out = HELDOUT.read_text(encoding="utf-8").splitlines(keepends=True)[: options.heldout]

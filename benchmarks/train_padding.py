@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from mlx_lm.utils import load_tokenizer
 
-from recipes.text_to_sql.task import examples
+from benchmarks.tasks.text_to_sql.task import examples
 from specstream_mlx import default_model_path
 from specstream_mlx.training.batches import IGNORE, Example, anchor_chunks, iterate_batches, make_batch
 

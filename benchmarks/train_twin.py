@@ -3,7 +3,7 @@
     scripts/with-openblas python -m benchmarks.train_twin --iters 150
 
 Rows of the text-to-SQL recipe fine-tune the bundled model in float32, once by ``specstream-mlx train`` and once by
-``specstream_convert.torch_reference.finetune``, whose checkpoint the converter brings back. Both then answer held-out
+``specstream_torch.finetune``, whose checkpoint the converter brings back. Both then answer held-out
 questions with chain drafting. Needs the ``torch`` extra. The last line of the output is one JSON document.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 
 from mlx_lm import load as load_stock
 
-from recipes.text_to_sql.heldout import HELDOUT
-from recipes.text_to_sql.task import examples
+from benchmarks.tasks.text_to_sql.heldout import HELDOUT
+from benchmarks.tasks.text_to_sql.task import examples
 from specstream_cli.tables import table
 from specstream_convert import ConvertOptions, convert
 from specstream_mlx import default_model_path, load, stream_generate
@@ -96,8 +96,8 @@ def train_twin(rows: list[Example], folder: Path, settings: dict[str, Any]) -> l
     """Train the twin from ``start`` and convert its checkpoint to ``twin``; the losses of all steps."""
     import torch
 
-    from specstream_convert.torch_reference import finetune as twin
-    from specstream_convert.torch_reference.loss import Example as TwinExample
+    from specstream_torch import finetune as twin
+    from specstream_torch.loss import Example as TwinExample
 
     torch.set_num_threads(1)
     lines: list[str] = []

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from specstream_mlx.config import StreamConfig, read_json
+from specstream_mlx.formats.config import StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
 VALID = {

@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specstream_mlx.drafting import DraftOptions, default_tree, make_plan, top_candidates
+from specstream_mlx.planning.plan import DraftOptions, default_tree, make_plan, top_candidates
 from specstream_mlx.errors import UsageError
-from specstream_mlx.tree import DraftTree
+from specstream_mlx.target.tree import DraftTree
 
 
 def test_candidates_are_the_likeliest_tokens_in_falling_order():

@@ -16,11 +16,11 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from recipes.text_to_sql import grow  # noqa: E402
-from recipes.text_to_sql.finetune import FinetuneSettings  # noqa: E402
-from recipes.text_to_sql.grow import GrowSettings, build_grown, grown_model, layer_sources  # noqa: E402
-from recipes.text_to_sql.pretrain import PretrainSettings, pretrain  # noqa: E402
-from recipes.text_to_sql.tokenizer import save_tokenizer, train_sentencepiece  # noqa: E402
+from benchmarks.tasks.text_to_sql import grow  # noqa: E402
+from benchmarks.tasks.text_to_sql.finetune import FinetuneSettings  # noqa: E402
+from benchmarks.tasks.text_to_sql.grow import GrowSettings, build_grown, grown_model, layer_sources  # noqa: E402
+from benchmarks.tasks.text_to_sql.pretrain import PretrainSettings, pretrain  # noqa: E402
+from benchmarks.tasks.text_to_sql.tokenizer import save_tokenizer, train_sentencepiece  # noqa: E402
 from specstream_mlx import load  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -144,9 +144,9 @@ def test_one_command_makes_the_grown_model_and_does_nothing_twice(
         raise AssertionError("a step was done again")
 
     for target in (
-        "recipes.text_to_sql.grow.grown_model",
-        "recipes.text_to_sql.pretrain.LlamaForCausalLM",
-        "recipes.text_to_sql.finetune.train",
+        "benchmarks.tasks.text_to_sql.grow.grown_model",
+        "benchmarks.tasks.text_to_sql.pretrain.LlamaForCausalLM",
+        "benchmarks.tasks.text_to_sql.finetune.train",
         "specstream_convert.convert",
     ):
         monkeypatch.setattr(target, fail)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import RotatingKVCache
 
-from specstream_mlx.drafting import Insertion
+from specstream_mlx.planning.plan import Insertion
 from specstream_mlx.errors import UnsupportedError, UsageError
-from specstream_mlx.model import SpecStreamModel
-from specstream_mlx.tree import DraftTree
+from specstream_mlx.models.model import SpecStreamModel
+from specstream_mlx.target.tree import DraftTree
 from tests import tiny
 from tests.family_cases import TOLERANCE, insertion_error
 from tests.tiny import make_base, make_model, random_prompt

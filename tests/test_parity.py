@@ -13,15 +13,15 @@ import pytest
 
 from specstream_convert import ConvertOptions, convert
 from specstream_mlx import load
-from specstream_mlx.drafting import Insertion
-from specstream_mlx.model import SpecStreamModel
-from specstream_mlx.tree import DraftTree
+from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.models.model import SpecStreamModel
+from specstream_mlx.target.tree import DraftTree
 from tests.tiny import FAMILIES
 
 pytest.importorskip("torch", reason="the parity tests need the torch extra")
 
-from specstream_convert.torch_reference.generate import load_reference, reference_logits
-from specstream_convert.torch_reference.testing import make_tiny_checkpoint
+from specstream_torch.generate import load_reference, reference_logits
+from specstream_torch.testing import make_tiny_checkpoint
 
 pytestmark = pytest.mark.parity
 

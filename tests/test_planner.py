@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specstream_mlx.calibration.planner import Candidates, Curve, PassCosts, best_paths, solve
-from specstream_mlx.drafting import Insertion
-from specstream_mlx.tree import DraftTree
+from specstream_mlx.planning.planner import Candidates, Curve, PassCosts, best_paths, solve
+from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.target.tree import DraftTree
 
 GAMMA, WIDTH = 3, 2
 ALL_PATHS = [path for depth in range(1, GAMMA + 1) for path in itertools.product(range(WIDTH), repeat=depth)]

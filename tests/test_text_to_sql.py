@@ -9,8 +9,8 @@ from contextlib import closing
 
 import pytest
 
-from recipes.text_to_sql.task import PROMPT_END, Example, examples
-from recipes.text_to_sql.words import SPLITS, Split, pseudo_split, real_words
+from benchmarks.tasks.text_to_sql.task import PROMPT_END, Example, examples
+from benchmarks.tasks.text_to_sql.words import SPLITS, Split, pseudo_split, real_words
 
 
 def draw(split: Split, count: int, seed: int = 7) -> list[Example]:

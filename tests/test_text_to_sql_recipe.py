@@ -20,21 +20,21 @@ from mlx_lm import load as load_stock  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import LlamaForCausalLM  # noqa: E402
 
-from recipes.text_to_sql import build, lossless  # noqa: E402
-from recipes.text_to_sql.evaluate import acceptance_by_rank, evaluate, guess_ranks, read_examples, run  # noqa: E402
-from recipes.text_to_sql.evaluate import main as measure  # noqa: E402
-from recipes.text_to_sql.finetune import BASE_NAME, FinetuneSettings, finetune, fresh_examples  # noqa: E402
-from recipes.text_to_sql.heldout import HELDOUT, write_heldout  # noqa: E402
-from recipes.text_to_sql.pretrain import PretrainSettings, pretrain  # noqa: E402
-from recipes.text_to_sql.prompts import BUNDLED_COUNT, write_prompts  # noqa: E402
-from recipes.text_to_sql.rescale import rescale  # noqa: E402
-from recipes.text_to_sql.stamps import is_current, write_stamp  # noqa: E402
-from recipes.text_to_sql.tokenizer import ExampleEncoder  # noqa: E402
+from benchmarks.tasks.text_to_sql import build, lossless  # noqa: E402
+from benchmarks.tasks.text_to_sql.evaluate import acceptance_by_rank, evaluate, guess_ranks, read_examples, run  # noqa: E402
+from benchmarks.tasks.text_to_sql.evaluate import main as measure  # noqa: E402
+from benchmarks.tasks.text_to_sql.finetune import BASE_NAME, FinetuneSettings, finetune, fresh_examples  # noqa: E402
+from benchmarks.tasks.text_to_sql.heldout import HELDOUT, write_heldout  # noqa: E402
+from benchmarks.tasks.text_to_sql.pretrain import PretrainSettings, pretrain  # noqa: E402
+from benchmarks.tasks.text_to_sql.prompts import BUNDLED_COUNT, write_prompts  # noqa: E402
+from benchmarks.tasks.text_to_sql.rescale import rescale  # noqa: E402
+from benchmarks.tasks.text_to_sql.stamps import is_current, write_stamp  # noqa: E402
+from benchmarks.tasks.text_to_sql.tokenizer import ExampleEncoder  # noqa: E402
 from specstream_cli.app import main as program  # noqa: E402
 from specstream_mlx import default_model_path, load  # noqa: E402
 from specstream_mlx.bundled import samples  # noqa: E402
 from specstream_mlx.training.distill import PROMPTS_NAME, default_prompts  # noqa: E402
-from specstream_mlx.tree import DraftTree  # noqa: E402
+from specstream_mlx.target.tree import DraftTree  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -127,8 +127,8 @@ def test_what_is_done_is_not_done_again(out: Path, monkeypatch: pytest.MonkeyPat
         raise AssertionError("a step was done again")
 
     for target in (
-        "recipes.text_to_sql.pretrain.make_model",
-        "recipes.text_to_sql.finetune.train",
+        "benchmarks.tasks.text_to_sql.pretrain.make_model",
+        "benchmarks.tasks.text_to_sql.finetune.train",
         "specstream_convert.convert",
     ):
         monkeypatch.setattr(target, fail)
@@ -221,10 +221,10 @@ def test_a_lossless_adapter_is_made_and_measured(
     adapted, _ = load(tmp_path / "text-to-sql-base-mlx", adapter=tmp_path / "lossless")
     assert figures["adapter_bytes"] > adapted.adapters["lossless"].num_bytes > 0
     lossless.main(options)
-    assert commands == ["specstream_mlx", "recipes.text_to_sql.evaluate"]
+    assert commands == ["specstream_mlx", "benchmarks.tasks.text_to_sql.evaluate"]
     model, _ = load_stock(str(out / "model"))
     model.model.norm.weight = -model.model.norm.weight
-    monkeypatch.setattr("recipes.text_to_sql.evaluate.load_stock", lambda path: (model, None))
+    monkeypatch.setattr("benchmarks.tasks.text_to_sql.evaluate.load_stock", lambda path: (model, None))
     with pytest.raises(AssertionError, match="other tokens than mlx-lm's on example 1"):
         evaluate(tmp_path / "text-to-sql-base-mlx", read_examples(few), tmp_path / "lossless")
 

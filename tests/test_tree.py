@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specstream_mlx.tree import DraftTree
+from specstream_mlx.target.tree import DraftTree
 
 
 def test_the_tree_drawn_in_the_module():

@@ -11,9 +11,9 @@ from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, Rotating
 
 from specstream_mlx.errors import UnsupportedError
 from specstream_mlx.families import FAMILIES as FAMILY_CLASSES
-from specstream_mlx.model import SpecStreamModel
-from specstream_mlx.tree import DraftTree
-from specstream_mlx.tree_attention import (
+from specstream_mlx.models.model import SpecStreamModel
+from specstream_mlx.target.tree import DraftTree
+from specstream_mlx.target.tree_attention import (
     PassContext,
     Reach,
     TreeRope,

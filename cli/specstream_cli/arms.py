@@ -107,7 +107,7 @@ def differences(arms: Sequence[Arm]) -> dict[str, list[int]]:
 
 def judge(stock: Any, prompt: Sequence[int], run: Run) -> tuple[str, bool]:
     """What is to be said about an answer that is not the baseline's, and whether rounding explains it."""
-    from specstream_mlx.exactness import check_exact
+    from specstream_mlx.engine.exactness import check_exact
 
     difference = check_exact(stock, prompt, run.tokens)
     if difference is None:
@@ -201,9 +201,9 @@ def lookup_arm(model: Any, tokenizer: Any, weight_bytes: int, max_tokens: int, n
     import mlx.core as mx
     from mlx_lm.generate import generation_stream
 
-    from specstream_mlx.loop import prefill
-    from specstream_mlx.tree import DraftTree
-    from specstream_mlx.verification import accept
+    from specstream_mlx.engine.single import prefill
+    from specstream_mlx.target.tree import DraftTree
+    from specstream_mlx.engine.acceptance import accept
 
     def start(prompt: list[int]) -> Iterator[Step]:
         caches = model.make_cache()

@@ -36,7 +36,7 @@ class Batch:
             InvalidInputError: prompts that the model cannot take, every one with its line.
         """
         from specstream_mlx.errors import InvalidInputError
-        from specstream_mlx.generate import check_context, prompt_ids
+        from specstream_mlx.engine.generate import check_context, prompt_ids
 
         encoded, problems = [], []
         for prompt, line in zip(self.prompts, self.lines, strict=True):

@@ -187,7 +187,7 @@ def load_arms(
 
     from specstream_mlx import DraftOptions, default_model_path, load
     from specstream_mlx.calibration.store import calibration_key
-    from specstream_mlx.exactness import plain_model
+    from specstream_mlx.engine.exactness import plain_model
 
     path = str(default_model_path()) if name is None else name
     target, tokenizer = load(path, adapter=adapter)
@@ -364,7 +364,7 @@ def _make_noise(target: Any) -> None:
 def _costs(
     target: Any, contexts: Sequence[int] | None, repeats: int, progress: Progress | None
 ) -> list[dict[str, Any]]:
-    from specstream_mlx.calibration.calibration import costs_to_dict
+    from specstream_mlx.planning.calibration import costs_to_dict
     from specstream_mlx.calibration.costs import CONTEXTS, measure_costs, usable_contexts
 
     lengths = usable_contexts(target, contexts or CONTEXTS)

@@ -142,7 +142,7 @@ class Conversation:
 
     def prompt(self, question: str) -> list[int]:
         """The ids of the whole conversation, ending with ``question``."""
-        from specstream_mlx.generate import prompt_ids
+        from specstream_mlx.engine.generate import prompt_ids
 
         messages = [*self.messages, {"role": "user", "content": question}]
         if self.has_template:

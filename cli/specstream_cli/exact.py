@@ -12,7 +12,7 @@ class ExactCheck:
 
     def __init__(self, target: Any, model: str | None, adapter: str | None, options: dict[str, Any]) -> None:
         """``options``: sampler, logits processors, seed and prefill step, as the answers are made with."""
-        from specstream_mlx.exactness import plain_model
+        from specstream_mlx.engine.exactness import plain_model
 
         self._target = target
         self._plain = plain_model(target, model, adapter)
@@ -22,8 +22,8 @@ class ExactCheck:
 
     def compare(self, tokenizer: Any, prompt: str | list[int], tokens: Sequence[int], name: str = "") -> dict[str, Any]:
         """What ``--json`` says about one answer; a difference is also said on standard error. ``name`` goes before."""
-        from specstream_mlx.exactness import check_exact
-        from specstream_mlx.generate import prompt_ids
+        from specstream_mlx.engine.exactness import check_exact
+        from specstream_mlx.engine.generate import prompt_ids
 
         ids = prompt_ids(tokenizer, prompt, self._target.args.vocab_size)
         difference = check_exact(self._plain, ids, tokens, **self._options)

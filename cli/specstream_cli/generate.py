@@ -171,7 +171,7 @@ def generate(
         if prompt_cache_file is None:
             target, tokenizer = load(model, adapter=adapter)
         else:
-            from specstream_mlx.prompt_cache import load_prompt_cache, model_of
+            from specstream_mlx.target.prompt_cache import load_prompt_cache, model_of
 
             cache_file = Path(prompt_cache_file).expanduser()
             target, tokenizer = load(model_of(cache_file, model), adapter=adapter)

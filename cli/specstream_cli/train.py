@@ -203,7 +203,7 @@ def train(
         from specstream_mlx.training.datasets import local_files
         from specstream_mlx.training.distill import DistillSettings
         from specstream_mlx.training.run import TrainRun
-        from specstream_mlx.upload import check_upload
+        from specstream_mlx.formats.upload import check_upload
 
         if upload_repo is not None:
             check_upload(upload_repo)
@@ -297,7 +297,7 @@ def _check_outputs(
     output: Path, export_peft: Path | None, given: Mapping[str, Any], *, resume: bool, overwrite: bool
 ) -> None:
     """Refuse, before hours of work, what could not be written or would be lost; an output that a kill hid returns."""
-    from specstream_mlx.atomic import recover
+    from specstream_mlx.formats.atomic import recover
 
     if not output.name or output.name == "..":
         raise usage_error(f"--adapter-path: {output} is not a name for a directory")

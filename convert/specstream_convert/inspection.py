@@ -29,7 +29,7 @@ from specstream_convert.checks import check_base_matches, lossless_problems
 from specstream_convert.files.safetensors_io import TensorFile, open_tensors
 from specstream_convert.messages import escaped
 from specstream_convert.report import REPORT_NAME
-from specstream_mlx.config import BASE_FIELDS, CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig, read_json
+from specstream_mlx.formats.config import BASE_FIELDS, CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError, SpecStreamError
 from specstream_mlx.families import FAMILIES
 from specstream_mlx.families.decoder import DecoderFamily

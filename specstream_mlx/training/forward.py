@@ -22,8 +22,8 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from specstream_mlx.model import SpecStreamModel
-from specstream_mlx.tree_attention import BoolMatrix, ValueRotation, within
+from specstream_mlx.models.model import SpecStreamModel
+from specstream_mlx.target.tree_attention import BoolMatrix, ValueRotation, within
 
 IntArray = npt.NDArray[np.int32]
 KeysValues = list[tuple[mx.array, mx.array]]

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
 
-from specstream_mlx.model import SpecStreamModel
+from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.training.batches import IGNORE, AnchorChunk, Batch, anchor_chunks
 from specstream_mlx.training.forward import IntArray, MainPass, forward_main, forward_streams
 

@@ -1,7 +1,7 @@
 """What a training writes: the stream adapter that ``generate --adapter`` takes.
 
 Every file is written to a temporary directory beside its target, flushed to the disk, and renamed, so that a full
-disk or a lost process leaves what was there before (``specstream_mlx.atomic``).
+disk or a lost process leaves what was there before (``specstream_mlx.formats.atomic``).
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from specstream_mlx import atomic
-from specstream_mlx.config import (
+from specstream_mlx.formats import atomic
+from specstream_mlx.formats.config import (
     BASE_FIELDS,
     CONFIG_NAME,
     LORA_PREFIX,
@@ -27,9 +27,9 @@ from specstream_mlx.config import (
     read_json,
 )
 from specstream_mlx.errors import InvalidInputError, UsageError
-from specstream_mlx.files import check_safetensors
-from specstream_mlx.fingerprint import fingerprint
-from specstream_mlx.model import SpecStreamModel
+from specstream_mlx.formats.files import check_safetensors
+from specstream_mlx.formats.fingerprint import fingerprint
+from specstream_mlx.models.model import SpecStreamModel
 
 ADAPTERS = "adapters/adapters.safetensors"
 CARD = "README.md"

@@ -17,7 +17,7 @@ from mlx_lm.tuner.utils import build_schedule
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from specstream_mlx.errors import InvalidInputError, UsageError
-from specstream_mlx.model import SpecStreamModel
+from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.training.batches import Example, iterate_batches, make_batch, mixed_seed
 from specstream_mlx.training.evaluation import Validation, validate
 from specstream_mlx.training.forward import forward_main

@@ -63,28 +63,28 @@ BREAKS = (
     ),
     Break(
         "the text goes on beyond the learned positions",
-        "specstream_mlx/generate.py",
+        "specstream_mlx/engine/generate.py",
         "    max_tokens = model.tokens_within_context(max_tokens, caches[0].offset + len(ids))\n",
         "",
         FAMILIES + "test_text_ends_where_the_positions_end",
     ),
     Break(
         "the text ends one token before the learned positions",
-        "specstream_mlx/model.py",
+        "specstream_mlx/models/model.py",
         "left = self.context_length - num_tokens",
         "left = self.context_length - num_tokens - 1",
         FAMILIES + "test_text_ends_where_the_positions_end",
     ),
     Break(
         "rotary models end at their context",
-        "specstream_mlx/model.py",
+        "specstream_mlx/models/model.py",
         "if self.family.ROTARY or self.context_length is None:",
         "if self.context_length is None:",
         FAMILIES + "test_rotary_models_go_on",
     ),
     Break(
         "a stream of a model with learned positions is given one",
-        "specstream_mlx/model.py",
+        "specstream_mlx/models/model.py",
         "        hidden = self.streams(verified.trunk[:, node : node + 1], count)\n",
         "        hidden = self.streams(verified.trunk[:, node : node + 1], count)\n"
         "        if not self.family.ROTARY and self.model_type == 'gpt2':\n"

@@ -91,7 +91,7 @@ BREAKS = (
     ),
     Break(
         "a replacement leaves what a kill hid",
-        "specstream_mlx/atomic.py",
+        "specstream_mlx/formats/atomic.py",
         "        recover(target)\n        lock =",
         "        lock =",
         "tests/training/test_trainer.py::kill_left_aside",

@@ -13,7 +13,7 @@ BREAKS = (
     ),
     Break(
         "the output is lost between two renames",
-        "specstream_mlx/atomic.py",
+        "specstream_mlx/formats/atomic.py",
         "            moved.rename(new if old.exists() else old)\n",
         "            shutil.rmtree(moved)\n",
         "tests/training/test_trainer.py::test_a_full_disk_loses_nothing_that_was_saved",

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_map
 
-from specstream_mlx import exactness
+from specstream_mlx.engine import exactness
 from tests.tiny import make_model, save_directory
 
 SAMPLED = ("--temp", "0.9", "--top-p", "0.9", "--repetition-penalty", "1.2", "--seed", "3")

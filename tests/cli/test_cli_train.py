@@ -320,7 +320,7 @@ def test_an_output_that_a_kill_hid_comes_back(train, tmp_path):
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from specstream_mlx import atomic\n"
+        "from specstream_mlx.formats import atomic\n"
         "from specstream_mlx.training.output import replaced_directory\n"
         "atomic._exchange = lambda *_: False\n"
         "rename = Path.rename\n"

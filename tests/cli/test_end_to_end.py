@@ -53,7 +53,7 @@ def test_inspect_knows_the_bundled_model(run):
 @pytest.fixture(scope="module")
 def fine_tune(tmp_path_factory):
     """A tiny random base and PEFT adapter with streams and a pruner, as the PyTorch trainer saves them."""
-    from specstream_convert.torch_reference.testing import make_tiny_checkpoint
+    from specstream_torch.testing import make_tiny_checkpoint
 
     return make_tiny_checkpoint("llama", tmp_path_factory.mktemp("fine-tune"), prune=True)
 
@@ -81,7 +81,7 @@ def test_a_fine_tune_is_inspected_converted_and_answers(run, fine_tune, tmp_path
 @pytest.fixture(scope="module")
 def lossless_fine_tune(tmp_path_factory):
     """The same in lossless mode: LoRA in the stream layers, for stream rows alone."""
-    from specstream_convert.torch_reference.testing import make_tiny_checkpoint
+    from specstream_torch.testing import make_tiny_checkpoint
 
     path = tmp_path_factory.mktemp("lossless")
     return make_tiny_checkpoint("llama", path, mode="lossless", num_stream_layers=2, prune=True)

@@ -21,7 +21,7 @@ import pytest
 from convert_cases import CONFIG, Case, snapshot
 
 from specstream_convert import convert
-from specstream_mlx import atomic
+from specstream_mlx.formats import atomic
 from specstream_mlx.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ SERVER = """
 import json, os, signal, sys
 from pathlib import Path
 from specstream_cli.app import main
-import specstream_convert, specstream_mlx.atomic as atomic
+import specstream_convert, specstream_mlx.formats.atomic as atomic
 import mlx_lm.models.llama, mlx_lm.tokenizer_utils
 main(["convert", "--hf-path", ".", "--adapter-path", "/nothing", "--mlx-path", "/nothing/out"])
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from specstream_convert import ConvertOptions, convert, inspect_checkpoint  # noqa: E402
 from specstream_convert.base.model import open_base  # noqa: E402
-from specstream_convert.torch_reference.testing import make_tiny_checkpoint, write_tiny_base  # noqa: E402
+from specstream_torch.testing import make_tiny_checkpoint, write_tiny_base  # noqa: E402
 from specstream_convert.verification import forward  # noqa: E402
 from specstream_convert.verification.verify import output_logits  # noqa: E402
 from specstream_mlx import load  # noqa: E402

@@ -228,7 +228,7 @@ def test_peft_s_own_state_dict(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from specstream_convert import ConvertOptions
-    from specstream_convert.torch_reference.testing import write_tiny_base
+    from specstream_torch.testing import write_tiny_base
 
     write_tiny_base("llama", tmp_path / "base", hidden_size=32, num_layers=2)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)

@@ -26,7 +26,7 @@ peft = pytest.importorskip("peft")
 
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from specstream_convert.torch_reference.testing import write_tiny_base  # noqa: E402
+from specstream_torch.testing import write_tiny_base  # noqa: E402
 
 pytestmark = [
     pytest.mark.parity,

@@ -11,13 +11,13 @@ import pytest
 from specstream_convert import ConvertOptions, convert, inspect_checkpoint
 from specstream_convert.base.layouts import LAYOUTS
 from specstream_mlx import load
-from specstream_mlx.config import read_json
+from specstream_mlx.formats.config import read_json
 from specstream_mlx.errors import UnsupportedError
 from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.export_peft import check_peft
 from specstream_mlx.training.output import read_adapter
 from specstream_mlx.training.run import TrainRun
-from specstream_mlx.tree import DraftTree
+from specstream_mlx.target.tree import DraftTree
 from tests.tiny import random_prompt
 from tests.training.training_cases import QUICK, prepared, rows, same, save_base
 
@@ -72,10 +72,10 @@ def test_a_module_is_named_by_its_whole_path_within_the_block(tmp_path: Path) ->
 def test_peft_loads_the_exported_form_and_agrees(family: str, mode: str, tmp_path: Path) -> None:
     """Red when: PEFT reads another model out of the directory than we trained, or the twin cannot go on from it."""
     torch = pytest.importorskip("torch", reason="needs the torch extra")
-    from specstream_convert.torch_reference.checkpoint import load_base, load_checkpoint, save_checkpoint
-    from specstream_convert.torch_reference.generate import reference_logits
-    from specstream_convert.torch_reference.loss import make_batch, streaming_loss
-    from specstream_convert.torch_reference.testing import make_tiny_checkpoint
+    from specstream_torch.checkpoint import load_base, load_checkpoint, save_checkpoint
+    from specstream_torch.generate import reference_logits
+    from specstream_torch.loss import make_batch, streaming_loss
+    from specstream_torch.testing import make_tiny_checkpoint
 
     hf_base, adapter = make_tiny_checkpoint(family, tmp_path, hidden_size=32, prune=False)
     mlx_base = tmp_path / "mlx"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from specstream_mlx.model import SpecStreamModel
+from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.training.batches import IGNORE, Batch, Example, anchor_chunks, make_batch
 from specstream_mlx.training.forward import forward_main
 from specstream_mlx.training.loss import LossWeights, _pieces, loss_and_gradients, loss_only

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specstream_mlx import atomic
+from specstream_mlx.formats import atomic
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.training import trainer
 from specstream_mlx.training.batches import Example

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from specstream_convert import ConvertOptions, convert
 from specstream_mlx import load
-from specstream_mlx.model import SpecStreamModel
+from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.training.batches import Example, make_batch
 from specstream_mlx.training.loss import LossWeights, loss_and_gradients
 from specstream_mlx.training.settings import TrainSettings
@@ -25,10 +25,10 @@ pytest.importorskip("torch", reason="the parity tests need the torch extra")
 
 import torch
 
-from specstream_convert.torch_reference import checkpoint as twin_checkpoint
-from specstream_convert.torch_reference import finetune as twin_finetune
-from specstream_convert.torch_reference import loss as twin_loss
-from specstream_convert.torch_reference.testing import make_tiny_checkpoint
+from specstream_torch import checkpoint as twin_checkpoint
+from specstream_torch import finetune as twin_finetune
+from specstream_torch import loss as twin_loss
+from specstream_torch.testing import make_tiny_checkpoint
 
 pytestmark = pytest.mark.parity
 

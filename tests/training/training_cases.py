@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from specstream_mlx.model import SpecStreamModel
+from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.training.batches import Example
 from specstream_mlx.training.run import TrainRun
 from specstream_mlx.training.trainable import attach, set_trained_tensors, trained_tensors

@@ -14,7 +14,7 @@ from specstream_convert.files.shards import ADAPTER, MODEL, PICKLED_ADAPTERS, PI
 from specstream_convert.files.stored import StoredTensor, Weights
 from specstream_convert.messages import escaped, listing
 from specstream_convert.report import TensorFate
-from specstream_mlx.config import WEIGHTS_NAME, read_json
+from specstream_mlx.formats.config import WEIGHTS_NAME, read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

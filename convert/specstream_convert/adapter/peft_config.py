@@ -13,7 +13,7 @@ from typing import Any
 
 from specstream_convert.changes.initial import RECOMPUTABLE, reason_against
 from specstream_convert.messages import escaped, listing
-from specstream_mlx.config import read_json
+from specstream_mlx.formats.config import read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
 ADAPTER_CONFIG = "adapter_config.json"

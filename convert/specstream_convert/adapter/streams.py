@@ -17,7 +17,7 @@ from specstream_convert.files.safetensors_io import TensorFile
 from specstream_convert.files.stored import StoredTensor
 from specstream_convert.messages import at, escaped, listing
 from specstream_convert.report import TensorFate
-from specstream_mlx.config import CONFIG_NAME, PREFIX, REQUIRED, StreamConfig, read_json
+from specstream_mlx.formats.config import CONFIG_NAME, PREFIX, REQUIRED, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError
 
 WHY_NO_STREAMS = (

@@ -18,7 +18,7 @@ from specstream_convert.messages import listing
 from specstream_convert.verification.comparison import Comparison, Expected
 from specstream_convert.verification.forward import output_logits, reference_logits
 from specstream_convert.verification.reference import Array, blocks, factors64, float64, load, to_numpy
-from specstream_mlx.config import LORA_PREFIX, PREFIX
+from specstream_mlx.formats.config import LORA_PREFIX, PREFIX
 from specstream_mlx.errors import InvalidInputError, VerificationError
 
 Progress = Callable[[str, int, int], None]

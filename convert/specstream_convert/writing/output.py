@@ -1,7 +1,7 @@
 """The output directory: written beside its target, renamed into place when complete, removed when not.
 
 A reader of the target sees nothing or a complete directory. Only an earlier output of this converter is replaced.
-What a killed run leaves behind is cleared by the next one with the same target (``specstream_mlx.atomic``).
+What a killed run leaves behind is cleared by the next one with the same target (``specstream_mlx.formats.atomic``).
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from typing import Any
 
 from specstream_convert.messages import escaped
 from specstream_convert.report import REPORT_NAME, TOOL
-from specstream_mlx.atomic import PARTIAL, create_locked, hidden_name, recover, swap, sync, sync_tree
-from specstream_mlx.config import read_json
+from specstream_mlx.formats.atomic import PARTIAL, create_locked, hidden_name, recover, swap, sync, sync_tree
+from specstream_mlx.formats.config import read_json
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.families import OURS
 

@@ -11,7 +11,7 @@ from specstream_convert.options import DTYPES
 from specstream_convert.plan import ADAPTERS, Plan, lora_summary
 from specstream_convert.verification.verify import Progress
 from specstream_convert.writing.output import TOKENIZER_FILES, model_card, write_json
-from specstream_mlx.config import CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME
+from specstream_mlx.formats.config import CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME
 
 METADATA = {"format": "mlx"}
 

@@ -1,0 +1,1 @@
+"""Tasks to measure on: data, prompts, metrics, and how their models are made."""

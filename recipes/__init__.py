@@ -1,1 +1,0 @@
-"""Recipes that make models, each in a package of its own."""

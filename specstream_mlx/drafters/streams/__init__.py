@@ -1,0 +1,1 @@
+"""Streams: guesses from a few learned rows beside the target's own."""

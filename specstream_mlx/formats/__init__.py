@@ -1,0 +1,1 @@
+"""What is on disk: configuration, marks, files found and written whole."""

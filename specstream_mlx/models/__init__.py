@@ -1,0 +1,1 @@
+"""What a user loads: a target, its adapters, its drafter."""

@@ -1,0 +1,360 @@
+"""Adapters: what is put over a base, and taken away again, without touching one of its weights.
+
+An adapter is a directory: streams (``specstream_config.json``, ``specstream.safetensors``), a LoRA in mlx-lm's format,
+or both. Read, it is an ``Adapter``: the streams, and layers with LoRA around the base's own. Using it puts those
+layers in the places of the base's, and leaving it puts the base's back, so any number can lie in memory at once.
+Everything is checked before anything is in use: each stream tensor by name and shape, and the base by its mark.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import load_adapters
+
+from specstream_mlx.planning.times import PassTimes
+from specstream_mlx.formats.config import BASE_SIZES, CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME, StreamConfig, read_json
+from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.families.decoder import DecoderFamily
+from specstream_mlx.formats.files import check_safetensors, load_error
+from specstream_mlx.formats.fingerprint import is_marked
+from specstream_mlx.drafters.streams.parameters import StreamLoRALinear, Streams
+from specstream_mlx.target.tree_attention import PassContext
+
+OWN = "own"  # the name of the streams that lie in a model's own directory
+LIVE_CONFIG = "adapter_config.json"
+LIVE_WEIGHTS = "adapters.safetensors"
+_PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """A layer of the base and the one with LoRA that takes its place; ``path`` is where, as in a tensor's name."""
+
+    path: str
+    bare: nn.Module
+    adapted: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One adapter in memory, for one base.
+
+    Attributes:
+        stream_config, streams: both None for a LoRA without streams.
+        layers: what it puts in the places of the base's layers.
+        pass_times: what recent passes with it took.
+    """
+
+    stream_config: StreamConfig | None = None
+    streams: Streams | None = None
+    layers: tuple[AdaptedLayer, ...] = ()
+    pass_times: PassTimes = field(default_factory=PassTimes)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Its own tensors, without the base's, which lie in the layers that it wraps."""
+        streams = [] if self.streams is None else [value for _, value in tree_flatten(self.streams.parameters())]
+        held = (value for layer in self.layers for value in layer.adapted.values())
+        return [*streams, *(value for value in held if isinstance(value, mx.array))]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its own tensors."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether main rows run through its LoRA: it is a fine-tune. Otherwise the text is the base's."""
+        return any(not isinstance(layer.adapted, StreamLoRALinear) for layer in self.layers)
+
+
+class AdapterShelf:
+    """The adapters of one base that are in memory; one of them, or none, is in place.
+
+    Attributes:
+        resident: by name.
+        name: of the one in place; None: the bare base.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.resident: dict[str, Adapter] = {}
+        self.name: str | None = None
+        self._base = base
+        self._in_place = Adapter()
+
+    def get(self, name: str) -> Adapter:
+        """The adapter of this name.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if name not in self.resident:
+            loaded = ", ".join(map(repr, self.resident)) or "none"
+            raise UsageError(f"adapter {name!r} is not loaded; loaded: {loaded}")
+        return self.resident[name]
+
+    def put(self, name: str | None) -> Adapter:
+        """Put an adapter's layers, or with None the base's own, in place.
+
+        Raises:
+            UsageError: no adapter of this name is in memory; what was in place still is.
+        """
+        adapter = self.get(name) if name is not None else Adapter()
+        put_layers(self._base, [(layer.path, layer.bare) for layer in self._in_place.layers])
+        put_layers(self._base, [(layer.path, layer.adapted) for layer in adapter.layers])
+        self._in_place, self.name = adapter, name
+        return adapter
+
+    def check_free(self, name: str) -> None:
+        """Make sure that nothing is called so.
+
+        Raises:
+            UsageError: the name is taken.
+        """
+        if name in self.resident:
+            raise UsageError(f"adapter {name!r} is loaded already; give another name, or unload it first")
+
+    @contextmanager
+    def bare_base(self) -> Iterator[None]:
+        """Within the block no adapter is in place."""
+        before = self.name
+        self.put(None)
+        try:
+            yield
+        finally:
+            self.put(before)
+
+
+def has_adapter(directory: Path) -> bool:
+    """Whether there is anything in a directory that ``read_adapter`` reads."""
+    return _has_streams(directory) or live_lora(directory) is not None
+
+
+def live_lora(directory: Path) -> Path | None:
+    """The directory of an adapter's LoRA in mlx-lm's format, for ``mlx_lm.load(adapter_path=...)``; None without one.
+
+    It is ``adapters`` in a directory of ours. A directory that mlx-lm wrote is one itself, unless it holds a model.
+    """
+    if (directory / "adapters").is_dir():
+        return directory / "adapters"
+    own = (directory / LIVE_WEIGHTS).exists() and not (directory / "config.json").exists()
+    return directory if own else None
+
+
+def read_adapter(directory: Path, base: nn.Module, family: DecoderFamily, context: PassContext) -> Adapter:
+    """Read an adapter for a bare base, which is as before when this returns or raises.
+
+    Args:
+        directory: of the adapter.
+        base: without any other adapter.
+        family: of the base.
+        context: of the model, which tells stream-only LoRA the rows of a pass.
+
+    Raises:
+        InvalidInputError: missing, damaged or mismatched files, or streams of another base.
+        UnsupportedError: a format version or a kind of adapter that we do not run.
+    """
+    live = live_lora(directory)
+    if not _has_streams(directory) or not (directory / WEIGHTS_NAME).exists():
+        if any((directory / name).exists() for name in _PEFT_WEIGHTS):
+            raise InvalidInputError(f"{directory}: a PEFT checkpoint; run specstream-mlx convert --adapter-only on it")
+        if not _has_streams(directory) and live is None:
+            raise InvalidInputError(
+                f"{directory}: no {CONFIG_NAME} and {WEIGHTS_NAME}, and no LoRA of mlx-lm; give a converted stream "
+                "adapter"
+            )
+    config = streams = None
+    layers: tuple[AdaptedLayer, ...] = ()
+    if _has_streams(directory):
+        config, streams, layers = _read_streams(directory, base, family, context)
+        if config.mode == "lossless" and live is not None:
+            raise InvalidInputError(f"{live}: a LoRA on all rows, and the streams beside it are lossless; remove one")
+    if live is not None:
+        layers = _read_live_lora(live, base)
+    adapter = Adapter(config, streams, layers)
+    mx.eval(adapter.arrays)
+    return adapter
+
+
+def put_layers(base: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> None:
+    """Put modules into a base, by path; no weight is touched or copied."""
+    if layers:
+        base.update_modules(tree_unflatten(list(layers)))
+
+
+def _has_streams(directory: Path) -> bool:
+    return (directory / CONFIG_NAME).exists() or (directory / WEIGHTS_NAME).exists()
+
+
+def _read_streams(
+    directory: Path, base: nn.Module, family: DecoderFamily, context: PassContext
+) -> tuple[StreamConfig, Streams, tuple[AdaptedLayer, ...]]:
+    """Streams, and in lossless mode the LoRA of their rows."""
+    config_file, weights_file = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    stream_config = StreamConfig.from_dict(read_json(config_file), str(config_file))
+    sizes = vars(base.args)
+    _check_base(stream_config, family, base, sizes, config_file)
+    hidden_size = family.size(sizes, "hidden_size")
+    tensors = _read_tensors(weights_file, stream_config, hidden_size)
+    dtype = family.dtype
+    lora = {name: tensors.pop(name).astype(dtype) for name in list(tensors) if name.startswith(LORA_PREFIX)}
+    streams = Streams(stream_config, hidden_size)
+    streams.update(
+        tree_unflatten([(name.removeprefix(PREFIX), value.astype(dtype)) for name, value in tensors.items()])
+    )
+    streams.eval()
+    if not lora:
+        if stream_config.mode == "lossless" and stream_config.lora:
+            raise InvalidInputError(f"{weights_file}: {CONFIG_NAME} names a LoRA and no {LORA_PREFIX}* tensor is there")
+        return stream_config, streams, ()
+    return stream_config, streams, _stream_lora(base, family, lora, stream_config, context, weights_file)
+
+
+def _read_tensors(path: Path, config: StreamConfig, hidden_size: int) -> dict[str, mx.array]:
+    """The stream tensors, every one checked, problems collected."""
+    found = check_safetensors(path)
+    expected = {PREFIX + name: shape for name, shape in config.tensor_shapes(hidden_size).items()}
+    problems = [f"{path}:{name}: missing" for name in expected if name not in found]
+    for name, (dtype, shape) in found.items():
+        lora = name.startswith(LORA_PREFIX) and config.mode == "lossless"
+        if name not in expected and not lora:
+            problems.append(f"{path}:{name}: not expected by {CONFIG_NAME}")
+        elif dtype not in _FLOATS:
+            problems.append(f"{path}:{name}: dtype {dtype}, expected one of {', '.join(_FLOATS)}")
+        elif not lora and shape != expected[name]:
+            problems.append(f"{path}:{name}: shape {shape}, {CONFIG_NAME} and the base need {expected[name]}")
+    if problems:
+        raise InvalidInputError("\n".join(problems))
+    tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+    bad = [name for name, value in tensors.items() if not mx.isfinite(value).all().item()]
+    if bad:
+        raise InvalidInputError("\n".join(f"{path}:{name}: holds NaN or infinite values" for name in bad))
+    return tensors
+
+
+def _check_base(
+    stream_config: StreamConfig, family: DecoderFamily, base: nn.Module, config: dict[str, Any], where: Path
+) -> None:
+    """The streams' base block against the base at hand: sizes, and the fingerprint when both sides have one."""
+    problems = []
+    trained_for = stream_config.base_model
+    for key in BASE_SIZES:
+        found = family.size(config, key)
+        if key in trained_for and found is not None and trained_for[key] != found:
+            problems.append(f"{where}: streams were trained for {key} {trained_for[key]!r}, this base has {found!r}")
+    layers = len(family.layers)
+    if stream_config.num_stream_layers > layers:
+        problems.append(
+            f"{where}: num_stream_layers is {stream_config.num_stream_layers}, the base has {layers} layers"
+        )
+    if stream_config.prune is not None and stream_config.prune.layer > layers:
+        problems.append(f"{where}: prune.layer is {stream_config.prune.layer}, the base has {layers} layers")
+    mark: Any = trained_for.get("fingerprint")
+    marked = family.fingerprint_tensor(config)
+    if not problems and isinstance(mark, dict) and marked is not None and mark.get("tensor") == marked:
+        weight: mx.array = dict(tree_flatten(base.parameters()))[marked]
+        if not is_marked(mark, weight):
+            problems.append(
+                f"{where}: fingerprint of {marked} differs; the shapes fit, but this is another base than "
+                f"{trained_for.get('name_or_path', 'the one the streams were trained for')!r}"
+            )
+    if problems:
+        raise InvalidInputError("\n".join(problems))
+
+
+def _stream_lora(
+    base: nn.Module,
+    family: DecoderFamily,
+    lora: dict[str, mx.array],
+    stream_config: StreamConfig,
+    context: PassContext,
+    where: Path,
+) -> tuple[AdaptedLayer, ...]:
+    """The linear layers that a lossless checkpoint has LoRA for, main rows running the base's alone."""
+    scale = (stream_config.lora or {}).get("scale")
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise InvalidInputError(f"{where.parent / CONFIG_NAME}: lora.scale is {scale!r}, expected a number")
+    modules = dict(base.named_modules())
+    num_trunk_layers = len(family.layers) - stream_config.num_stream_layers
+    problems, layers = [], []
+    paths = sorted({name.removeprefix(LORA_PREFIX).rsplit(".", 1)[0] for name in lora})
+    for path in paths:
+        a, b = lora.pop(f"{LORA_PREFIX}{path}.lora_a", None), lora.pop(f"{LORA_PREFIX}{path}.lora_b", None)
+        linear = modules.get(path)
+        match = re.match(rf"{re.escape(family.LAYERS)}\.(\d+)\.", path)
+        if a is None or b is None:
+            problems.append(f"{where}:{LORA_PREFIX}{path}: needs both lora_a and lora_b")
+        elif match is None or int(match[1]) < num_trunk_layers:
+            problems.append(f"{where}:{LORA_PREFIX}{path}: lies below the stream layers, it would never act")
+        elif not isinstance(linear, nn.Linear | nn.QuantizedLinear):
+            has = "no layer of this name" if linear is None else f"a {type(linear).__name__} here"
+            problems.append(
+                f"{where}:{LORA_PREFIX}{path}: LoRA on stream rows needs a linear layer, the base has {has}"
+            )
+        elif a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or (a.shape[0], b.shape[1]) != _dims(linear):
+            problems.append(f"{where}:{LORA_PREFIX}{path}: shapes {a.shape} and {b.shape} do not fit {_dims(linear)}")
+        else:
+            adapted = StreamLoRALinear(linear, a, b, float(scale), context).eval()
+            layers.append(AdaptedLayer(path, linear, adapted))
+    problems += [f"{where}:{name}: unknown LoRA tensor" for name in lora]
+    if problems:
+        raise InvalidInputError("\n".join(problems))
+    return tuple(layers)
+
+
+def _read_live_lora(directory: Path, base: nn.Module) -> tuple[AdaptedLayer, ...]:
+    """The layers that mlx-lm's own loader makes of a LoRA in its format; the base gets its own back."""
+    config_file, weights_file = directory / LIVE_CONFIG, directory / LIVE_WEIGHTS
+    kind = read_json(config_file).get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise UnsupportedError(
+            f"{config_file}: fine_tune_type is {kind!r}; only 'lora' and 'dora' leave the base as it is, load a full "
+            "fine-tune as a model"
+        )
+    held = check_safetensors(weights_file)
+    tensors: dict[str, mx.array] = mx.load(str(weights_file))  # type: ignore[assignment]
+    bad = [name for name, value in tensors.items() if not mx.isfinite(value).all().item()]
+    if bad:
+        raise InvalidInputError("\n".join(f"{weights_file}:{name}: holds NaN or infinite values" for name in bad))
+    before = dict(base.named_modules())
+
+    def replaced() -> list[AdaptedLayer]:
+        after = base.named_modules()
+        return [AdaptedLayer(path, before[path], new) for path, new in after if before.get(path, new) is not new]
+
+    try:
+        load_adapters(base, str(directory))
+        layers = replaced()
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, RuntimeError) as error:
+        raise load_error(directory, error, "LoRA") from error
+    finally:
+        put_layers(base, [(layer.path, layer.bare) for layer in replaced()])
+    used = {name.rpartition(".")[0] for name in held}
+    layers = [layer for layer in layers if layer.path in used]
+    missing = [
+        f"{weights_file}:{layer.path}.{part}: missing"
+        for layer in layers
+        for part in ("lora_a", "lora_b", "m")
+        if part in layer.adapted and f"{layer.path}.{part}" not in held
+    ]
+    if missing:
+        raise InvalidInputError("\n".join(missing))
+    for layer in layers:
+        layer.adapted.eval()
+    return tuple(layers)
+
+
+def _dims(linear: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer, quantised or not."""
+    out, columns = linear.weight.shape
+    if isinstance(linear, nn.QuantizedLinear):
+        columns = columns * 32 // linear.bits
+    return columns, out
