@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specstream_mlx.planning.control import Control, Costs, LearnedCosts, PassTimes
+from specstream_mlx.planning.plan import ASSUMED_ACCEPTANCE
 from specstream_mlx.planning.planner import (
     Candidates,
     Curve,
@@ -32,8 +34,6 @@ from specstream_mlx.planning.planner import (
     solve,
 )
 from specstream_mlx.planning.tabulated import TabulatedCosts
-from specstream_mlx.planning.control import Control, Costs, LearnedCosts, PassTimes
-from specstream_mlx.planning.plan import ASSUMED_ACCEPTANCE
 from specstream_mlx.target.tree import DraftTree
 
 CURVES = Path(__file__).with_name("row_cost.json")

@@ -21,12 +21,12 @@ from mlx_lm.generate import generate_step, generation_stream
 
 from specstream_mlx import DraftOptions, load, stream_generate
 from specstream_mlx.calibration.measure import encode_prompt, find_samples, read_prompts
+from specstream_mlx.engine.acceptance import accept
+from specstream_mlx.engine.sampling import TargetSampler
+from specstream_mlx.engine.single import prefill
 from specstream_mlx.planning.control import steer
 from specstream_mlx.planning.plan import Insertion
-from specstream_mlx.engine.single import prefill
-from specstream_mlx.engine.sampling import TargetSampler
 from specstream_mlx.target.tree import DraftTree
-from specstream_mlx.engine.acceptance import accept
 
 STEPS = 32  # plain steps timed together
 

@@ -8,10 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
-from specstream_mlx.families import FAMILIES
-from specstream_mlx.formats.fingerprint import fingerprint
 from specstream_mlx.drafters.streams.parameters import Streams
+from specstream_mlx.families import FAMILIES
+from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
+from specstream_mlx.formats.fingerprint import fingerprint
 from tests.tiny import make_model, randomise, save_directory, stream_config
 
 LORA_RANK = 4

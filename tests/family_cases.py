@@ -5,8 +5,8 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from specstream_mlx.models.model import SpecStreamModel
-from specstream_mlx.training.forward import forward_main, forward_streams
 from specstream_mlx.target.tree import DraftTree
+from specstream_mlx.training.forward import forward_main, forward_streams
 from tests.tiny import random_prompt
 
 TREE = DraftTree.from_paths([(0, 0), (0, 1), (1, 0), (2,)])

@@ -11,12 +11,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from specstream_mlx import load, stream_generate
+from specstream_mlx.calibration.store import calibration_key, find, save
+from specstream_mlx.errors import InvalidInputError, SpecStreamError, UnsupportedError, UsageError
+from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.models.adapters import OWN
 from specstream_mlx.planning.calibration import Calibration
 from specstream_mlx.planning.planner import Curve, PassCosts
-from specstream_mlx.calibration.store import calibration_key, find, save
-from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
-from specstream_mlx.errors import InvalidInputError, SpecStreamError, UnsupportedError, UsageError
 from specstream_mlx.target.tree import DraftTree
 from tests.adapter_cases import mark_of, save_base, save_every_kind, save_live_lora
 from tests.tiny import NumberTokenizer, active_memory, make_base, our_tokens, plain_tokens, random_prompt

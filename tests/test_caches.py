@@ -26,9 +26,17 @@ from mlx_lm.models.cache import (
 from mlx_lm.sample_utils import make_sampler
 
 from specstream_mlx import DraftOptions, PrefixCache, prompt_cache, stream_generate
-from specstream_mlx.target.caches import REFUSED, SUPPORTED, CacheGrowth, arrays_of, check_caches, commit_rows, drop_rows
-from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.engine.single import prefill
+from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.target.caches import (
+    REFUSED,
+    SUPPORTED,
+    CacheGrowth,
+    arrays_of,
+    check_caches,
+    commit_rows,
+    drop_rows,
+)
 from tests.tiny import NumberTokenizer, drafter, make_model, our_tokens, plain_tokens, random_prompt
 
 KINDS = {

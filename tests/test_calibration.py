@@ -11,11 +11,11 @@ import pytest
 from specstream_mlx import stream_generate
 from specstream_mlx.calibration import costs, machine
 from specstream_mlx.calibration.acceptance import AcceptanceCounts, measure_acceptance
-from specstream_mlx.planning.calibration import Calibration
 from specstream_mlx.calibration.costs import PLAIN_STEPS, measure_costs, sample_tree, usable_contexts
 from specstream_mlx.calibration.measure import encode_prompt, measure, read_prompts
 from specstream_mlx.calibration.store import cache_directory, calibration_key, find, model_digest, path_for, save
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.planning.calibration import Calibration
 from tests.tiny import NumberTokenizer, drafter, make_model, plain_tokens, random_prompt
 
 

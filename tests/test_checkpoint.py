@@ -12,8 +12,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from specstream_mlx import generate, load
-from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.formats.files import resolve
 from specstream_mlx.target.tree import DraftTree
 from tests.tiny import make_model, our_tokens, random_prompt, save_directory, save_streams

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from specstream_mlx.formats.config import StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
+from specstream_mlx.formats.config import StreamConfig, read_json
 
 VALID = {
     "format": "specstream",

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks.planner_simulation import PROFILES, controlled_speed, pass_costs, read_curves, simulate
+from specstream_mlx.planning.control import Acceptance, Control, LearnedCosts, PassTimes
 from specstream_mlx.planning.planner import Candidates, Curve, PassCosts, candidate_trees, solve
 from specstream_mlx.planning.tabulated import TabulatedCosts
 from specstream_mlx.planning.times import RECENT
-from specstream_mlx.planning.control import Acceptance, Control, LearnedCosts, PassTimes
 from specstream_mlx.target.tree import DraftTree
 
 COSTS = pass_costs(read_curves()["m5max-12b-4bit-model"])

@@ -10,8 +10,8 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from specstream_mlx import DraftOptions, load
-from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.engine.exactness import Difference, check_exact, first_difference, plain_model, rounding
+from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.target.tree import DraftTree
 from tests.tiny import NumberTokenizer, drafter, make_model, our_tokens, plain_tokens, random_prompt, save_directory
 

@@ -15,10 +15,10 @@ from mlx_lm.models.cache import BatchKVCache
 from mlx_lm.utils import load_model, quantize_model
 
 from specstream_mlx import DraftOptions, load, stream_generate
-from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families import FAMILIES, RECURRENT, model_classes
 from specstream_mlx.families.learned_positions import OPTFamily
+from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.formats.fingerprint import tensor_sha256
 from specstream_mlx.target.tree import DraftTree
 from tests.tiny import (

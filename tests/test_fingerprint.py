@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specstream_mlx.models.load import load
-from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.formats.fingerprint import fingerprint, is_marked
+from specstream_mlx.models.load import load
 from tests.tiny import make_model, save_directory
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)

@@ -17,8 +17,8 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from specstream_mlx.planning.plan import DraftOptions
 from specstream_mlx.models.model import SpecStreamModel
+from specstream_mlx.planning.plan import DraftOptions
 from specstream_mlx.target.tree import DraftTree
 from tests.adapter_cases import save_adapter
 from tests.tiny import FAMILIES, make_base, our_tokens, plain_tokens, random_prompt

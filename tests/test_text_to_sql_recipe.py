@@ -33,8 +33,8 @@ from benchmarks.tasks.text_to_sql.tokenizer import ExampleEncoder  # noqa: E402
 from specstream_cli.app import main as program  # noqa: E402
 from specstream_mlx import default_model_path, load  # noqa: E402
 from specstream_mlx.bundled import samples  # noqa: E402
-from specstream_mlx.training.distill import PROMPTS_NAME, default_prompts  # noqa: E402
 from specstream_mlx.target.tree import DraftTree  # noqa: E402
+from specstream_mlx.training.distill import PROMPTS_NAME, default_prompts  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from specstream_mlx.target.tree import DraftTree
 from specstream_mlx.engine.acceptance import accept
+from specstream_mlx.target.tree import DraftTree
 
 TREE = DraftTree.from_paths([(0, 0), (0, 1), (1,)])  # nodes: root, a, aa, ab, b
 NODES = [10, 20, 30, 31, 21]

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from specstream_mlx import SpecStreamModel, stream_generate
-from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME, StreamConfig
-from specstream_mlx.families import model_classes
 from specstream_mlx.drafters.streams.parameters import Streams
+from specstream_mlx.families import model_classes
+from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME, StreamConfig
 
 ROTARY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 WINDOW = 12  # of the models that have one; shorter than most texts of the tests

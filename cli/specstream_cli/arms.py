@@ -201,9 +201,9 @@ def lookup_arm(model: Any, tokenizer: Any, weight_bytes: int, max_tokens: int, n
     import mlx.core as mx
     from mlx_lm.generate import generation_stream
 
+    from specstream_mlx.engine.acceptance import accept
     from specstream_mlx.engine.single import prefill
     from specstream_mlx.target.tree import DraftTree
-    from specstream_mlx.engine.acceptance import accept
 
     def start(prompt: list[int]) -> Iterator[Step]:
         caches = model.make_cache()

@@ -35,8 +35,8 @@ class Batch:
         Raises:
             InvalidInputError: prompts that the model cannot take, every one with its line.
         """
-        from specstream_mlx.errors import InvalidInputError
         from specstream_mlx.engine.generate import check_context, prompt_ids
+        from specstream_mlx.errors import InvalidInputError
 
         encoded, problems = [], []
         for prompt, line in zip(self.prompts, self.lines, strict=True):

@@ -364,8 +364,8 @@ def _make_noise(target: Any) -> None:
 def _costs(
     target: Any, contexts: Sequence[int] | None, repeats: int, progress: Progress | None
 ) -> list[dict[str, Any]]:
-    from specstream_mlx.planning.calibration import costs_to_dict
     from specstream_mlx.calibration.costs import CONTEXTS, measure_costs, usable_contexts
+    from specstream_mlx.planning.calibration import costs_to_dict
 
     lengths = usable_contexts(target, contexts or CONTEXTS)
     return [

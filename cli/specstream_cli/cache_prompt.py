@@ -35,8 +35,8 @@ def cache_prompt(
     text = read_prompt(prompt)
     quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
     from specstream_mlx import default_model_path, load
-    from specstream_mlx.target.caches import CacheGrowth
     from specstream_mlx.engine.generate import cache_tokens, prompt_ids
+    from specstream_mlx.target.caches import CacheGrowth
     from specstream_mlx.target.prompt_cache import check_target, save_prompt_cache
 
     target_file = Path(prompt_cache_file).expanduser()

@@ -200,10 +200,10 @@ def train(
     quieten_libraries(offline=not remote, debug=debug)
     _check_outputs(output, export_peft, given, resume=resume, overwrite=overwrite)
     with answer() as out, terminated_like_interrupted():
+        from specstream_mlx.formats.upload import check_upload
         from specstream_mlx.training.datasets import local_files
         from specstream_mlx.training.distill import DistillSettings
         from specstream_mlx.training.run import TrainRun
-        from specstream_mlx.formats.upload import check_upload
 
         if upload_repo is not None:
             check_upload(upload_repo)

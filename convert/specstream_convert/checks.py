@@ -11,8 +11,8 @@ from specstream_convert.changes.mapping import FineTune
 from specstream_convert.files.safetensors_io import mlx_dtype
 from specstream_convert.files.stored import StoredTensor
 from specstream_convert.messages import escaped, listing
-from specstream_mlx.formats.config import BASE_FIELDS, StreamConfig
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.config import BASE_FIELDS, StreamConfig
 from specstream_mlx.formats.fingerprint import fingerprint as mark_of
 from specstream_mlx.formats.fingerprint import is_marked
 

@@ -21,8 +21,8 @@ from specstream_convert.verification.comparison import Expected
 from specstream_convert.verification.verify import Progress, compare_reference_logits, verify_output
 from specstream_convert.writing.output import OutputDirectory, write_json
 from specstream_convert.writing.write import write_output
-from specstream_mlx.formats.config import CONFIG_NAME, PREFIX
 from specstream_mlx.errors import UsageError
+from specstream_mlx.formats.config import CONFIG_NAME, PREFIX
 from specstream_mlx.formats.upload import check_upload, upload
 
 CACHE_BYTES = 1 << 26

@@ -11,8 +11,8 @@ from specstream_convert.changes.lora import LoraSet
 from specstream_convert.changes.mapping import FineTune
 from specstream_convert.messages import listing
 from specstream_convert.options import ConvertOptions
-from specstream_mlx.formats.config import StreamConfig
 from specstream_mlx.errors import UnsupportedError, UsageError
+from specstream_mlx.formats.config import StreamConfig
 
 FULL_PRECISION = "give the full-precision base with --hf-path, or --dequantize"
 

@@ -41,8 +41,8 @@ from specstream_convert.verification.verify import Progress, read_reference_logi
 from specstream_convert.writing.output import check_tokenizer, tokenizer_directory
 from specstream_convert.writing.outputs import OutputTensor, plan_outputs
 from specstream_convert.writing.quantized import Quantized, plan_quantization
-from specstream_mlx.formats.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.formats.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig
 
 ADAPTERS = "adapters/adapters.safetensors"
 

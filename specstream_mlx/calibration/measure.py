@@ -7,11 +7,11 @@ from typing import Any
 
 from specstream_mlx.bundled import default_model_path
 from specstream_mlx.calibration.acceptance import measure_acceptance
-from specstream_mlx.planning.calibration import Calibration
 from specstream_mlx.calibration.costs import measure_costs, usable_contexts
 from specstream_mlx.calibration.store import calibration_key
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.models.model import SpecStreamModel
+from specstream_mlx.planning.calibration import Calibration
 
 OWN_TEXT = "text sampled from the model"
 OWN_SAMPLES = 12

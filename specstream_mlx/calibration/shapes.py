@@ -7,10 +7,10 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models.llama import Model, ModelArgs
 
-from specstream_mlx.formats.config import StreamConfig
-from specstream_mlx.errors import UsageError
-from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.drafters.streams.parameters import Streams
+from specstream_mlx.errors import UsageError
+from specstream_mlx.formats.config import StreamConfig
+from specstream_mlx.models.model import SpecStreamModel
 
 
 def _shape(layers: int, size: int, inner: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict[str, Any]:

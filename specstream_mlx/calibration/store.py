@@ -17,9 +17,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from specstream_mlx.calibration import machine
-from specstream_mlx.planning.calibration import Calibration
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.models.model import SpecStreamModel
+from specstream_mlx.planning.calibration import Calibration
 
 CACHE_VARIABLE = "SPECSTREAM_MLX_CACHE"  # a directory to use instead of the user's
 

@@ -9,13 +9,13 @@ import mlx.core as mx
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from specstream_mlx.target.caches import CacheGrowth, check_caches
+from specstream_mlx.engine.sampling import LogitsProcessor, Sampler, TargetSampler
+from specstream_mlx.engine.single import Loop, generate_tokens, prefill, to_list
+from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.planning.control import steer
 from specstream_mlx.planning.plan import DraftMode, DraftOptions, DraftReport
-from specstream_mlx.errors import InvalidInputError, UsageError
-from specstream_mlx.engine.single import Loop, generate_tokens, prefill, to_list
-from specstream_mlx.models.model import SpecStreamModel
-from specstream_mlx.engine.sampling import LogitsProcessor, Sampler, TargetSampler
+from specstream_mlx.target.caches import CacheGrowth, check_caches
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import mlx.core as mx
 from mlx_lm import sample_utils
 from mlx_lm.sample_utils import greedy_sampler
 
-from specstream_mlx.target.tree import DraftTree
 from specstream_mlx.engine.acceptance import accept
+from specstream_mlx.target.tree import DraftTree
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]

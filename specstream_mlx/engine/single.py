@@ -14,14 +14,14 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.generate import generation_stream
 
-from specstream_mlx.target.caches import CacheGrowth, is_full
-from specstream_mlx.planning.control import Control
-from specstream_mlx.planning.plan import DraftPlan, Insertion
+from specstream_mlx.engine.acceptance import accept
+from specstream_mlx.engine.sampling import TargetSampler
 from specstream_mlx.errors import UsageError
 from specstream_mlx.models.model import SpecStreamModel, VerificationPass
-from specstream_mlx.engine.sampling import TargetSampler
+from specstream_mlx.planning.control import Control
+from specstream_mlx.planning.plan import DraftPlan, Insertion
+from specstream_mlx.target.caches import CacheGrowth, is_full
 from specstream_mlx.target.tree import DraftTree
-from specstream_mlx.engine.acceptance import accept
 
 _CLEAR_CACHE_EVERY = 64  # passes
 

@@ -18,13 +18,21 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import load_adapters
 
-from specstream_mlx.planning.times import PassTimes
-from specstream_mlx.formats.config import BASE_SIZES, CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME, StreamConfig, read_json
+from specstream_mlx.drafters.streams.parameters import StreamLoRALinear, Streams
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.families.decoder import DecoderFamily
+from specstream_mlx.formats.config import (
+    BASE_SIZES,
+    CONFIG_NAME,
+    LORA_PREFIX,
+    PREFIX,
+    WEIGHTS_NAME,
+    StreamConfig,
+    read_json,
+)
 from specstream_mlx.formats.files import check_safetensors, load_error
 from specstream_mlx.formats.fingerprint import is_marked
-from specstream_mlx.drafters.streams.parameters import StreamLoRALinear, Streams
+from specstream_mlx.planning.times import PassTimes
 from specstream_mlx.target.tree_attention import PassContext
 
 OWN = "own"  # the name of the streams that lie in a model's own directory

@@ -11,12 +11,12 @@ import mlx.core as mx
 from huggingface_hub.errors import StrictDataclassError
 from mlx_lm.utils import load_model, load_tokenizer
 
-from specstream_mlx.models.adapters import OWN, has_adapter
 from specstream_mlx.bundled import default_model_path
-from specstream_mlx.formats.config import read_json
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families import FAMILIES, check_supported, model_classes
+from specstream_mlx.formats.config import read_json
 from specstream_mlx.formats.files import check_safetensors, load_error, resolve
+from specstream_mlx.models.adapters import OWN, has_adapter
 from specstream_mlx.models.model import SpecStreamModel
 
 

@@ -25,14 +25,14 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from specstream_mlx.models.adapters import OWN, Adapter, AdapterShelf, read_adapter
-from specstream_mlx.target.caches import commit_rows, drop_rows
-from specstream_mlx.formats.config import StreamConfig
-from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.drafters.streams.parameters import Streams
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.families import family_of
+from specstream_mlx.formats.config import StreamConfig
 from specstream_mlx.formats.files import resolve
-from specstream_mlx.drafters.streams.parameters import Streams
+from specstream_mlx.models.adapters import OWN, Adapter, AdapterShelf, read_adapter
+from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.target.caches import commit_rows, drop_rows
 from specstream_mlx.target.tree import DraftTree
 from specstream_mlx.target.tree_attention import (
     BoolMatrix,

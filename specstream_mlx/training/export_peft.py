@@ -10,9 +10,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from specstream_mlx.formats.config import CONFIG_NAME, LORA_PREFIX, PREFIX, StreamConfig
 from specstream_mlx.errors import UnsupportedError
 from specstream_mlx.families import FAMILIES
+from specstream_mlx.formats.config import CONFIG_NAME, LORA_PREFIX, PREFIX, StreamConfig
 from specstream_mlx.training.output import replaced_directory, save_tensors, write_json
 
 

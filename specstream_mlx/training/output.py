@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.formats import atomic
 from specstream_mlx.formats.config import (
     BASE_FIELDS,
@@ -26,7 +27,6 @@ from specstream_mlx.formats.config import (
     StreamConfig,
     read_json,
 )
-from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.formats.files import check_safetensors
 from specstream_mlx.formats.fingerprint import fingerprint
 from specstream_mlx.models.model import SpecStreamModel

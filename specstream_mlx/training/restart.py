@@ -14,8 +14,8 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from specstream_mlx.formats.config import read_json
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.formats.config import read_json
 from specstream_mlx.formats.files import check_safetensors
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.training.batches import Example

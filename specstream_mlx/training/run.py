@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from specstream_mlx.bundled import default_model_path
-from specstream_mlx.models.load import load
-from specstream_mlx.formats.config import LORA_PREFIX, PREFIX, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.formats.config import LORA_PREFIX, PREFIX, StreamConfig, read_json
 from specstream_mlx.formats.files import resolve
+from specstream_mlx.formats.upload import upload
+from specstream_mlx.models.load import load
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.training import distill, output, trainer
 from specstream_mlx.training.datasets import Dataset, read_dataset
@@ -30,7 +31,6 @@ from specstream_mlx.training.trainable import (
     train_pruner_only,
     trained_tensors,
 )
-from specstream_mlx.formats.upload import upload
 
 
 @dataclass

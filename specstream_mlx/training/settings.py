@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from specstream_mlx.formats.config import MAX_GAMMA, Mode, Prune, StreamConfig, StreamId, StreamInit, StreamPosition
 from specstream_mlx.errors import UsageError
+from specstream_mlx.formats.config import MAX_GAMMA, Mode, Prune, StreamConfig, StreamId, StreamInit, StreamPosition
 
 Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
 _COUNTS = (

@@ -10,11 +10,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
-from specstream_mlx.models.adapters import AdaptedLayer, Adapter
-from specstream_mlx.formats.config import LORA_PREFIX, PREFIX, StreamConfig
-from specstream_mlx.errors import UnsupportedError, UsageError
-from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.drafters.streams.parameters import StreamLoRALinear, Streams
+from specstream_mlx.errors import UnsupportedError, UsageError
+from specstream_mlx.formats.config import LORA_PREFIX, PREFIX, StreamConfig
+from specstream_mlx.models.adapters import AdaptedLayer, Adapter
+from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.training.batches import mixed_seed
 
 TRAINED = "trained"  # the name of the adapter that is being trained

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from specstream_convert import ConvertOptions, convert
-from specstream_torch.testing import write_tiny_base
 from specstream_convert.verification.verify import output_logits
+from specstream_torch.testing import write_tiny_base
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "gpt2")
 WITH_BIASES = ("qwen2", "opt", "gpt2")  # families whose adapted layers have biases

@@ -21,8 +21,8 @@ import pytest
 from convert_cases import CONFIG, Case, snapshot
 
 from specstream_convert import convert
-from specstream_mlx.formats import atomic
 from specstream_mlx.errors import UsageError
+from specstream_mlx.formats import atomic
 
 ROOT = Path(__file__).parents[2]
 SERVER = """

@@ -32,8 +32,8 @@ from specstream_convert.files.safetensors_io import TensorOut, open_tensors, wri
 from specstream_convert.files.stored import StoredTensor
 from specstream_convert.verification.verify import output_logits, to_numpy
 from specstream_convert.writing import outputs, write
-from specstream_mlx.formats.config import StreamConfig, read_json
 from specstream_mlx.errors import UsageError, VerificationError
+from specstream_mlx.formats.config import StreamConfig, read_json
 
 WEIGHTS = f"adapter/{ADAPTER}"
 NAME = "model.layers.0.self_attn.q_proj.weight"

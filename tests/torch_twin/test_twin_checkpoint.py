@@ -12,10 +12,10 @@ pytest.importorskip("peft")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from twin_models import PROMPT, load, tiny  # noqa: E402
 
+from specstream_mlx.formats.config import StreamConfig as RuntimeConfig  # noqa: E402
 from specstream_torch.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from specstream_torch.modeling import forward_streams, stream_module  # noqa: E402
 from specstream_torch.streams import StreamConfig  # noqa: E402
-from specstream_mlx.formats.config import StreamConfig as RuntimeConfig  # noqa: E402
 
 OPTIONS = {"prune": True, "stream_init": "low_rank_residual"}
 STREAM_TENSORS = {

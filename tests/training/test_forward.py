@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from specstream_mlx.target.tree import DraftTree
 from specstream_mlx.training.forward import forward_main, forward_streams, stream_mask
 from specstream_mlx.training.trainable import attach, trained_tensors
-from specstream_mlx.target.tree import DraftTree
 from tests import tiny
 from tests.family_cases import inference_logits
 from tests.tiny import FAMILIES, make_model, random_prompt, stream_config

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specstream_mlx.formats import atomic
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.formats import atomic
 from specstream_mlx.training import trainer
 from specstream_mlx.training.batches import Example
 from specstream_mlx.training.datasets import Dataset

@@ -47,7 +47,12 @@ def evaluate_model(model: Path, heldout: Path, figures: Path) -> dict[str, Any]:
     """Measure the model in a process of its own, on OpenBLAS where MLX would use a slow BLAS."""
     made_from = {"model": digest(model), "heldout": digest(heldout)}
     if not is_current(figures, made_from):
-        command = [str(ROOT / "scripts" / "with-openblas"), sys.executable, "-m", "benchmarks.tasks.text_to_sql.evaluate"]
+        command = [
+            str(ROOT / "scripts" / "with-openblas"),
+            sys.executable,
+            "-m",
+            "benchmarks.tasks.text_to_sql.evaluate",
+        ]
         options = [
             "--model",
             str(model.resolve()),

@@ -17,8 +17,8 @@ from specstream_convert.adapter.peft_keys import Kind, parse
 from specstream_convert.base.layouts import LAYOUTS
 from specstream_convert.files.stored import StoredTensor
 from specstream_convert.messages import escaped
-from specstream_mlx.formats.config import read_json
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.config import read_json
 
 _FIRST_BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.0\.")
 

@@ -9,8 +9,8 @@ from typing import Any
 from specstream_convert.adapter.peft_config import ADAPTER_CONFIG
 from specstream_convert.files.safetensors_io import TensorFile, open_tensors
 from specstream_convert.messages import at, escaped
-from specstream_mlx.formats.config import read_json
 from specstream_mlx.errors import SpecStreamError
+from specstream_mlx.formats.config import read_json
 
 LIVE_WEIGHTS = "adapters.safetensors"
 _PARTS = ("lora_a", "lora_b", "m")

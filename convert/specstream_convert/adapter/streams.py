@@ -17,8 +17,8 @@ from specstream_convert.files.safetensors_io import TensorFile
 from specstream_convert.files.stored import StoredTensor
 from specstream_convert.messages import at, escaped, listing
 from specstream_convert.report import TensorFate
-from specstream_mlx.formats.config import CONFIG_NAME, PREFIX, REQUIRED, StreamConfig, read_json
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.config import CONFIG_NAME, PREFIX, REQUIRED, StreamConfig, read_json
 
 WHY_NO_STREAMS = (
     "no specstream.* tensor was saved. Known causes: the module was attached after get_peft_model, its tensors are "

@@ -17,10 +17,10 @@ from specstream_convert.files.safetensors_io import TensorFile
 from specstream_convert.files.shards import open_model_shards
 from specstream_convert.files.stored import StoredTensor, Weights
 from specstream_convert.messages import at, escaped, listing
-from specstream_mlx.formats.config import read_json
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.families import FAMILIES, model_classes
 from specstream_mlx.families.decoder import DecoderFamily
+from specstream_mlx.formats.config import read_json
 
 _CANNOT_BUILD = (
     TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, RuntimeError, AssertionError, MemoryError,

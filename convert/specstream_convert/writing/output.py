@@ -16,10 +16,10 @@ from typing import Any
 
 from specstream_convert.messages import escaped
 from specstream_convert.report import REPORT_NAME, TOOL
-from specstream_mlx.formats.atomic import PARTIAL, create_locked, hidden_name, recover, swap, sync, sync_tree
-from specstream_mlx.formats.config import read_json
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.families import OURS
+from specstream_mlx.formats.atomic import PARTIAL, create_locked, hidden_name, recover, swap, sync, sync_tree
+from specstream_mlx.formats.config import read_json
 
 
 class OutputDirectory:
