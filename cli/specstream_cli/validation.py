@@ -7,22 +7,10 @@ from pathlib import Path
 
 import typer
 
+from specstream_mlx.errors import InvalidInputError
+
 TREE = re.compile(r"chain:[1-9]\d*|cartesian:[1-9]\d*(?:x[1-9]\d*)*|best-first:[1-9]\d*")
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def usage_error(message: str) -> Exception:
-    """A UsageError; the library is imported only now, when there is something to report."""
-    from specstream_mlx.errors import UsageError
-
-    return UsageError(message)
-
-
-def invalid_input(message: str) -> Exception:
-    """An InvalidInputError, imported as late as ``usage_error`` does."""
-    from specstream_mlx.errors import InvalidInputError
-
-    return InvalidInputError(message)
 
 
 def within(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[float | None], float | None]:
@@ -102,15 +90,15 @@ def is_repo_id(value: str, option: str) -> bool:
         InvalidInputError: ``value`` is empty, a file, or looks like a path that does not exist.
     """
     if not value:
-        raise invalid_input(f"{option}: empty; give a directory or a repository id")
+        raise InvalidInputError(f"{option}: empty; give a directory or a repository id")
     path = Path(value).expanduser()
     if path.is_dir():
         return False
     if path.exists():
-        raise invalid_input(f"{option}: {value} is not a directory; give the directory that holds config.json")
+        raise InvalidInputError(f"{option}: {value} is not a directory; give the directory that holds config.json")
     if REPO.fullmatch(value) and not Path(value.split("/")[0]).is_dir():
         return True
-    raise invalid_input(
+    raise InvalidInputError(
         f"{option}: {value}: no such directory; give a model directory, or a repository id such as org/name"
     )
 

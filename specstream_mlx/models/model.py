@@ -31,7 +31,7 @@ from specstream_mlx.families import family_of
 from specstream_mlx.formats.config import StreamConfig
 from specstream_mlx.formats.files import resolve
 from specstream_mlx.models.adapters import OWN, Adapter, AdapterShelf, read_adapter
-from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.options import Insertion
 from specstream_mlx.target.caches import commit_rows, drop_rows
 from specstream_mlx.target.tree import DraftTree
 from specstream_mlx.target.tree_attention import (
