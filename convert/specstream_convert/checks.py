@@ -58,7 +58,7 @@ def check_base_matches(config: StreamConfig, where: Any, base: Base, vocab_size:
     mark = recorded.get("fingerprint")
     if mark is not None and not problems:
         tensor, digest = (mark.get("tensor"), mark.get("sha256")) if isinstance(mark, dict) else (None, None)
-        named = base.layout.name(tensor) if isinstance(tensor, str) else ""
+        named = base.hugging_face.name(tensor) if isinstance(tensor, str) else ""
         if not isinstance(digest, str) or named not in base.tensors:
             problems.append(
                 f"{where}: base_model.fingerprint names no tensor of the base with its sha256; correct it or remove it"
@@ -74,7 +74,7 @@ def check_base_matches(config: StreamConfig, where: Any, base: Base, vocab_size:
 
 def check_coverage(peft: PeftConfig, items: tuple[Lora, ...], base: Base, config: StreamConfig | None) -> None:
     """Refuse an adapter that lacks modules its own configuration asks for; a partial save looks fluent and is wrong."""
-    expected = peft.expected_modules([*base.linear, *base.embeddings, *([base.layout.head] if base.tied else [])])
+    expected = peft.expected_modules([*base.linear, *base.embeddings, *([base.family.HEAD] if base.tied else [])])
     if expected is None or not items:
         return
     missing = expected - {item.module for item in items}

@@ -90,7 +90,7 @@ def _whole_model_only(fine_tune: FineTune, base: Base) -> list[str]:
         for name, changes in fine_tune.others.items()
     ]
     if fine_tune.untied and not problems:
-        sides = (base.layout.embedding, base.layout.head)
+        sides = (base.family.EMBEDDING, base.family.HEAD)
         problems = [
             f"{item.factors.a.place}: unties the LM head, which an adapter without its base cannot hold"
             for item in fine_tune.loras

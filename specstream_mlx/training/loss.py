@@ -28,8 +28,8 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
 
 from specstream_mlx.models.model import SpecStreamModel
-from specstream_mlx.training.batches import IGNORE, AnchorChunk, Batch, anchor_chunks
-from specstream_mlx.training.forward import IntArray, MainPass, forward_main, forward_streams
+from specstream_mlx.training.batches import IGNORE, AnchorChunk, Batch, IntArray, anchor_chunks
+from specstream_mlx.training.forward import MainPass, forward_main, forward_streams
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -63,8 +63,8 @@ BREAKS = (
     Break(
         "GPT-2 is exported under mlx-lm's names",
         "specstream_mlx/training/export_peft.py",
-        'theirs = place.root + path.removeprefix("model")',
-        "theirs = path",
+        'place = theirs.path(path)',
+        "place = path",
         PEFT + "peft_loads and gpt2",
     ),
     Break(

@@ -221,7 +221,7 @@ def test_names_of_files_on_the_hub(
     write_tiny_base(family, tmp_path, tie_word_embeddings=True, **SMALL)
     wanted = open_base(tmp_path, "base")
     values = {name: np.array(tensor.read()) for name, tensor in wanted.tensors.items()}
-    embedding = f"{wanted.layout.embedding}.weight"
+    embedding = f"{wanted.family.EMBEDDING}.weight"
 
     def rename(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
         renamed = {new + name.removeprefix(old): value for name, value in tensors.items()}

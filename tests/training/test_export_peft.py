@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from specstream_convert import ConvertOptions, convert, inspect_checkpoint
-from specstream_convert.base.layouts import LAYOUTS
 from specstream_mlx import load
 from specstream_mlx.errors import UnsupportedError
+from specstream_mlx.families import CONVERTED
 from specstream_mlx.formats.config import read_json
 from specstream_mlx.target.tree import DraftTree
 from specstream_mlx.training.datasets import Dataset
@@ -121,7 +121,7 @@ def test_peft_loads_the_exported_form_and_agrees(family: str, mode: str, tmp_pat
 
 def test_families_that_do_not_convert_are_not_exported() -> None:
     """Red when: a PEFT directory is written that nothing reads, or a family that converts is forgotten."""
-    for family in LAYOUTS:
+    for family in CONVERTED:
         check_peft(family)
     with pytest.raises(UnsupportedError, match="'gemma2' have no PyTorch form"):
         check_peft("gemma2")

@@ -85,7 +85,7 @@ def _module_shapes(base: Base) -> dict[str, Shape]:
     """Modules whose weight may get a LoRA; the LM head too when it is the embedding."""
     shapes: dict[str, Shape] = {**base.linear, **base.embeddings}
     if base.tied:
-        shapes[base.layout.head] = base.embeddings[base.layout.embedding]
+        shapes[base.family.HEAD] = base.embeddings[base.family.EMBEDDING]
     return shapes
 
 
@@ -94,12 +94,12 @@ def _naming(adapter: Adapter, base: Base) -> tuple[Naming, list[str]]:
     modules = [pair.module for pair in adapter.pairs] + list(adapter.tokens)
     if not modules:
         modules = [saved.rpartition(".")[0] for saved in adapter.saved]
-    strip, add = _prefix([base.layout.name(module) for module in modules], base)
+    strip, add = _prefix([base.hugging_face.name(module) for module in modules], base)
     notes = []
     if strip or add:
         change = f"'{escaped(strip)}' removed from" if strip else f"'{add}' put before"
         notes.append(f"{adapter.weights.path.name}: prefix {change} every module path")
-    return lambda path: add + base.layout.name(path).removeprefix(strip), notes
+    return lambda path: add + base.hugging_face.name(path).removeprefix(strip), notes
 
 
 def _prefix(names: list[str], base: Base) -> tuple[str, str]:

@@ -38,8 +38,8 @@ def join_sides(
         InvalidInputError: the file contradicts ``ensure_weight_tying``.
         UnsupportedError: values apart in a family whose LM head is always the embedding.
     """
-    head_module = base.layout.head
-    embedding, head = weight_of(base.layout.embedding), weight_of(head_module)
+    head_module = base.family.HEAD
+    embedding, head = weight_of(base.family.EMBEDDING), weight_of(head_module)
     merged = merged_changes(loras, others)
     of_embedding, of_head = merged.get(embedding, ()), merged.get(head, ())
     if not of_embedding and not of_head:

@@ -59,7 +59,7 @@ def plan_outputs(
     }
     sources = dict(base.tensors)
     if untied:
-        sources[f"{base.layout.head}.weight"] = base.tensors[f"{base.layout.embedding}.weight"]
+        sources[f"{base.family.HEAD}.weight"] = base.tensors[f"{base.family.EMBEDDING}.weight"]
     outputs = []
     for name, source in sources.items():
         stored = dtype if dtype is not None and source.dtype in FLOATS else source.dtype
