@@ -73,7 +73,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         SpecStreamError: bad input, or other tokens than the baseline's.
     """
     from specstream_cli.benchmark import load_arms, measure_all, workloads
-    from specstream_mlx.calibration import machine
+    from specstream_mlx.target import machine
 
     def remark(line: str) -> None:
         print(line, file=sys.stderr)

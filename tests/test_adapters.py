@@ -11,14 +11,16 @@ import pytest
 from mlx.utils import tree_flatten
 
 from specstream_mlx import load, stream_generate
-from specstream_mlx.calibration.store import calibration_key, find, save
 from specstream_mlx.errors import InvalidInputError, SpecStreamError, UnsupportedError, UsageError
 from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.models.adapters import OWN
+from specstream_mlx.models.identity import calibration_key
 from specstream_mlx.planning.calibration import Calibration
 from specstream_mlx.planning.planner import Curve, PassCosts
+from specstream_mlx.planning.store import find, save
 from specstream_mlx.target.tree import DraftTree
 from tests.adapter_cases import mark_of, save_base, save_every_kind, save_live_lora
+from tests.passes import stream_logits, verify
 from tests.tiny import NumberTokenizer, active_memory, make_base, our_tokens, plain_tokens, random_prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:transformers.*")
@@ -50,11 +52,11 @@ def outcome(model: Any) -> list[Any]:
     tree = DraftTree.cartesian([2, 1] if model.gamma > 1 else [])
     caches = model.make_cache()
     model(mx.array([prompt[:-1]]), cache=caches)
-    run = model.verify(mx.array(random_prompt(tree.size, seed=3)), tree, caches)
+    run = verify(model, mx.array(random_prompt(tree.size, seed=3)), tree, caches)
     model.commit(run, [0], caches)
     arrays = [model(mx.array([prompt])), run.logits]
     if model.gamma:
-        arrays.append(model.stream_logits(run, 0, caches))
+        arrays.append(stream_logits(model, run, 0, caches))
     drafts = ("off", "chain", "tree") if model.gamma else ("off", "auto")
     return [*arrays, *(our_tokens(model, prompt, 16, draft=draft) for draft in drafts)]
 

@@ -9,13 +9,15 @@ import mlx.core as mx
 import pytest
 
 from specstream_mlx import stream_generate
-from specstream_mlx.calibration import costs, machine
+from specstream_mlx.calibration import costs
 from specstream_mlx.calibration.acceptance import AcceptanceCounts, measure_acceptance
 from specstream_mlx.calibration.costs import PLAIN_STEPS, measure_costs, sample_tree, usable_contexts
 from specstream_mlx.calibration.measure import encode_prompt, measure, read_prompts
-from specstream_mlx.calibration.store import cache_directory, calibration_key, find, model_digest, path_for, save
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.models.identity import calibration_key, model_digest
 from specstream_mlx.planning.calibration import Calibration
+from specstream_mlx.planning.store import cache_directory, find, path_for, save
+from specstream_mlx.target import machine
 from tests.tiny import NumberTokenizer, drafter, make_model, plain_tokens, random_prompt
 
 

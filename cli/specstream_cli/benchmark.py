@@ -130,7 +130,7 @@ def benchmark(
             to_stderr(line)
 
     with answer() as out, progress_bar(quiet=quiet) as progress:
-        from specstream_mlx.calibration import machine
+        from specstream_mlx.target import machine
 
         document: dict[str, Any] = {
             "benchmark": "costs of random weights" if random_weights else "side by side",
@@ -187,8 +187,8 @@ def load_arms(
     from mlx.utils import tree_flatten
 
     from specstream_mlx import DraftOptions, default_model_path, load
-    from specstream_mlx.calibration.store import calibration_key
     from specstream_mlx.engine.exactness import plain_model
+    from specstream_mlx.models.identity import calibration_key
 
     path = str(default_model_path()) if name is None else name
     target, tokenizer = load(path, adapter=adapter)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from specstream_mlx.errors import UsageError
 from specstream_mlx.target.rows import Draft, Riders
 from specstream_mlx.target.target import Passed, Target
 from specstream_mlx.target.tree import DraftTree
@@ -71,27 +72,34 @@ class DraftState:
         """The next tree and its tokens; the root alone where nothing is to be guessed."""
         raise NotImplementedError
 
-    def commit(self, tokens: mx.array) -> None:
-        """The text grew by these (k,) ids: of the last draft, k - 1 guesses in a row were right."""
+    def commit(self, tokens: Sequence[int] | mx.array) -> None:
+        """The text grew by these k ids: of the last draft, k - 1 guesses in a row were right.
+
+        They are on the device, and may not be known yet, where the pass is still under way.
+        """
 
     def withdraw(self) -> None:
         """Go back to before the last ``commit``, and forget what was proposed after it."""
 
 
 class Drafter(Protocol):
-    """The weights of a drafter, or what it knows, for every sequence.
+    """The weights of a drafter, or what it knows, for every sequence."""
 
-    Attributes:
-        name: as ``--drafter`` takes it.
-        max_depth: how far ahead it can guess.
-        ways: the ways to draft, which differ in cost and in nothing else.
-        taps: layers of the target after which it reads hidden states; 0 is the embedding.
-    """
+    @property
+    def name(self) -> str:
+        """As ``--drafter`` takes it."""
 
-    name: str
-    max_depth: int
-    ways: tuple[str, ...]
-    taps: tuple[int, ...]
+    @property
+    def max_depth(self) -> int:
+        """How far ahead it can guess."""
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The ways to draft, which differ in cost and in nothing else; "deferred": once the node is known."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the target after which it reads hidden states; 0 is the embedding."""
 
     def begin(self, target: Target, prompt: Sequence[int]) -> DraftState:
         """The state of a sequence that begins with ``prompt``, (S,) ids; the last one is the first root."""
@@ -100,3 +108,17 @@ class Drafter(Protocol):
 def root_alone(anchor: Anchor) -> Draft:
     """No guess: the next pass is plain decoding."""
     return Draft(DraftTree.chain(0), anchor.root)
+
+
+def with_pruning(drafter: Drafter | None, threshold: float, way: str) -> Drafter:
+    """The drafter with early exit (method section 6).
+
+    Raises:
+        UsageError: it has no pruner.
+        UnsupportedError: the pruner cannot act in this way to draft.
+    """
+    pruning = getattr(drafter, "pruning", None)
+    if pruning is None:
+        raise UsageError("prune_threshold is given, but this drafter has no early-exit pruner")
+    pruned: Drafter = pruning(threshold, way)
+    return pruned

@@ -21,7 +21,7 @@ Depths = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """A tree of guesses: T nodes, and the (T,) ids of their tokens; the root's is the newest token, which is certain."""
+    """A tree of T nodes and the (T,) ids of their tokens; the root's is the newest token, which is certain."""
 
     tree: DraftTree
     tokens: mx.array

@@ -54,6 +54,12 @@ class Passed:
     kept: Sequence[int]
     exit_layer: int
 
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What may be read after the pass; evaluated with it, another thread can go on."""
+        more = [array for array in (self.rider_logits, self.rider_hidden) if array is not None]
+        return [self.draft.tokens, *self.taps.values(), *more]
+
     def carried(self, node: int, count: int) -> bool:
         """Whether ``count`` riders of ``node`` ran beside the tree."""
         return self.riders is not None and node in self.anchors and count <= self.riders.count
@@ -129,6 +135,11 @@ class Target(nn.Module):
         with self._lock:
             self._put(mount)
 
+    @property
+    def mounted(self) -> Mount:
+        """The layers in place."""
+        return self._mounted
+
     def _put(self, mount: Mount) -> None:
         if mount is not self._mounted:
             self._mounted.take(self.base)
@@ -198,9 +209,7 @@ class Target(nn.Module):
         logits = self.logits(hidden)
         if len(anchors) == 1:
             logits, rider_logits = logits[:size], logits[size:]
-        return Passed(
-            draft, logits, tapped, riders, anchors, rider_logits, rider_hidden, start, kept, exit_layer
-        )
+        return Passed(draft, logits, tapped, riders, anchors, rider_logits, rider_hidden, start, kept, exit_layer)
 
     def commit(self, passed: Passed, nodes: Sequence[int], caches: Sequence[Any]) -> None:
         """Keep the rows of ``nodes`` (a path from the root) in the caches and drop all others of the pass."""
