@@ -1,17 +1,15 @@
 """The plan and the control of one generation, from what the user asked for and what was measured."""
 
 from dataclasses import replace
-from functools import partial
 
 from specstream_mlx.drafters.protocol import Drafter
 from specstream_mlx.errors import InvalidInputError
-from specstream_mlx.models.identity import calibration_key
+from specstream_mlx.models.identity import stored_calibration
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.options import DraftMode, DraftOptions
 from specstream_mlx.planning.control import Control, LearnedCosts
 from specstream_mlx.planning.plan import DraftPlan, assumed_rates, make_plan
 from specstream_mlx.planning.planner import Candidates, candidate_trees
-from specstream_mlx.planning.store import find
 from specstream_mlx.planning.tabulated import TabulatedCosts
 
 
@@ -34,7 +32,7 @@ def steer(
     calibration, note = options.calibration, None
     if calibration == "stored":
         try:
-            calibration = find(partial(calibration_key, model, drafter.name), drafter.max_depth)
+            calibration = stored_calibration(model, drafter)
         except InvalidInputError as error:
             calibration, note = None, f"{error}; going on without it"
     if calibration is not None and plan.source == "default":

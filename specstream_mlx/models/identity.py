@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -10,8 +11,23 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from specstream_mlx.drafters.protocol import Drafter
 from specstream_mlx.models.model import SpecStreamModel
+from specstream_mlx.planning.calibration import Calibration
+from specstream_mlx.planning.store import find
 from specstream_mlx.target import machine
+
+
+def stored_calibration(model: SpecStreamModel, drafter: Drafter | None = None) -> Calibration | None:
+    """What ``calibrate`` left on this machine for ``model`` and a drafter (None: its own), if anything.
+
+    Raises:
+        InvalidInputError: the file at its place is damaged or belongs to something else.
+    """
+    drafter = drafter or model.drafter
+    if drafter is None:
+        return None
+    return find(partial(calibration_key, model, drafter.name), drafter.max_depth)
 
 
 def calibration_key(model: SpecStreamModel, drafter: str = "streams") -> dict[str, Any]:
