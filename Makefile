@@ -29,11 +29,7 @@ export OPENBLAS_NUM_THREADS ?= 1
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.installed ## Install, answer a sample question, and compare with plain decoding
-	@echo '== specstream-mlx generate'
-	@$(RUN) $(BIN)/specstream-mlx generate
-	@echo
-	@echo '== benchmarks/side_by_side.py'
+demo: $(VENV)/.installed ## Install, answer a sample question pass by pass, and compare with mlx-lm
 	@$(RUN) $(BIN)/python benchmarks/side_by_side.py
 
 test: $(VENV)/.tested ## Install with the test extras and run the tests
