@@ -24,8 +24,8 @@ from specstream_mlx.calibration.measure import encode_prompt, find_samples, read
 from specstream_mlx.engine.acceptance import accept
 from specstream_mlx.engine.sampling import TargetSampler
 from specstream_mlx.engine.single import prefill
+from specstream_mlx.options import Insertion
 from specstream_mlx.planning.control import steer
-from specstream_mlx.planning.plan import Insertion
 from specstream_mlx.target.tree import DraftTree
 
 STEPS = 32  # plain steps timed together

@@ -41,8 +41,8 @@ from specstream_mlx import SpecStreamModel, default_model_path
 from specstream_mlx.calibration import machine
 from specstream_mlx.calibration.shapes import SHAPES
 from specstream_mlx.errors import SpecStreamError
-from specstream_mlx.formats.config import Mode
-from specstream_mlx.formats.files import resolve
+from specstream_mlx.formats.places import resolve
+from specstream_mlx.options import Mode
 from specstream_mlx.training import trainer
 from specstream_mlx.training.batches import Example
 from specstream_mlx.training.settings import TrainSettings

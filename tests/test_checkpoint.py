@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from specstream_mlx import generate, load
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
-from specstream_mlx.formats.files import resolve
+from specstream_mlx.formats.places import resolve
 from specstream_mlx.target.tree import DraftTree
 from tests.tiny import make_model, our_tokens, random_prompt, save_directory, save_streams
 
@@ -316,7 +316,7 @@ def test_an_adapter_is_not_a_model(tmp_path):
 
 def test_a_file_is_not_a_model(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidInputError, match="is a file; give the model's directory"):
+    with pytest.raises(InvalidInputError, match="file is not a directory; give the directory that holds config.json"):
         resolve(tmp_path / "file")
 
 

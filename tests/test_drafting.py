@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from specstream_mlx.errors import UsageError
-from specstream_mlx.planning.plan import DraftOptions, default_tree, make_plan, top_candidates
+from specstream_mlx.options import DraftOptions
+from specstream_mlx.planning.plan import default_tree, make_plan, top_candidates
 from specstream_mlx.target.tree import DraftTree
 
 

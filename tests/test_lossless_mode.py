@@ -18,7 +18,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from specstream_mlx.models.model import SpecStreamModel
-from specstream_mlx.planning.plan import DraftOptions
+from specstream_mlx.options import DraftOptions
 from specstream_mlx.target.tree import DraftTree
 from tests.adapter_cases import save_adapter
 from tests.tiny import FAMILIES, make_base, our_tokens, plain_tokens, random_prompt

@@ -9,7 +9,7 @@ from mlx_lm.models.cache import RotatingKVCache
 
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.models.model import SpecStreamModel
-from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.options import Insertion
 from specstream_mlx.target.tree import DraftTree
 from tests import tiny
 from tests.family_cases import TOLERANCE, insertion_error

@@ -14,7 +14,7 @@ import pytest
 from specstream_convert import ConvertOptions, convert
 from specstream_mlx import load
 from specstream_mlx.models.model import SpecStreamModel
-from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.options import Insertion
 from specstream_mlx.target.tree import DraftTree
 from tests.tiny import FAMILIES
 

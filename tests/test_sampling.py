@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from specstream_mlx import DraftOptions
 from specstream_mlx.engine.acceptance import accept
 from specstream_mlx.engine.sampling import TargetSampler
-from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.options import Insertion
 from specstream_mlx.target.tree import DraftTree
 from tests.tiny import END_OF_TEXT, NumberTokenizer, drafter, make_model, our_tokens, plain_tokens, random_prompt
 

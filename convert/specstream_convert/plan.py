@@ -235,13 +235,11 @@ def _open_base(
     pickles: Pickles,
     dumped: dict[str, StoredTensor] | None,
 ) -> Base:
-    revision: str | None = None
     if dumped is not None:
         assert adapter is not None
         return open_base(adapter.directory, adapter.directory.resolve().name, held=dumped)
-    if options.hf_path is not None:
-        path, name = resolve_base(options.hf_path, None, pickled=pickles.allowed)
-    else:
+    named, relative_to, revision = options.hf_path, None, options.revision
+    if named is None:
         assert adapter is not None
         named = adapter.config.base_model
         if named is None:
@@ -252,8 +250,9 @@ def _open_base(
         recorded = config.base_model if config else {}
         if revision is None and recorded.get("name_or_path") == named and isinstance(recorded.get("revision"), str):
             revision = recorded["revision"]
-        path, name = resolve_base(named, revision, relative_to=adapter.directory, pickled=pickles.allowed)
+        relative_to = adapter.directory
     try:
+        path, name, revision = resolve_base(named, revision, relative_to, pickled=pickles.allowed)
         return open_base(path, name, revision, pickles)
     except UnsupportedError as error:
         named = adapter.config.base_model if adapter else None

@@ -10,8 +10,9 @@ from mlx_lm.sample_utils import make_sampler
 from specstream_mlx.engine.sampling import TargetSampler
 from specstream_mlx.engine.single import Loop, generate_tokens
 from specstream_mlx.models.model import SpecStreamModel
+from specstream_mlx.options import DraftOptions
 from specstream_mlx.planning.control import steer
-from specstream_mlx.planning.plan import DraftOptions, top_candidates
+from specstream_mlx.planning.plan import top_candidates
 
 RANKS = 8
 

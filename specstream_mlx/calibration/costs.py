@@ -11,7 +11,7 @@ import numpy as np
 from mlx_lm.generate import generation_stream
 
 from specstream_mlx.models.model import SpecStreamModel, VerificationPass
-from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.options import Insertion
 from specstream_mlx.planning.planner import Curve, PassCosts
 from specstream_mlx.target.tree import DraftTree
 

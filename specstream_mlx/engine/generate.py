@@ -13,8 +13,8 @@ from specstream_mlx.engine.sampling import LogitsProcessor, Sampler, TargetSampl
 from specstream_mlx.engine.single import Loop, generate_tokens, prefill, to_list
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.models.model import SpecStreamModel
+from specstream_mlx.options import DraftMode, DraftOptions, DraftReport
 from specstream_mlx.planning.control import steer
-from specstream_mlx.planning.plan import DraftMode, DraftOptions, DraftReport
 from specstream_mlx.target.caches import CacheGrowth, check_caches
 
 

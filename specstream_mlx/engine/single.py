@@ -18,8 +18,9 @@ from specstream_mlx.engine.acceptance import accept
 from specstream_mlx.engine.sampling import TargetSampler
 from specstream_mlx.errors import UsageError
 from specstream_mlx.models.model import SpecStreamModel, VerificationPass
+from specstream_mlx.options import Insertion
 from specstream_mlx.planning.control import Control
-from specstream_mlx.planning.plan import DraftPlan, Insertion
+from specstream_mlx.planning.plan import DraftPlan
 from specstream_mlx.target.caches import CacheGrowth, is_full
 from specstream_mlx.target.tree import DraftTree
 

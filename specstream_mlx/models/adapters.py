@@ -30,8 +30,9 @@ from specstream_mlx.formats.config import (
     StreamConfig,
     read_json,
 )
-from specstream_mlx.formats.files import check_safetensors, load_error
+from specstream_mlx.formats.files import check_safetensors
 from specstream_mlx.formats.fingerprint import is_marked
+from specstream_mlx.formats.load_errors import load_error
 from specstream_mlx.planning.times import PassTimes
 from specstream_mlx.target.tree_attention import PassContext
 
@@ -39,6 +40,7 @@ OWN = "own"  # the name of the streams that lie in a model's own directory
 LIVE_CONFIG = "adapter_config.json"
 LIVE_WEIGHTS = "adapters.safetensors"
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_IS_PEFT = "{}: a PEFT checkpoint; run specstream-mlx convert --adapter-only on it"
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -141,6 +143,20 @@ class AdapterShelf:
             self.put(before)
 
 
+def check_adapter_configuration(directory: Path) -> None:
+    """Refuse an adapter that we do not run, by its configuration alone.
+
+    Raises:
+        InvalidInputError: a PEFT checkpoint, or a damaged configuration.
+        UnsupportedError: a format version that we do not run.
+    """
+    config_file, live_config = directory / CONFIG_NAME, directory / LIVE_CONFIG
+    if config_file.exists():
+        StreamConfig.from_dict(read_json(config_file), str(config_file))
+    elif live_config.exists() and "peft_type" in read_json(live_config):
+        raise InvalidInputError(_IS_PEFT.format(directory))
+
+
 def has_adapter(directory: Path) -> bool:
     """Whether there is anything in a directory that ``read_adapter`` reads."""
     return _has_streams(directory) or live_lora(directory) is not None
@@ -173,7 +189,7 @@ def read_adapter(directory: Path, base: nn.Module, family: DecoderFamily, contex
     live = live_lora(directory)
     if not _has_streams(directory) or not (directory / WEIGHTS_NAME).exists():
         if any((directory / name).exists() for name in _PEFT_WEIGHTS):
-            raise InvalidInputError(f"{directory}: a PEFT checkpoint; run specstream-mlx convert --adapter-only on it")
+            raise InvalidInputError(_IS_PEFT.format(directory))
         if not _has_streams(directory) and live is None:
             raise InvalidInputError(
                 f"{directory}: no {CONFIG_NAME} and {WEIGHTS_NAME}, and no LoRA of mlx-lm; give a converted stream "

@@ -29,9 +29,9 @@ from specstream_mlx.drafters.streams.parameters import Streams
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.families import family_of
 from specstream_mlx.formats.config import StreamConfig
-from specstream_mlx.formats.files import resolve
-from specstream_mlx.models.adapters import OWN, Adapter, AdapterShelf, read_adapter
-from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.formats.places import ADAPTER_WEIGHTS, resolve
+from specstream_mlx.models.adapters import OWN, Adapter, AdapterShelf, check_adapter_configuration, read_adapter
+from specstream_mlx.options import Insertion
 from specstream_mlx.target.caches import commit_rows, drop_rows
 from specstream_mlx.target.tree import DraftTree
 from specstream_mlx.target.tree_attention import (
@@ -153,7 +153,7 @@ class SpecStreamModel(nn.Module):
             InvalidInputError: a damaged adapter, or one of another base. The model is as it was.
             UnsupportedError: a format version or a kind of adapter that we do not run. The model is as it was.
         """
-        directory = resolve(path_or_repo)
+        directory = resolve(path_or_repo, weights=ADAPTER_WEIGHTS, judge=check_adapter_configuration)
         local = Path(path_or_repo).expanduser().is_dir()
         name = name or (directory.resolve().name if local else str(path_or_repo))
         self._shelf.check_free(name)

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from specstream_mlx.errors import InvalidInputError
-from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.options import Insertion
 from specstream_mlx.planning.planner import Candidates, Curve, PassCosts, Plan, candidate_trees, solve
 from specstream_mlx.planning.tabulated import TabulatedCosts
 from specstream_mlx.target.tree import DraftTree

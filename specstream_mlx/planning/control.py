@@ -15,7 +15,8 @@ import numpy as np
 from specstream_mlx.calibration.store import find
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.models.model import SpecStreamModel
-from specstream_mlx.planning.plan import DraftMode, DraftOptions, DraftPlan, Insertion, assumed_rates, make_plan
+from specstream_mlx.options import DraftMode, DraftOptions, Insertion
+from specstream_mlx.planning.plan import DraftPlan, assumed_rates, make_plan
 from specstream_mlx.planning.planner import Candidates, FloatArray, Rates, candidate_trees
 from specstream_mlx.planning.tabulated import TabulatedCosts
 from specstream_mlx.planning.times import PassTimes

@@ -3,58 +3,19 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import mlx.core as mx
 
 from specstream_mlx.errors import UsageError
+from specstream_mlx.options import DraftMode, DraftOptions, DraftReport, Insertion
 from specstream_mlx.target.tree import DraftTree
-
-if TYPE_CHECKING:
-    from specstream_mlx.planning.calibration import Calibration
-
-DraftMode = Literal["auto", "tree", "chain", "off"]
-Insertion = Literal["leaf", "deferred", "parallel"]
 
 DEFAULT_NODES = 6
 MAX_NODES = 1024
 # Assumed acceptance of a stream's k-th guess when its parent was right. Nothing was measured for it: it shapes the
 # default tree and no more, until calibration replaces it by what the model at hand does.
 ASSUMED_ACCEPTANCE = ((0.85, 0.07, 0.02), (0.78, 0.09, 0.03), (0.72, 0.10, 0.04), (0.66, 0.10, 0.04))
-
-
-@dataclass(frozen=True)
-class DraftOptions:
-    """What a user may fix about drafting; None leaves the choice to the plan.
-
-    Attributes:
-        tree: ``chain:DEPTH``, ``cartesian:K1xK2x..`` (candidates per stream) or ``best-first:NODES`` (a new tree in
-            every pass, of the likeliest paths under the streams' own probabilities).
-        insertion: when the streams of a node are run: along with the tree, where the node is the end of its likeliest
-            path (leaf) or whichever it is (parallel), or on their own, once the node is known (deferred).
-        prune_threshold: early-exit pruning below this probability.
-        calibration: measured costs and acceptance; "stored": what ``calibrate`` left on this machine, if anything.
-    """
-
-    tree: str | None = None
-    insertion: Insertion | None = None
-    prune_threshold: float | None = None
-    calibration: "Calibration | Literal['stored'] | None" = "stored"
-
-
-@dataclass(frozen=True)
-class DraftReport:
-    """The plan as shown to users: ``nodes`` counts drafted nodes (the most per pass), the root not included.
-
-    ``note`` says why a stored calibration was left aside.
-    """
-
-    mode: str
-    gamma: int
-    nodes: int
-    insertion: str
-    plan: str
-    note: str | None = None
 
 
 @dataclass(frozen=True)

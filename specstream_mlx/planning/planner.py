@@ -17,7 +17,7 @@ from typing import get_args
 import numpy as np
 import numpy.typing as npt
 
-from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.options import Insertion
 from specstream_mlx.target.tree import DraftTree, Path
 
 FloatArray = npt.NDArray[np.float64]

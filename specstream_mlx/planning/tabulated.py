@@ -5,7 +5,7 @@ from typing import get_args
 
 import numpy as np
 
-from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.options import Insertion
 from specstream_mlx.planning.planner import FloatArray, PassCosts
 from specstream_mlx.target.tree import DraftTree
 
