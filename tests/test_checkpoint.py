@@ -241,11 +241,11 @@ def damage_directory_for_file(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_truncate, r"model.safetensors: damaged safetensors file"),
-        (damage_empty, f"{WEIGHTS_NAME}: empty file"),
-        (damage_pointer, "model.safetensors: a Git LFS pointer, not the file itself; run git lfs pull"),
+        (damage_truncate, r"model.safetensors: expected \d+ bytes, the file has \d+; the file is incomplete"),
+        (damage_empty, f"{WEIGHTS_NAME}: the file is empty"),
+        (damage_pointer, "model.safetensors: this is a Git LFS pointer, not the file itself; run `git lfs pull`"),
         (damage_no_weights, r"no model\*.safetensors"),
-        (damage_no_streams, f"{WEIGHTS_NAME}: not a regular file"),
+        (damage_no_streams, f"{WEIGHTS_NAME}: file not found"),
         (damage_no_stream_config, f"{CONFIG_NAME}: file not found"),
         (damage_config, "config.json: not valid JSON"),
         (damage_missing_tensor, "model cannot be loaded .*model.norm.weight"),

@@ -8,13 +8,13 @@ from specstream_convert.adapter.peft_config import PeftConfig, layer_of
 from specstream_convert.base.model import Base
 from specstream_convert.changes.lora import Lora
 from specstream_convert.changes.mapping import FineTune
-from specstream_convert.files.safetensors_io import mlx_dtype
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.messages import escaped, listing
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.formats.config import BASE_FIELDS, StreamConfig
 from specstream_mlx.formats.fingerprint import fingerprint as mark_of
 from specstream_mlx.formats.fingerprint import is_marked
+from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.formats.safetensors import mlx_dtype
 
 OTHER_BASE = "give the base it was trained on with --hf-path"
 

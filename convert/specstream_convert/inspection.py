@@ -26,13 +26,13 @@ from specstream_convert.base.model import open_base
 from specstream_convert.changes.kinds import Factors
 from specstream_convert.changes.lora import Lora, check_effect
 from specstream_convert.checks import check_base_matches, lossless_problems
-from specstream_convert.files.safetensors_io import TensorFile, open_tensors
-from specstream_convert.messages import escaped
 from specstream_convert.report import REPORT_NAME
 from specstream_mlx.errors import InvalidInputError, SpecStreamError
 from specstream_mlx.families import FAMILIES
 from specstream_mlx.families.decoder import DecoderFamily
 from specstream_mlx.formats.config import BASE_FIELDS, CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig, read_json
+from specstream_mlx.formats.messages import escaped
+from specstream_mlx.formats.safetensors import TensorFile, open_tensors
 
 MEDUSA_HEADS = 4  # of the paper's comparison; used where no number of streams is known
 TRAINER_FILES = ("trainer_state.json", "training_args.bin", "optimizer.pt")

@@ -9,10 +9,10 @@ from typing import Any
 from specstream_convert.base.model import Base
 from specstream_convert.changes.lora import LoraSet
 from specstream_convert.changes.mapping import FineTune
-from specstream_convert.messages import listing
 from specstream_convert.options import ConvertOptions
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.formats.config import StreamConfig
+from specstream_mlx.formats.messages import listing
 
 FULL_PRECISION = "give the full-precision base with --hf-path, or --dequantize"
 

@@ -31,9 +31,7 @@ from specstream_convert.changes.mapping import FineTune, map_adapter
 from specstream_convert.changes.recompute import check_asked_for, with_initials
 from specstream_convert.checks import check_base_matches, check_coverage, check_lossless, check_lossless_settings
 from specstream_convert.files.pickles import Pickles
-from specstream_convert.files.safetensors_io import open_tensors
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.messages import escaped
 from specstream_convert.options import DTYPES, ConvertOptions
 from specstream_convert.placement import choose_placement
 from specstream_convert.report import TensorFate
@@ -43,6 +41,8 @@ from specstream_convert.writing.outputs import OutputTensor, plan_outputs
 from specstream_convert.writing.quantized import Quantized, plan_quantization
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.formats.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig
+from specstream_mlx.formats.messages import escaped
+from specstream_mlx.formats.safetensors import open_tensors
 
 ADAPTERS = "adapters/adapters.safetensors"
 

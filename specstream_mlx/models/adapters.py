@@ -30,9 +30,9 @@ from specstream_mlx.formats.config import (
     StreamConfig,
     read_json,
 )
-from specstream_mlx.formats.files import check_safetensors
 from specstream_mlx.formats.fingerprint import is_marked
 from specstream_mlx.formats.load_errors import load_error
+from specstream_mlx.formats.safetensors import FLOATS, check_safetensors
 from specstream_mlx.planning.times import PassTimes
 from specstream_mlx.target.tree_attention import PassContext
 
@@ -41,7 +41,6 @@ LIVE_CONFIG = "adapter_config.json"
 LIVE_WEIGHTS = "adapters.safetensors"
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _IS_PEFT = "{}: a PEFT checkpoint; run specstream-mlx convert --adapter-only on it"
-_FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -247,14 +246,14 @@ def _read_tensors(path: Path, config: StreamConfig, hidden_size: int) -> dict[st
     found = check_safetensors(path)
     expected = {PREFIX + name: shape for name, shape in config.tensor_shapes(hidden_size).items()}
     problems = [f"{path}:{name}: missing" for name in expected if name not in found]
-    for name, (dtype, shape) in found.items():
+    for name, info in found.items():
         lora = name.startswith(LORA_PREFIX) and config.mode == "lossless"
         if name not in expected and not lora:
             problems.append(f"{path}:{name}: not expected by {CONFIG_NAME}")
-        elif dtype not in _FLOATS:
-            problems.append(f"{path}:{name}: dtype {dtype}, expected one of {', '.join(_FLOATS)}")
-        elif not lora and shape != expected[name]:
-            problems.append(f"{path}:{name}: shape {shape}, {CONFIG_NAME} and the base need {expected[name]}")
+        elif info.dtype not in FLOATS:
+            problems.append(f"{path}:{name}: dtype {info.dtype}, expected one of {', '.join(FLOATS)}")
+        elif not lora and info.shape != expected[name]:
+            problems.append(f"{path}:{name}: shape {info.shape}, {CONFIG_NAME} and the base need {expected[name]}")
     if problems:
         raise InvalidInputError("\n".join(problems))
     tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]

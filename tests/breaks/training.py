@@ -63,7 +63,7 @@ BREAKS = (
     Break(
         "GPT-2 is exported under mlx-lm's names",
         "specstream_mlx/training/export_peft.py",
-        'place = theirs.path(path)',
+        "place = theirs.path(path)",
         "place = path",
         PEFT + "peft_loads and gpt2",
     ),

@@ -17,13 +17,13 @@ from benchmarks.convert_memory import Files, make_files, measure
 from specstream_convert import convert
 from specstream_convert.base.config import mlx_config
 from specstream_convert.changes.kinds import AddLowRank, AddScaled, Change, Factors, Replace, Rescale, SetRows, changed
-from specstream_convert.files import safetensors_io
-from specstream_convert.files.safetensors_io import open_tensors
 from specstream_convert.files.stored import StoredTensor
 from specstream_convert.verification import forward, reference
 from specstream_convert.verification.reference import Reference, to_numpy
 from specstream_convert.verification.verify import output_logits
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats import safetensors
+from specstream_mlx.formats.safetensors import open_tensors
 
 MB = 1_000_000
 SHAPE = {
@@ -83,7 +83,7 @@ def test_memory_of_a_large_tensor(small: tuple[Files, int], wide: Files, mode: s
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of two or three rows."""
-    monkeypatch.setattr(safetensors_io, "BLOCK", 3 * D)
+    monkeypatch.setattr(safetensors, "BLOCK", 3 * D)
     monkeypatch.setattr(reference, "BLOCK", 2 * D)
 
 

@@ -28,12 +28,13 @@ from convert_cases import (
 from mlx_lm.utils import load_adapters, load_model
 
 from specstream_convert import ConvertOptions, convert, pipeline, plan
-from specstream_convert.files.safetensors_io import TensorOut, open_tensors, write_tensors
 from specstream_convert.files.stored import StoredTensor
 from specstream_convert.verification.verify import output_logits, to_numpy
 from specstream_convert.writing import outputs, write
 from specstream_mlx.errors import UsageError, VerificationError
 from specstream_mlx.formats.config import StreamConfig, read_json
+from specstream_mlx.formats.safetensors import open_tensors
+from specstream_mlx.formats.tensor_writer import TensorOut, write_tensors
 
 WEIGHTS = f"adapter/{ADAPTER}"
 NAME = "model.layers.0.self_attn.q_proj.weight"

@@ -15,10 +15,10 @@ from dataclasses import replace
 from specstream_convert.adapter.peft import Adapter
 from specstream_convert.adapter.peft_keys import Kind, parse
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.messages import escaped
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.families import CONVERTED, FAMILIES
 from specstream_mlx.formats.config import read_json
+from specstream_mlx.formats.messages import escaped
 
 _FIRST_BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.0\.")
 

@@ -12,10 +12,10 @@ from specstream_convert.adapter.peft_keys import Key, Kind, parse
 from specstream_convert.files.pickles import NO_PICKLES, Pickles
 from specstream_convert.files.shards import ADAPTER, MODEL, PICKLED_ADAPTERS, PICKLED_MODEL, open_shards
 from specstream_convert.files.stored import StoredTensor, Weights
-from specstream_convert.messages import escaped, listing
 from specstream_convert.report import TensorFate
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.formats.config import WEIGHTS_NAME, read_json
+from specstream_mlx.formats.messages import escaped, listing
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ZERO_3 = "a known fault of saving under DeepSpeed ZeRO-3; save it again with transformers >= 5"

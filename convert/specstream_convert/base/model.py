@@ -11,16 +11,16 @@ from mlx.utils import tree_flatten
 
 from specstream_convert.base.config import mlx_config
 from specstream_convert.files.pickles import NO_PICKLES, Pickles
-from specstream_convert.files.safetensors_io import TensorFile
 from specstream_convert.files.shards import open_model_shards
 from specstream_convert.files.stored import StoredTensor, Weights
-from specstream_convert.messages import at, escaped, listing
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.families import CONVERTED, FAMILIES, model_classes
 from specstream_mlx.families.decoder import DecoderFamily
 from specstream_mlx.families.hugging_face import HuggingFace
 from specstream_mlx.formats.config import read_json
+from specstream_mlx.formats.messages import at, escaped, listing
 from specstream_mlx.formats.places import download, fetch, locate
+from specstream_mlx.formats.safetensors import TensorFile
 
 _CANNOT_BUILD = (
     TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, RuntimeError, AssertionError, MemoryError,

@@ -17,9 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from specstream_convert.changes.initial import Initial
-from specstream_convert.files.safetensors_io import mlx_dtype
 from specstream_convert.files.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.safetensors import mlx_dtype
 
 
 @dataclass(frozen=True)

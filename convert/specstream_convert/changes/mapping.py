@@ -17,9 +17,9 @@ from specstream_convert.changes.trained_tensors import (
     vocab_size_after,
     weight_of,
 )
-from specstream_convert.messages import escaped, listing
 from specstream_convert.report import TensorFate
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
+from specstream_mlx.formats.messages import escaped, listing
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from specstream_convert.adapter.peft_config import PeftConfig
 from specstream_convert.base.model import Base
 from specstream_convert.changes.initial import RESAVE, Initial
 from specstream_convert.changes.lora import Lora
-from specstream_convert.messages import listing
 from specstream_mlx.errors import UnsupportedError, UsageError
+from specstream_mlx.formats.messages import listing
 
 
 def check_asked_for(config: PeftConfig, asked: bool) -> None:

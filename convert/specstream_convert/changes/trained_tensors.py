@@ -12,11 +12,11 @@ from specstream_convert.adapter.peft import Adapter
 from specstream_convert.base.dequantize import DequantizedTensor
 from specstream_convert.base.model import Base
 from specstream_convert.changes.kinds import SetRows
-from specstream_convert.files.safetensors_io import FLOATS
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.messages import escaped, listing
 from specstream_convert.report import TensorFate
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.formats.safetensors import FLOATS
 
 Shape = tuple[int, ...]
 Naming = Callable[[str], str]  # PEFT's path of a module or tensor -> mlx-lm's

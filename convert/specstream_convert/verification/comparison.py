@@ -12,12 +12,12 @@ from specstream_convert.adapter.streams import StreamSource
 from specstream_convert.base.dequantize import DequantizedTensor
 from specstream_convert.base.model import Base
 from specstream_convert.changes.lora import LoraSet
-from specstream_convert.files.safetensors_io import dtype_name, mlx_dtype
-from specstream_convert.messages import listing
 from specstream_convert.verification.reference import Array, Reference, load, rows_of, to_numpy
 from specstream_convert.writing.outputs import OutputTensor
 from specstream_convert.writing.quantized import PARTS, Quantized
 from specstream_mlx.errors import VerificationError
+from specstream_mlx.formats.messages import listing
+from specstream_mlx.formats.safetensors import dtype_name, mlx_dtype
 
 ROUNDING = {"F32": 2.0**-24, "BF16": 2.0**-8, "F16": 2.0**-11}
 QUANTIZED_APART = 0.05  # how far two quantisations of nearly equal weights may lie apart, in units of their own error

@@ -13,11 +13,11 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from mlx_lm.utils import load_adapters, load_model
 
 from specstream_convert.base.model import Base, lazy_model
-from specstream_convert.files.safetensors_io import row_blocks
 from specstream_convert.verification.comparison import Comparison
 from specstream_convert.verification.reference import Array
 from specstream_mlx.errors import VerificationError
 from specstream_mlx.families import FAMILIES, family_of, model_classes
+from specstream_mlx.formats.safetensors import row_blocks
 
 WHOLE_MODEL_BYTES = 1 << 26  # in float32; a larger model is run part by part
 ROWWISE = (nn.Embedding, nn.Linear, nn.QuantizedEmbedding, nn.QuantizedLinear)  # every parameter has a row per output

@@ -14,12 +14,12 @@ import numpy as np
 
 from specstream_convert.adapter.streams import StreamSource
 from specstream_convert.base.model import Base
-from specstream_convert.messages import listing
 from specstream_convert.verification.comparison import Comparison, Expected
 from specstream_convert.verification.forward import output_logits, reference_logits
 from specstream_convert.verification.reference import Array, blocks, factors64, float64, load, to_numpy
 from specstream_mlx.errors import InvalidInputError, VerificationError
 from specstream_mlx.formats.config import LORA_PREFIX, PREFIX
+from specstream_mlx.formats.messages import listing
 
 Progress = Callable[[str, int, int], None]
 NUM_TOKENS = 16
