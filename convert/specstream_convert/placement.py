@@ -92,7 +92,7 @@ def _whole_model_only(fine_tune: FineTune, base: Base) -> list[str]:
     if fine_tune.untied and not problems:
         sides = (base.family.EMBEDDING, base.family.HEAD)
         problems = [
-            f"{item.factors.a.place}: unties the LM head, which an adapter without its base cannot hold"
+            f"{item.a.place}: unties the LM head, which an adapter without its base cannot hold"
             for item in fine_tune.loras
             if item.module in sides
         ]

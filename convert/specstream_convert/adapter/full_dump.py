@@ -55,7 +55,7 @@ def split_dump(
                     f"{tensor.place}: means the same tensor as {escaped(base[key.module].raw)}; keep one"
                 )
             base[key.module] = tensor
-    complete = all(f"{pair.module}.weight" in base for pair in adapter.pairs)
+    complete = all(lora.weight in base for lora in adapter.loras)
     plain = any(_FIRST_BLOCK.search(name) and ".base_layer." not in tensor.raw for name, tensor in base.items())
     if not (complete and plain and embedding in map(name_of, base)):
         return None
