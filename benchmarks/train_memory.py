@@ -40,7 +40,7 @@ from mlx_lm.utils import load_model
 from specstream_mlx import SpecStreamModel, default_model_path
 from specstream_mlx.calibration.shapes import SHAPES
 from specstream_mlx.errors import SpecStreamError
-from specstream_mlx.formats.files import resolve
+from specstream_mlx.formats.places import resolve
 from specstream_mlx.options import Mode
 from specstream_mlx.target import machine
 from specstream_mlx.training import trainer

@@ -254,7 +254,7 @@ def in_pytorch_form(path):
 DAMAGES = [
     ("lossless", of_another_base, "this is another base than 'org/other'"),
     ("lossless", of_another_shape, "trained for hidden_size 64, this base has 32"),
-    ("lossless", truncated, f"{WEIGHTS_NAME}: damaged safetensors file"),
+    ("lossless", truncated, f"{WEIGHTS_NAME}: .*the file has [0-9]+; .*incomplete"),
     ("lossless", another_gamma, r"stream_embeddings: shape \(4, 32\), .* need \(3, 32\)"),
     ("lossless", too_many_layers, "num_stream_layers is 5, the base has 4 layers"),
     ("lossless", half_a_lora, "layers.3.mlp.up_proj: needs both lora_a and lora_b"),
@@ -263,7 +263,7 @@ DAMAGES = [
     ("lossless", lora_of_a_strange_layer, "needs a linear layer, the base has no layer of this name"),
     ("lossless", lora_on_all_rows_beside_it, "a LoRA on all rows, and the streams beside it are lossless"),
     ("lossless", in_pytorch_form, "a PEFT checkpoint; run specstream-mlx convert --adapter-only"),
-    ("shared", live_truncated, "adapters.safetensors: damaged safetensors file"),
+    ("shared", live_truncated, r"adapters.safetensors: expected \d+ bytes, the file has \d+; the file is incomplete"),
     ("shared", live_of_another_shape, r"LoRA cannot be loaded .*adapter shape \(31, 4\)"),
     ("shared", live_half, "layers.3.mlp.up_proj.lora_b: missing"),
     ("shared", live_infinite, "layers.3.mlp.up_proj.lora_b: holds NaN or infinite values"),

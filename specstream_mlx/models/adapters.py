@@ -30,8 +30,9 @@ from specstream_mlx.formats.config import (
     StreamConfig,
     read_json,
 )
-from specstream_mlx.formats.files import check_safetensors, load_error
 from specstream_mlx.formats.fingerprint import is_marked
+from specstream_mlx.formats.load_errors import load_error
+from specstream_mlx.formats.safetensors import FLOATS, check_safetensors
 from specstream_mlx.planning.times import PassTimes
 from specstream_mlx.target.mounts import BARE, Mount, MountedLayer, put_layers
 from specstream_mlx.target.rotary import PassContext
@@ -40,7 +41,7 @@ OWN = "own"  # the name of the streams that lie in a model's own directory
 LIVE_CONFIG = "adapter_config.json"
 LIVE_WEIGHTS = "adapters.safetensors"
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_FLOATS = ("F32", "F16", "BF16")
+_IS_PEFT = "{}: a PEFT checkpoint; run specstream-mlx convert --adapter-only on it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,20 @@ class Adapter:
         return any(not isinstance(layer.adapted, StreamLoRALinear) for layer in self.mount.layers)
 
 
+def check_adapter_configuration(directory: Path) -> None:
+    """Refuse an adapter that we do not run, by its configuration alone.
+
+    Raises:
+        InvalidInputError: a PEFT checkpoint, or a damaged configuration.
+        UnsupportedError: a format version that we do not run.
+    """
+    config_file, live_config = directory / CONFIG_NAME, directory / LIVE_CONFIG
+    if config_file.exists():
+        StreamConfig.from_dict(read_json(config_file), str(config_file))
+    elif live_config.exists() and "peft_type" in read_json(live_config):
+        raise InvalidInputError(_IS_PEFT.format(directory))
+
+
 def has_adapter(directory: Path) -> bool:
     """Whether there is anything in a directory that ``read_adapter`` reads."""
     return _has_streams(directory) or live_lora(directory) is not None
@@ -108,7 +123,7 @@ def read_adapter(directory: Path, base: nn.Module, family: DecoderFamily, contex
     live = live_lora(directory)
     if not _has_streams(directory) or not (directory / WEIGHTS_NAME).exists():
         if any((directory / name).exists() for name in _PEFT_WEIGHTS):
-            raise InvalidInputError(f"{directory}: a PEFT checkpoint; run specstream-mlx convert --adapter-only on it")
+            raise InvalidInputError(_IS_PEFT.format(directory))
         if not _has_streams(directory) and live is None:
             raise InvalidInputError(
                 f"{directory}: no {CONFIG_NAME} and {WEIGHTS_NAME}, and no LoRA of mlx-lm; give a converted stream "
@@ -160,14 +175,14 @@ def _read_tensors(path: Path, config: StreamConfig, hidden_size: int) -> dict[st
     found = check_safetensors(path)
     expected = {PREFIX + name: shape for name, shape in config.tensor_shapes(hidden_size).items()}
     problems = [f"{path}:{name}: missing" for name in expected if name not in found]
-    for name, (dtype, shape) in found.items():
+    for name, info in found.items():
         lora = name.startswith(LORA_PREFIX) and config.mode == "lossless"
         if name not in expected and not lora:
             problems.append(f"{path}:{name}: not expected by {CONFIG_NAME}")
-        elif dtype not in _FLOATS:
-            problems.append(f"{path}:{name}: dtype {dtype}, expected one of {', '.join(_FLOATS)}")
-        elif not lora and shape != expected[name]:
-            problems.append(f"{path}:{name}: shape {shape}, {CONFIG_NAME} and the base need {expected[name]}")
+        elif info.dtype not in FLOATS:
+            problems.append(f"{path}:{name}: dtype {info.dtype}, expected one of {', '.join(FLOATS)}")
+        elif not lora and info.shape != expected[name]:
+            problems.append(f"{path}:{name}: shape {info.shape}, {CONFIG_NAME} and the base need {expected[name]}")
     if problems:
         raise InvalidInputError("\n".join(problems))
     tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]

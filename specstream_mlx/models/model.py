@@ -9,8 +9,8 @@ from specstream_mlx.drafters.streams.drafter import StreamsDrafter
 from specstream_mlx.drafters.streams.parameters import Streams
 from specstream_mlx.errors import UsageError
 from specstream_mlx.formats.config import StreamConfig
-from specstream_mlx.formats.files import resolve
-from specstream_mlx.models.adapters import OWN, Adapter, read_adapter
+from specstream_mlx.formats.places import ADAPTER_WEIGHTS, resolve
+from specstream_mlx.models.adapters import OWN, Adapter, check_adapter_configuration, read_adapter
 from specstream_mlx.planning.times import PassTimes
 from specstream_mlx.target.mounts import BARE
 from specstream_mlx.target.target import Target
@@ -58,7 +58,7 @@ class SpecStreamModel(Target):
             InvalidInputError: a damaged adapter, or one of another base. The model is as it was.
             UnsupportedError: a format version or a kind of adapter that we do not run. The model is as it was.
         """
-        directory = resolve(path_or_repo)
+        directory = resolve(path_or_repo, weights=ADAPTER_WEIGHTS, judge=check_adapter_configuration)
         local = Path(path_or_repo).expanduser().is_dir()
         name = name or (directory.resolve().name if local else str(path_or_repo))
         self._check_free(name)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from specstream_convert import ConvertOptions, convert, inspect_checkpoint  # noqa: E402
 from specstream_convert.base.model import open_base  # noqa: E402
 from specstream_convert.verification import forward  # noqa: E402
-from specstream_convert.verification.verify import output_logits  # noqa: E402
+from specstream_convert.verification.forward import output_logits  # noqa: E402
 from specstream_mlx import load  # noqa: E402
 from specstream_mlx.errors import InvalidInputError, UnsupportedError  # noqa: E402
 from specstream_mlx.families import model_classes  # noqa: E402

@@ -15,10 +15,10 @@ from dataclasses import replace
 from specstream_convert.adapter.peft import Adapter
 from specstream_convert.adapter.peft_keys import Kind, parse
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.messages import escaped
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.families import CONVERTED, FAMILIES
 from specstream_mlx.formats.config import read_json
+from specstream_mlx.formats.messages import escaped
 
 _FIRST_BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.0\.")
 
@@ -55,7 +55,7 @@ def split_dump(
                     f"{tensor.place}: means the same tensor as {escaped(base[key.module].raw)}; keep one"
                 )
             base[key.module] = tensor
-    complete = all(f"{pair.module}.weight" in base for pair in adapter.pairs)
+    complete = all(lora.weight in base for lora in adapter.loras)
     plain = any(_FIRST_BLOCK.search(name) and ".base_layer." not in tensor.raw for name, tensor in base.items())
     if not (complete and plain and embedding in map(name_of, base)):
         return None

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specstream_convert.messages import escaped, listing
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families import CONVERTED, FAMILIES
 from specstream_mlx.families.hugging_face import HuggingFace
+from specstream_mlx.formats.messages import escaped, listing
 
 SWITCHES = (
     "tie_word_embeddings", "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias",

@@ -12,11 +12,11 @@ from specstream_convert.adapter.peft import Adapter
 from specstream_convert.base.dequantize import DequantizedTensor
 from specstream_convert.base.model import Base
 from specstream_convert.changes.kinds import SetRows
-from specstream_convert.files.safetensors_io import FLOATS
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.messages import escaped, listing
 from specstream_convert.report import TensorFate
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.formats.safetensors import FLOATS
 
 Shape = tuple[int, ...]
 Naming = Callable[[str], str]  # PEFT's path of a module or tensor -> mlx-lm's
@@ -94,7 +94,7 @@ def _not_saved(adapter: Adapter, base: Base, name: Naming) -> list[str]:
     """Tensors that the configuration says were trained whole and the file does not hold."""
     config = adapter.config
     held = {_saved_target(path, base, name) for path in adapter.saved}
-    with_lora = {name(pair.module) for pair in adapter.pairs}
+    with_lora = {name(lora.module) for lora in adapter.loras}
     heads = [weight_of(base.family.HEAD)] if base.tied else []
     problems = []
     for parameter in [*base.parameters, *heads]:
@@ -132,7 +132,7 @@ def _reason(path: str, tensor: StoredTensor, target: str, wanted: Shape, adapter
     tied = side and base.tied and config.ensure_weight_tying and (config.saves(embedding) or config.saves(head))
     if tied or (path not in adapter.frozen and config.saves(module)):
         return "trained"
-    with_lora = module in {pair.module for pair in adapter.pairs}
+    with_lora = module in {lora.module for lora in adapter.loras}
     if part == "bias" and (config.bias == "all" or (config.bias == "lora_only" and with_lora)):
         return "trained"
     return None

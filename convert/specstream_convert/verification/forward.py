@@ -13,11 +13,10 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from mlx_lm.utils import load_adapters, load_model
 
 from specstream_convert.base.model import Base, lazy_model
-from specstream_convert.files.safetensors_io import row_blocks
-from specstream_convert.verification.comparison import Comparison
-from specstream_convert.verification.reference import Array
+from specstream_convert.verification.comparison import Array, Comparison
 from specstream_mlx.errors import VerificationError
 from specstream_mlx.families import FAMILIES, family_of, model_classes
+from specstream_mlx.formats.safetensors import row_blocks
 
 WHOLE_MODEL_BYTES = 1 << 26  # in float32; a larger model is run part by part
 ROWWISE = (nn.Embedding, nn.Linear, nn.QuantizedEmbedding, nn.QuantizedLinear)  # every parameter has a row per output
@@ -157,9 +156,8 @@ class _Compared:
 
     def embed(self, tokens: Array) -> Array:
         # The blocks of an embedding that is the head too are compared when they are the head.
-        only = tokens if self._head is self._embedding else None
         found: dict[int, mx.array] = {}
-        for rows, value in self._comparison.blocks(self._embedding_name, only):
+        for rows, value in self._comparison.blocks(self._embedding_name, compare=self._head is not self._embedding):
             found |= {int(token): value[token - rows.start] for token in tokens if rows.start <= token < rows.stop}
             mx.eval(list(found.values()))
         self._embedding.update({"weight": mx.stack([found[int(token)] for token in tokens])})

@@ -7,9 +7,10 @@ import mlx.core as mx
 
 from specstream_convert.base.model import Base
 from specstream_convert.changes.kinds import Change, Replace, cast, changed
-from specstream_convert.files.safetensors_io import FLOATS, Entry, TensorOut
 from specstream_convert.files.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.safetensors import FLOATS
+from specstream_mlx.formats.tensor_writer import Entry, TensorOut
 
 
 @dataclass(frozen=True)
