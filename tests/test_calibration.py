@@ -120,7 +120,7 @@ def test_without_prompts_the_model_samples_its_own_text(model, monkeypatch):
 
 def test_a_model_without_streams_is_refused():
     plain = make_model("llama", seed=1)
-    plain.stream_config = plain.streams = None
+    plain.use_adapter(None)
     with pytest.raises(UsageError, match="no streams"):
         measure(plain, NumberTokenizer())
     assert stored_calibration(plain) is None

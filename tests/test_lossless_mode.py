@@ -119,7 +119,7 @@ def test_lora_acts_on_the_streams(family, kind, tmp_path):
     model.use_adapter("lossless")
     found = []
     for scale in (1, 0):
-        for layer in model.adapters["lossless"].layers:
+        for layer in model.adapters["lossless"].mount.layers:
             layer.adapted.lora_b = layer.adapted.lora_b * scale
         for insertion in INSERTIONS:
             caches = model.make_cache()

@@ -46,7 +46,7 @@ def our_logits(
     root = mx.array(tokens[anchor : anchor + 1])
     verified = verify(model, root, DraftTree.chain(0), caches, insertion=insertion)
     model.commit(verified, [0], caches)
-    pruner = np.array(early_exit_logits(model, trunk_of(model, verified))[0]) if model.prune_layer else None
+    pruner = np.array(early_exit_logits(model, trunk_of(model, verified))[0]) if model.stream_config.prune else None
     return np.array(verified.logits[0]), np.array(stream_logits(model, verified, 0, caches)), pruner
 
 

@@ -9,11 +9,11 @@ import typer
 from specstream_cli.arms import (
     BASELINE,
     DRAFT_MODEL,
+    LOOKUP,
     Arm,
     Workload,
     differences,
     judge,
-    lookup_arm,
     measure,
     row,
     stock_arm,
@@ -210,7 +210,8 @@ def load_arms(
         )
         arms.append(stream_arm(mode, target, tokenizer, our_bytes, max_tokens, draft=mode, draft_options=options))
     if prompt_lookup:
-        arms.append(lookup_arm(target, tokenizer, our_bytes, max_tokens, num_draft_tokens))
+        more = {"drafter": "prompt-lookup", "num_draft_tokens": num_draft_tokens, "draft": "chain"}
+        arms.append(stream_arm(LOOKUP, target, tokenizer, our_bytes, max_tokens, **more))
     if draft_model is not None:
         try:
             second, _, *_ = mlx_lm.load(draft_model)
