@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 DraftMode = Literal["auto", "tree", "chain", "off"]
-DrafterName = Literal["streams", "two-model", "prompt-lookup", "none"]
+DrafterName = Literal["streams", "medusa", "hydra", "eagle", "eagle3", "two-model", "prompt-lookup", "none"]
 Insertion = Literal["leaf", "deferred", "parallel"]
 Mode = Literal["shared", "lossless"]
 StreamPosition = Literal["anchor", "anchor_plus_j"]

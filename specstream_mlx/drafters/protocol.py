@@ -4,7 +4,7 @@ Weights are shared by all requests, state is not: a ``Drafter`` holds weights, a
 A new drafter is one file in this room, and says nothing to the engine but through these two.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,9 +56,11 @@ class DraftState:
 
     Attributes:
         own_passes: passes that the drafter made besides the target's.
+        reads_prompt: whether it is told of the prompt's rows, too, in ``ran``.
     """
 
     own_passes: int = 0
+    reads_prompt: bool = False
 
     def riders(self, wish: Wish | None) -> Riders | None:
         """Rows to run beside the next pass's tree, so that ``propose`` finds them; ``wish`` is the one after it."""
@@ -72,6 +74,15 @@ class DraftState:
         """The next tree and its tokens; the root alone where nothing is to be guessed."""
         raise NotImplementedError
 
+    def ran(self, taps: Mapping[int, mx.array], rows: Sequence[int], start: int) -> None:
+        """Rows of a pass have become text; ``commit`` says which tokens were drawn at them, the prompt's are known.
+
+        Args:
+            taps: (1, T, D) hidden states of the pass, by the number of layers below.
+            rows: those of them that are text, one after another.
+            start: cached rows before the pass: the position of the first of them.
+        """
+
     def commit(self, tokens: Sequence[int] | mx.array) -> None:
         """The text grew by these k ids: of the last draft, k - 1 guesses in a row were right.
 
@@ -79,7 +90,7 @@ class DraftState:
         """
 
     def withdraw(self) -> None:
-        """Go back to before the last ``commit``, and forget what was proposed after it."""
+        """Go back to before the last ``commit`` and its ``ran``, and forget what was proposed after it."""
 
 
 class Drafter(Protocol):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -116,12 +117,15 @@ class Session:
         self, prompt: Sequence[int], step_size: int = 2048, progress: Callable[[int, int], None] | None = None
     ) -> Draft:
         """Run the prompt but its last token; returns that token as the first draft, a root alone."""
-        with self.target.building(self._mount):
-            prefill(self.target, list(prompt[:-1]), self.caches, step_size, progress, len(prompt), self.growth)
-        if self.history is not None:
-            self.history = list(prompt[:-1])
+        read = None
         if self.drafter is not None:
             self.state = self.drafter.begin(self.target, prompt)
+            if self.state.reads_prompt:
+                read = partial(_read, self.target, self.caches, self.drafter.taps, self.state)
+        with self.target.building(self._mount):
+            prefill(self.target, list(prompt[:-1]), self.caches, step_size, progress, len(prompt), self.growth, read)
+        if self.history is not None:
+            self.history = list(prompt[:-1])
         self.choose()
         return Draft(DraftTree.chain(0), mx.array([prompt[-1]]))
 
@@ -201,6 +205,7 @@ class Session:
         self.target.commit(passed, nodes, self.caches)
         self.growth.advance(self.caches)
         self.sampler.advance(len(nodes))
+        self.state.ran(passed.taps, nodes, passed.start)
         self.state.commit(tokens)
 
     def propose(self, passed: Passed, node: int, root: mx.array, remaining: int | None) -> Draft:
@@ -242,17 +247,27 @@ def prefill(
     progress: Callable[[int, int], None] | None,
     total: int,
     growth: CacheGrowth | None = None,
+    read: Callable[[list[int]], None] | None = None,
 ) -> None:
-    """Run tokens through the base in chunks, as mlx-lm does."""
+    """Run tokens through the base in chunks, as mlx-lm does; ``read`` runs a chunk in its place."""
     with mx.stream(generation_stream):
         for begin in range(0, len(tokens), step_size):
             if progress is not None:
                 progress(begin, total)
-            target(mx.array(tokens[begin : begin + step_size])[None], cache=caches)
+            if read is not None and not is_full(caches):
+                read(tokens[begin : begin + step_size])
+            else:
+                target(mx.array(tokens[begin : begin + step_size])[None], cache=caches)
             if growth is not None:
                 growth.advance(caches)
             mx.eval([cache.state for cache in caches])
             mx.clear_cache()
+
+
+def _read(target: Target, caches: list[Any], taps: Sequence[int], state: DraftState, tokens: list[int]) -> None:
+    """Run a chunk of the prompt and tell the drafter of its rows."""
+    start = caches[0].offset
+    state.ran(target.read(mx.array(tokens), caches, taps), range(len(tokens)), start)
 
 
 def to_list(ids: mx.array) -> list[int]:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from specstream_mlx.errors import InvalidInputError, UsageError
 
-CONFIGURATION = ("config.json", "adapter_config.json", "specstream_config.json")
+CONFIGURATION = ("config.json", "adapter_config.json", "specstream_config.json", "drafter_config.json")
 TOKENIZER = ("tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jinja")
-MODEL_WEIGHTS = ("model*.safetensors", "specstream.safetensors", "adapters/adapters.safetensors")
-ADAPTER_WEIGHTS = ("specstream.safetensors", "adapters.safetensors", "adapters/adapters.safetensors")
+_BESIDE = ("specstream.safetensors", "drafter.safetensors", "adapters/adapters.safetensors")
+MODEL_WEIGHTS = ("model*.safetensors", *_BESIDE)
+ADAPTER_WEIGHTS = (*_BESIDE, "adapters.safetensors")
 # Other forms of the same weights, with configurations of their own.
 _OTHER_FORMS = ("original/*", "consolidated*", "onnx/*", "metal/*")
 

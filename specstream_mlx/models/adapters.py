@@ -1,7 +1,8 @@
 """Adapters: what is put over a base, and taken away again, without touching one of its weights.
 
-An adapter is a directory: streams (``specstream_config.json``, ``specstream.safetensors``), a LoRA in mlx-lm's format,
-or both. Read, it is an ``Adapter``: the streams, and layers with LoRA around the base's own. Using it puts those
+An adapter is a directory: streams (``specstream_config.json``, ``specstream.safetensors``) or a draft head
+(``drafter_config.json``, ``drafter.safetensors``), a LoRA in mlx-lm's format, or both. Read, it is an ``Adapter``: the
+streams or the head, and layers with LoRA around the base's own. Using it puts those
 layers in the places of the base's, and leaving it puts the base's back, so any number can lie in memory at once.
 Everything is checked before anything is in use: each stream tensor by name and shape, and the base by its mark.
 """
@@ -10,19 +11,18 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import load_adapters
 
+from specstream_mlx.drafters.head import Head
 from specstream_mlx.drafters.streams.lora import StreamLoRALinear
 from specstream_mlx.drafters.streams.parameters import Streams
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families.decoder import DecoderFamily
 from specstream_mlx.formats.config import (
-    BASE_SIZES,
     CONFIG_NAME,
     LORA_PREFIX,
     PREFIX,
@@ -30,9 +30,11 @@ from specstream_mlx.formats.config import (
     StreamConfig,
     read_json,
 )
-from specstream_mlx.formats.fingerprint import is_marked
+from specstream_mlx.formats.drafter_config import DRAFTER_CONFIG
 from specstream_mlx.formats.load_errors import load_error
 from specstream_mlx.formats.safetensors import FLOATS, check_safetensors
+from specstream_mlx.models.based import check_base
+from specstream_mlx.models.heads import has_head, read_drafter_config, read_head
 from specstream_mlx.planning.times import PassTimes
 from specstream_mlx.target.mounts import BARE, Mount, MountedLayer, put_layers
 from specstream_mlx.target.rotary import PassContext
@@ -49,20 +51,24 @@ class Adapter:
     """One adapter in memory, for one base.
 
     Attributes:
-        stream_config, streams: both None for a LoRA without streams.
+        stream_config, streams: both None without streams.
         mount: what it puts in the places of the base's layers.
+        head: a drafter with weights of its own; None without one.
         pass_times: what recent passes with it took, by drafter.
     """
 
     stream_config: StreamConfig | None = None
     streams: Streams | None = None
     mount: Mount = BARE
+    head: Head | None = None
     pass_times: defaultdict[str, PassTimes] = field(default_factory=lambda: defaultdict(PassTimes))
 
     @property
     def arrays(self) -> list[mx.array]:
         """Its own tensors, without the base's, which lie in the layers that it wraps."""
-        streams = [] if self.streams is None else [value for _, value in tree_flatten(self.streams.parameters())]
+        weights = None if self.head is None else self.head.weights
+        own = [module.parameters() for module in (self.streams, weights) if module is not None]
+        streams = [value for _, value in tree_flatten(own)]
         held = (value for layer in self.mount.layers for value in layer.adapted.values())
         return [*streams, *(value for value in held if isinstance(value, mx.array))]
 
@@ -85,6 +91,8 @@ def check_adapter_configuration(directory: Path) -> None:
         UnsupportedError: a format version that we do not run.
     """
     config_file, live_config = directory / CONFIG_NAME, directory / LIVE_CONFIG
+    if (directory / DRAFTER_CONFIG).exists():
+        read_drafter_config(directory)
     if config_file.exists():
         StreamConfig.from_dict(read_json(config_file), str(config_file))
     elif live_config.exists() and "peft_type" in read_json(live_config):
@@ -93,7 +101,7 @@ def check_adapter_configuration(directory: Path) -> None:
 
 def has_adapter(directory: Path) -> bool:
     """Whether there is anything in a directory that ``read_adapter`` reads."""
-    return _has_streams(directory) or live_lora(directory) is not None
+    return has_head(directory) or _has_streams(directory) or live_lora(directory) is not None
 
 
 def live_lora(directory: Path) -> Path | None:
@@ -121,16 +129,26 @@ def read_adapter(directory: Path, base: nn.Module, family: DecoderFamily, contex
         UnsupportedError: a format version or a kind of adapter that we do not run.
     """
     live = live_lora(directory)
+    layers: tuple[MountedLayer, ...] = ()
+    if has_head(directory):
+        if _has_streams(directory):
+            raise InvalidInputError(
+                f"{directory}: holds streams and a draft head; keep one, an adapter has one drafter"
+            )
+        if live is not None:
+            layers = _read_live_lora(live, base)
+        adapter = Adapter(mount=Mount(layers), head=read_head(directory, base, family))
+        mx.eval(adapter.arrays)
+        return adapter
     if not _has_streams(directory) or not (directory / WEIGHTS_NAME).exists():
         if any((directory / name).exists() for name in _PEFT_WEIGHTS):
             raise InvalidInputError(_IS_PEFT.format(directory))
         if not _has_streams(directory) and live is None:
             raise InvalidInputError(
-                f"{directory}: no {CONFIG_NAME} and {WEIGHTS_NAME}, and no LoRA of mlx-lm; give a converted stream "
-                "adapter"
+                f"{directory}: no {CONFIG_NAME} and {WEIGHTS_NAME}, no {DRAFTER_CONFIG}, and no LoRA of mlx-lm; give a "
+                "converted adapter"
             )
     config = streams = None
-    layers: tuple[MountedLayer, ...] = ()
     if _has_streams(directory):
         config, streams, layers = _read_streams(directory, base, family, context)
         if config.mode == "lossless" and live is not None:
@@ -153,7 +171,8 @@ def _read_streams(
     config_file, weights_file = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     stream_config = StreamConfig.from_dict(read_json(config_file), str(config_file))
     sizes = vars(base.args)
-    _check_base(stream_config, family, base, sizes, config_file)
+    unfit = _unfit(stream_config, len(family.layers), config_file)
+    check_base(stream_config.base_model, "streams", family, base, config_file, unfit)
     hidden_size = family.size(sizes, "hidden_size")
     tensors = _read_tensors(weights_file, stream_config, hidden_size)
     dtype = family.dtype
@@ -192,34 +211,16 @@ def _read_tensors(path: Path, config: StreamConfig, hidden_size: int) -> dict[st
     return tensors
 
 
-def _check_base(
-    stream_config: StreamConfig, family: DecoderFamily, base: nn.Module, config: dict[str, Any], where: Path
-) -> None:
-    """The streams' base block against the base at hand: sizes, and the fingerprint when both sides have one."""
+def _unfit(stream_config: StreamConfig, layers: int, where: Path) -> list[str]:
+    """What the streams need and a base of so many layers has not."""
     problems = []
-    trained_for = stream_config.base_model
-    for key in BASE_SIZES:
-        found = family.size(config, key)
-        if key in trained_for and found is not None and trained_for[key] != found:
-            problems.append(f"{where}: streams were trained for {key} {trained_for[key]!r}, this base has {found!r}")
-    layers = len(family.layers)
     if stream_config.num_stream_layers > layers:
         problems.append(
             f"{where}: num_stream_layers is {stream_config.num_stream_layers}, the base has {layers} layers"
         )
     if stream_config.prune is not None and stream_config.prune.layer > layers:
         problems.append(f"{where}: prune.layer is {stream_config.prune.layer}, the base has {layers} layers")
-    mark: Any = trained_for.get("fingerprint")
-    marked = family.fingerprint_tensor(config)
-    if not problems and isinstance(mark, dict) and marked is not None and mark.get("tensor") == marked:
-        weight: mx.array = dict(tree_flatten(base.parameters()))[marked]
-        if not is_marked(mark, weight):
-            problems.append(
-                f"{where}: fingerprint of {marked} differs; the shapes fit, but this is another base than "
-                f"{trained_for.get('name_or_path', 'the one the streams were trained for')!r}"
-            )
-    if problems:
-        raise InvalidInputError("\n".join(problems))
+    return problems
 
 
 def _stream_lora(

@@ -17,11 +17,12 @@ from specstream_mlx.target.target import Target
 
 
 class SpecStreamModel(Target):
-    """A target that can take adapters, and draft when the one in use has streams.
+    """A target that can take adapters, and draft when the one in use has streams or a draft head.
 
     Attributes:
         drafter: what the adapter in use brings; None: nothing.
         stream_config, streams: of the adapter in use; None without streams.
+        heads: the weights of the draft head of the adapter in use; None without one.
         adapter: the name of the adapter in use; None: the base alone.
     """
 
@@ -47,7 +48,7 @@ class SpecStreamModel(Target):
         """Read an adapter and keep it in memory, beside any others; ``use_adapter`` puts it to use.
 
         Args:
-            path_or_repo: a stream adapter, a LoRA that mlx-lm wrote, or a repository id.
+            path_or_repo: a stream adapter, a draft head, a LoRA that mlx-lm wrote, or a repository id.
             name: what to call it here; None: the directory's name, or the repository's.
 
         Returns:
@@ -92,7 +93,10 @@ class SpecStreamModel(Target):
         self._in_use = adapter
         self.stream_config, self.streams = adapter.stream_config, adapter.streams
         self.drafter: Drafter | None = None
-        if adapter.stream_config is not None and adapter.streams is not None:
+        self.heads = None if adapter.head is None else adapter.head.weights
+        if adapter.head is not None:
+            self.drafter = adapter.head
+        elif adapter.stream_config is not None and adapter.streams is not None:
             self.drafter = StreamsDrafter(adapter.stream_config, adapter.streams, len(self.layers))
 
     def unload_adapter(self, name: str) -> None:

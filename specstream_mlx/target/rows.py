@@ -105,6 +105,12 @@ def rows_of(tree: DraftTree, anchors: tuple[int, ...] = (), rider_depths: tuple[
     return Rows(depths, visible, tree.size, len(rider_depths))
 
 
+@lru_cache(maxsize=8)
+def stretch(length: int) -> Rows:
+    """The rows of a stretch of text: each sees all before it."""
+    return Rows(np.arange(length, dtype=np.int32), np.tri(length, dtype=np.bool_), length)
+
+
 @lru_cache(maxsize=64)
 def riders_alone(depths: tuple[int, ...]) -> Rows:
     """The rows of a pass for the riders of one anchor, which is the last cached row: depth 0 lies one after it."""

@@ -25,7 +25,7 @@ from specstream_mlx.target.caches import commit_rows, drop_rows
 from specstream_mlx.target.masks import BoolMatrix, Reach, WindowView, reach, windows_of
 from specstream_mlx.target.mounts import BARE, Mount
 from specstream_mlx.target.rotary import PassContext, install
-from specstream_mlx.target.rows import Depths, Draft, Riders, Rows, riders_alone, rows_of
+from specstream_mlx.target.rows import Depths, Draft, Riders, Rows, riders_alone, rows_of, stretch
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +210,19 @@ class Target(nn.Module):
         if len(anchors) == 1:
             logits, rider_logits = logits[:size], logits[size:]
         return Passed(draft, logits, tapped, riders, anchors, rider_logits, rider_hidden, start, kept, exit_layer)
+
+    def read(self, tokens: mx.array, caches: Sequence[Any], taps: Sequence[int]) -> dict[int, mx.array]:
+        """Append a stretch of text, (L,) ids, to ``caches``; its (1, L, D) hidden states after the layers ``taps``."""
+        start, rows = caches[0].offset, stretch(len(tokens))
+        hidden = self.family.embed(tokens[None], start + rows.depths)
+        tapped: dict[int, mx.array] = {}
+        layer = 0
+        for boundary in sorted({0, len(self.layers), *taps}):
+            hidden = self._run(hidden, range(layer, boundary), caches, start, rows, None)
+            layer = boundary
+            if layer in taps:
+                tapped[layer] = hidden
+        return tapped
 
     def commit(self, passed: Passed, nodes: Sequence[int], caches: Sequence[Any]) -> None:
         """Keep the rows of ``nodes`` (a path from the root) in the caches and drop all others of the pass."""
