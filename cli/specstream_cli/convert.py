@@ -28,6 +28,10 @@ def convert(
     streams_path: Annotated[
         Path | None, typer.Option(help="specstream.safetensors or its directory, where not in the adapter.")
     ] = None,
+    heads: Annotated[
+        Path | None,
+        typer.Option(help="Published Medusa or EAGLE heads (directory): write them as an adapter."),
+    ] = None,
     specstream_config: Annotated[
         Path | None, typer.Option(help="specstream_config.json, where not beside the weights.")
     ] = None,
@@ -91,8 +95,8 @@ def convert(
     for option, value in needs_quantize.items():
         if value is not None and not quantize:
             raise UsageError(f"{option}: has no effect without --quantize; add -q or drop it")
-    if adapter_path is None and streams_path is None:
-        raise UsageError("nothing to convert: give --adapter-path (a PEFT directory) or --streams-path")
+    if adapter_path is None and streams_path is None and heads is None:
+        raise UsageError("nothing to convert: give --adapter-path (a PEFT directory), --streams-path or --heads")
     if dry_run and upload_repo is not None:
         raise UsageError("--upload-repo: nothing is uploaded with --dry-run; drop one")
     if hf_path is not None:
@@ -107,6 +111,7 @@ def convert(
             hf_path=hf_path,
             adapter_name=adapter_name,
             streams_path=streams_path,
+            heads_path=heads,
             specstream_config=specstream_config,
             fuse=fuse,
             adapter_only=adapter_only,
@@ -150,7 +155,9 @@ def summary(report: Mapping[str, Any], mlx_path: Path) -> list[str]:
     fates = Counter(re.split(r"[ (:;,]", row["fate"], maxsplit=1)[0] for row in report["tensors"])
     files = report["output_files"]
     verb = "would write" if report["dry_run"] else "wrote"
-    lines = [f"{verb} {mlx_path} ({len(files)} files, {report['mode'] or 'no streams'}, LoRA {report['placement']})"]
+    head = report.get("head")
+    what = f"{head['kind']} head" if head else f"{report['mode'] or 'no streams'}, LoRA {report['placement']}"
+    lines = [f"{verb} {mlx_path} ({len(files)} files, {what})"]
     lines.append(f"{sum(fates.values())} tensors: " + ", ".join(f"{n} {fate}" for fate, n in sorted(fates.items())))
     if report["verification"] is not None:
         lines += [f"verified {name}: {_figures(found)}" for name, found in report["verification"].items()]

@@ -26,13 +26,20 @@ from specstream_convert.base.model import open_base
 from specstream_convert.changes.kinds import Lora
 from specstream_convert.changes.lora import check_effect
 from specstream_convert.checks import check_base_matches, lossless_problems
+from specstream_convert.files.pickles import Pickles
+from specstream_convert.heads.plan import plan_heads
+from specstream_convert.heads.source import looks_like_heads, open_heads
 from specstream_convert.report import REPORT_NAME
+from specstream_mlx.drafters.head import BaseSizes
+from specstream_mlx.drafters.heads import HEADS
 from specstream_mlx.errors import InvalidInputError, SpecStreamError
 from specstream_mlx.families import FAMILIES
 from specstream_mlx.families.decoder import DecoderFamily
 from specstream_mlx.formats.config import BASE_FIELDS, CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig, read_json
+from specstream_mlx.formats.drafter_config import DRAFTER_CONFIG, DRAFTER_WEIGHTS
 from specstream_mlx.formats.messages import escaped
 from specstream_mlx.formats.safetensors import TensorFile, open_tensors
+from specstream_mlx.models.heads import check_tensors, has_head, read_drafter_config
 
 MEDUSA_HEADS = 4  # of the paper's comparison; used where no number of streams is known
 TRAINER_FILES = ("trainer_state.json", "training_args.bin", "optimizer.pt")
@@ -44,7 +51,9 @@ class Inspection:
     """The answer of ``inspect``. ``problems`` is empty when the checkpoint can be used as it is."""
 
     path: str
-    kind: str  # peft adapter(s), stream file, specstream model, stream adapter, model, mlx-lm adapter, unknown
+    # peft adapter(s), stream file, specstream model, stream adapter, model, mlx-lm adapter, draft head,
+    # published heads, unknown
+    kind: str
     base: dict[str, Any] | None = None
     mode: str | None = None
     gamma: int | None = None
@@ -56,6 +65,8 @@ class Inspection:
     medusa_formula: str | None = None
     num_lora_parameters: int | None = None
     adapter_bytes: int | None = None  # of streams and LoRA as stored: what they take in memory over the base
+    head: dict[str, Any] | None = None  # of draft heads: the kind and its settings
+    num_head_parameters: int | None = None
     quantization: dict[str, Any] | None = None
     adapters: tuple[dict[str, Any], ...] = ()  # where there are several: the facts of each
     files: dict[str, int] | None = None  # name -> bytes
@@ -104,6 +115,15 @@ def _inspect(path: Path) -> Inspection:
         for file in sorted([*path.glob("*"), *path.glob("adapters/*")])
         if file.is_file()
     }
+    if has_head(path):
+        found.head(path)
+        if (path / "adapters").is_dir():
+            found.live(path / "adapters")
+        if not (path / "config.json").exists():
+            return found.result("draft head")
+    elif not (path / ADAPTER_CONFIG).exists() and not (path / CONFIG_NAME).exists() and looks_like_heads(path):
+        found.published(path)
+        return found.result("published heads")
     if is_mlx_lm(path):
         found.live(path)
         return found.result("mlx-lm adapter")
@@ -184,7 +204,7 @@ class _Findings:
         self.fields: dict[str, Any] = {}
 
     def result(self, kind: str) -> Inspection:
-        if kind not in ("stream adapter", "specstream model", "mlx-lm adapter"):
+        if kind not in ("stream adapter", "specstream model", "mlx-lm adapter", "draft head"):
             self.fields.pop("adapter_bytes", None)  # PyTorch's form is not what is loaded
         base = self.fields.get("base") or {}
         d, v = base.get("hidden_size"), base.get("vocab_size")
@@ -206,6 +226,41 @@ class _Findings:
         except SpecStreamError as error:
             self.problems += str(error).splitlines()
             return None
+
+    def head(self, directory: Path) -> None:
+        """A draft head of ours, read as far as that goes without its base."""
+        config = self.attempt(lambda: read_drafter_config(directory))
+        file = self.attempt(lambda: open_tensors(directory / DRAFTER_WEIGHTS))
+        if config is not None:
+            self.fields["head"] = {"kind": config.kind} | config.settings
+            self.fields["base"] = {key: value for key, value in config.base_model.items() if key != "fingerprint"}
+            sizes = [config.base_model.get(key) for key in ("num_hidden_layers", "hidden_size", "vocab_size")]
+            layers, hidden_size, vocab_size = (size if type(size) is int else None for size in sizes)
+            if file is not None and hidden_size is not None and vocab_size is not None:
+                base = BaseSizes(layers or 1_000, hidden_size, vocab_size)
+                where = str(directory / DRAFTER_CONFIG)
+                made = self.attempt(lambda: HEADS[config.kind].from_settings(config.settings, base, where))
+                if made is not None:
+                    self.attempt(lambda: check_tensors(made, file.path))
+        if file is not None:
+            self.fields["num_head_parameters"] = sum(math.prod(info.shape) for info in file.tensors.values())
+            self.fields["adapter_bytes"] = sum(info.num_bytes for info in file.tensors.values())
+
+    def published(self, directory: Path) -> None:
+        """Medusa's or EAGLE's heads as their authors publish them."""
+        with Pickles(allowed=False) as pickles:
+            source = self.attempt(lambda: open_heads(directory, pickles))
+            plan = self.attempt(lambda: plan_heads(source, None)) if source is not None else None
+        if plan is None:
+            return
+        self.fields["head"] = {"kind": plan.kind} | plan.settings
+        self.fields["base"] = {
+            "name_or_path": plan.named,
+            "hidden_size": plan.sizes.hidden_size,
+            "vocab_size": plan.sizes.vocab_size,
+        }
+        self.fields["num_head_parameters"] = sum(math.prod(tensor.shape) for tensor in plan.tensors.values())
+        self.notes += [*plan.notes, "convert it with --heads; the output is an adapter"]
 
     def peft(self, directory: Path, name: str | None) -> None:
         """One PEFT adapter with the streams in its file or beside it."""

@@ -21,6 +21,7 @@ class ConvertOptions:
     revision: str | None = None  # of hf_path's repository
     adapter_name: str | None = None
     streams_path: Path | None = None  # form B file or directory
+    heads_path: Path | None = None  # published Medusa or EAGLE heads, directory
     specstream_config: Path | None = None
     fuse: bool | None = None  # None: by mode and base; True --fuse; False --keep-adapters
     adapter_only: bool = False
@@ -44,8 +45,13 @@ class ConvertOptions:
 
     def check(self) -> None:
         """Refuse arguments that contradict each other, and those that are not supported yet."""
+        if self.heads_path is not None:
+            if self.adapter_path is not None:
+                raise UsageError("--heads contradicts --adapter-path; leave one out")
+            self.check_heads("--heads")
+            return
         if self.adapter_path is None and self.streams_path is None:
-            raise UsageError("nothing to convert: give --adapter-path (a PEFT directory) or --streams-path")
+            raise UsageError("nothing to convert: give --adapter-path (a PEFT directory), --streams-path or --heads")
         if self.adapter_path is None and self.hf_path is None:
             raise UsageError("--hf-path is needed: without --adapter-path nothing names the base model")
         if self.revision is not None and self.hf_path is None:
@@ -72,14 +78,35 @@ class ConvertOptions:
             raise UsageError("--reference-logits needs verification; leave out --no-verify")
         if self.reference_logits is not None and self.adapter_only:
             raise UsageError("--reference-logits needs a whole model; leave out --adapter-only")
+        self._check_upload()
+        if self.recompute_init and self.adapter_path is None:
+            raise UsageError("--recompute-init concerns a PEFT adapter; give --adapter-path")
+
+    def check_heads(self, what: str) -> None:
+        """Refuse arguments that say nothing to a conversion of draft heads; ``what`` begins the message."""
+        names = {
+            "--adapter-name": self.adapter_name, "--streams-path": self.streams_path,
+            "--specstream-config": self.specstream_config, "--fuse/--keep-adapters": self.fuse,
+            "--quantize": self.quantize or None, "--key-map": self.key_map, "--ignore-keys": self.ignore_keys,
+            "--lora-only": self.lora_only or None, "--reference-logits": self.reference_logits,
+            "--recompute-init": self.recompute_init or None, "--dequantize": self.dequantize or None,
+        }  # fmt: skip
+        given = [name for name, value in names.items() if value is not None]
+        if given:
+            raise UsageError(f"{what} does not go with {', '.join(given)}; leave that out")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"--dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.revision is not None and self.hf_path is None:
+            raise UsageError("--revision is of the repository that --hf-path names; give both or neither")
+        self._check_upload()
+
+    def _check_upload(self) -> None:
         if self.upload_repo is not None and not is_repository_id(self.upload_repo):
             raise UsageError(f"--upload-repo is {escaped(repr(self.upload_repo))}, expected a repository id: org/name")
         if self.upload_repo is not None and self.dry_run:
             raise UsageError("--upload-repo: nothing is uploaded with --dry-run; leave one out")
         if self.trust_remote_code:
             raise UsageError("--trust-remote-code: a conversion never runs code of a checkpoint; leave it out")
-        if self.recompute_init and self.adapter_path is None:
-            raise UsageError("--recompute-init concerns a PEFT adapter; give --adapter-path")
 
     def _check_quantization(self) -> None:
         if not self.quantize:

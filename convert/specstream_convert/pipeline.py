@@ -6,16 +6,17 @@ Plan -> temporary directory -> verification -> the output directory
 
 import contextlib
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from specstream_convert.adapter.peft_config import ADAPTER_CONFIG
 from specstream_convert.files.pickles import Pickles
+from specstream_convert.heads import convert_heads, looks_like_heads
 from specstream_convert.options import ConvertOptions
 from specstream_convert.plan import Plan, lora_summary, make_plan
-from specstream_convert.report import REPORT_NAME, ConversionReport
+from specstream_convert.report import REPORT_NAME, ConversionReport, versions
 from specstream_convert.verification.comparison import Expected
 from specstream_convert.verification.verify import Progress, compare_reference_logits, verify_output
 from specstream_convert.writing.output import OutputDirectory, write_json
@@ -46,6 +47,12 @@ def _convert(options: ConvertOptions, progress: Progress | None, pickles: Pickle
     if options.upload_repo is not None:
         check_upload(options.upload_repo)
     report = progress or (lambda stage, done, total: None)
+    heads = _heads(options)
+    if heads is not None:
+        result = convert_heads(options, heads, report, pickles)
+        if options.upload_repo is not None:
+            upload(options.mlx_path.expanduser(), options.upload_repo)
+        return result
     inputs = [path for path in (options.adapter_path, options.streams_path) if path is not None and path.exists()]
     OutputDirectory(options.mlx_path, overwrite=options.overwrite, inputs=inputs)
     plan = make_plan(options, report, pickles)
@@ -65,6 +72,17 @@ def _convert(options: ConvertOptions, progress: Progress | None, pickles: Pickle
     if options.upload_repo is not None:
         upload(output.target, options.upload_repo)
     return result
+
+
+def _heads(options: ConvertOptions) -> Path | None:
+    """The directory of published draft heads, where that is what is to be converted."""
+    if options.heads_path is not None or options.adapter_path is None:
+        return options.heads_path
+    path = options.adapter_path.expanduser()
+    if not path.is_dir() or (path / ADAPTER_CONFIG).exists() or not looks_like_heads(path):
+        return None
+    options.check_heads("--adapter-path holds draft heads, which")
+    return path
 
 
 @contextlib.contextmanager
@@ -143,7 +161,7 @@ def _report(
         tensors=plan.fates,
         notes=plan.notes,
         warnings=plan.warnings,
-        versions={name: metadata.version(name) for name in ("mlx", "mlx-lm", "safetensors")} | _own_version(),
+        versions=versions(),
         input_hashes=hashes,
         output_files=files,
         verification=verification,
@@ -161,10 +179,3 @@ def _report(
             "verify": options.verify,
         },
     )
-
-
-def _own_version() -> dict[str, str]:
-    try:
-        return {"specstream-mlx": metadata.version("specstream-mlx")}
-    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return {}

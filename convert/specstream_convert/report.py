@@ -1,6 +1,7 @@
 """The account of a conversion: what was read, what became of every tensor, what was checked."""
 
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 TOOL = "specstream-convert"
@@ -40,10 +41,11 @@ class ConversionReport:
     dtype: str | None = None
     dry_run: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    head: dict[str, Any] | None = None  # of published draft heads: the kind and its settings
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, in reading order."""
-        return {
+        report: dict[str, Any] = {
             "tool": TOOL,
             "report_version": 1,
             "dry_run": self.dry_run,
@@ -63,3 +65,13 @@ class ConversionReport:
             "output_files": self.output_files,
             "tensors": [fate.to_dict() for fate in self.tensors],
         }
+        return report if self.head is None else report | {"head": self.head}
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the bytes of an output."""
+    found = {name: metadata.version(name) for name in ("mlx", "mlx-lm", "safetensors")}
+    try:
+        return found | {"specstream-mlx": metadata.version("specstream-mlx")}
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return found
