@@ -67,16 +67,16 @@ def add_lora(
     dropout: float = 0.0,
     target_modules: Sequence[str] | None = None,
     use_rslora: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> PeftModel:
     """Attach streams and LoRA to a base model and freeze the rest.
 
-    ``alpha`` defaults to twice the rank, ``target_modules`` to every linear layer of a block. Lossless mode
-    restricts LoRA to the top ``N_s`` layers.
+    ``alpha`` defaults to twice the rank, ``target_modules`` to every linear layer of a block, ``layers`` to all
+    blocks. Lossless mode restricts LoRA to the top ``N_s`` layers.
     """
     targets = list(target_modules) if target_modules is not None else linear_modules(model)
     attach_streams(model, config)
     num_layers = causal_lm(model).config.num_hidden_layers
-    layers = None
     if config.mode == "lossless":
         layers = list(range(num_layers - config.num_stream_layers, num_layers))
     lora = LoraConfig(
@@ -84,7 +84,7 @@ def add_lora(
         lora_alpha=alpha if alpha is not None else 2 * rank,
         lora_dropout=dropout,
         target_modules=targets,
-        layers_to_transform=layers,
+        layers_to_transform=list(layers) if layers is not None else None,
         layers_pattern=decoder_of(causal_lm(model)).layers_name if layers is not None else None,
         modules_to_save=["specstream"],
         task_type="CAUSAL_LM",
