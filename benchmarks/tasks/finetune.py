@@ -48,12 +48,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, action="append", help="JSON lines; default: the published set by name")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lora-only", action="store_true", help="the paper's baseline: no streams")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from this checkpoint instead of from nothing")
     parser.add_argument("--like", type=Path, metavar="DIR", help="take the number of steps of this output")
     parser.add_argument("--base-name", default=BASE_NAME, help="name to record for the base")
     parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-minutes", type=float, default=4.0, help="between restart points")
     parser.add_argument("--keep-every", type=int, default=0, help="steps between adapters kept for a curve")
+    parser.add_argument("--stop-step", type=int, help="end there, before the budget is used")
     for field in fields(PackedConfig):
         kind: Any = {"num_steps": int, "hours": float}.get(field.name, type(field.default))
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind)
@@ -78,10 +80,12 @@ def main(arguments: list[str] | None = None) -> None:
         encode_rows(task, rows, namespace.base),
         namespace.out,
         replace(PackedConfig(num_steps=1), **({"num_steps": None} | chosen)),
+        start=namespace.start,
         base_name=namespace.base_name,
         device=namespace.device,
         save_minutes=namespace.save_minutes,
         keep_every=namespace.keep_every,
+        stop_step=namespace.stop_step,
         report=lambda line: print(line, flush=True),
     )
     print(adapter)

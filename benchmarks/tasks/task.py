@@ -110,3 +110,13 @@ def references(row: Row) -> list[str]:
     if isinstance(row.get("references"), list):
         return [str(text) for text in row["references"]]
     return [str(row["answer"])] if isinstance(row.get("answer"), str) else []
+
+
+def default_rows(task: Task) -> list[dict[str, Any]]:
+    """The task's own test rows, or the published set's."""
+    own = task.folder / "heldout.jsonl"
+    if own.exists():
+        return read_rows(task, own)
+    if task.published is None:
+        raise SystemExit(f"task {task.name} has no test rows of its own; give --data FILE")
+    return task.published("test")

@@ -91,7 +91,7 @@ def add_lora(
         use_rslora=use_rslora,
         fan_in_fan_out=causal_lm(model).config.model_type == "gpt2",
     )
-    with _upstream_deprecation_ignored():
+    with upstream_deprecation_ignored():
         return get_peft_model(model, lora)
 
 
@@ -160,7 +160,7 @@ def load_checkpoint(base: Any, directory: str | Path, *, trainable: bool = False
         base.specstream.load_state_dict({key.removeprefix("specstream."): value for key, value in streams.items()})
     else:
         _check_streams_saved(base.specstream, directory / ADAPTER_FILE)
-    with _upstream_deprecation_ignored():
+    with upstream_deprecation_ignored():
         model = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable)
     stream_module(model).requires_grad_(trainable)
     return model
@@ -172,7 +172,7 @@ def read_stream_config(directory: str | Path) -> StreamConfig:
 
 
 @contextmanager
-def _upstream_deprecation_ignored() -> Iterator[None]:
+def upstream_deprecation_ignored() -> Iterator[None]:
     """Silence PEFT's reading of an attribute that transformers 5 renamed; nobody here can act on it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)

@@ -79,7 +79,11 @@ def executes_alike(schema: str, right: str, answer: str) -> float:
 def _column(declared: str) -> tuple[str, bool]:
     """The name of a declared column and whether it holds numbers."""
     words = declared.split()
-    return (words[0], len(words) > 1 and words[1].upper() in ("NUMBER", "INT", "INTEGER", "REAL")) if words else ("", False)
+    return (
+        (words[0], len(words) > 1 and words[1].upper() in ("NUMBER", "INT", "INTEGER", "REAL"))
+        if words
+        else ("", False)
+    )
 
 
 def _fill(

@@ -130,7 +130,9 @@ class PackedLlama:
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         base = causal_lm(model)
         if base.config.model_type != "llama" or getattr(base.config, "attention_bias", False):
-            raise ValueError(f"model type {base.config.model_type!r} is not supported here, expected a Llama without biases")
+            raise ValueError(
+                f"model type {base.config.model_type!r} is not supported here, expected a Llama without biases"
+            )
         config = base.config
         self.dtype = dtype
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

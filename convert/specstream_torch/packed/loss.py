@@ -74,10 +74,12 @@ def packed_loss(
     targets = torch.searchsorted(vocabulary, batch.main_targets)
     keep_probs = streams is not None and distill > 0
     with torch.no_grad():
-        value, gradient, choices, probs = _cross_entropy(main, part, targets, 1 / len(targets), None, 0.0, keep_probs)
-        main_loss = float(value.sum() / len(targets))
+        shares = batch.main_counts / batch.main_counts.sum().clamp(min=1)
+        value, gradient, choices, probs = _cross_entropy(main, part, targets, shares, None, 0.0, keep_probs)
+        total = (value * shares).sum()
+        main_loss = float(value.mean())
         main_accuracy = float((choices == targets).float().mean())
-    loss = _HeadGradient.apply(main, value.sum() / len(targets), gradient)
+    loss = _HeadGradient.apply(main, total, gradient)
     if streams is None:
         return PackedLoss(loss, main_loss, main_accuracy, [], [], float("nan"))
     with torch.no_grad():
@@ -112,7 +114,7 @@ def _cross_entropy(
     hidden: torch.Tensor,
     part: torch.Tensor,
     targets: torch.Tensor,
-    weights: torch.Tensor | float,
+    weights: torch.Tensor,
     teacher: tuple[torch.Tensor | None, torch.Tensor] | None,
     distill: float,
     keep_probs: bool,
@@ -129,7 +131,7 @@ def _cross_entropy(
         if teacher is None or teacher[0] is None:
             slope = logits.sub_(normaliser).exp_()
             if keep_probs:
-                kept.append(slope.to(hidden.dtype))
+                kept.append(slope.to(hidden.dtype, copy=True))
         else:
             wanted = teacher[0][teacher[1][span]].float()
             soft = normaliser[:, 0] - (wanted * logits).sum(-1)
@@ -137,7 +139,7 @@ def _cross_entropy(
             slope = logits.sub_(normaliser).exp_().sub_(wanted, alpha=distill)
         own = 1.0 if teacher is None else 1.0 - distill
         slope.scatter_add_(1, index, torch.full_like(index, -own, dtype=slope.dtype))
-        slope *= weights[span, None] if isinstance(weights, torch.Tensor) else weights
+        slope *= weights[span, None]
         values.append(value)
         # The gradients are of the size 1 / rows: bfloat16 has the range of float32, so nothing underflows.
         gradients.append(slope.to(part.dtype) @ part)

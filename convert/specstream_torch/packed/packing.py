@@ -45,6 +45,7 @@ class PackedBatch:
     visible: torch.Tensor  # (R, L, L), True where row q sees key k
     main_rows: torch.Tensor  # (M,) rows that predict an answer token
     main_targets: torch.Tensor  # (M,)
+    main_counts: torch.Tensor  # (M,) bool, False where main's loss is left out
     anchors: torch.Tensor  # (R, A) positions in the row; 0 where there is none
     anchored: torch.Tensor  # (R, A)
     stream_targets: torch.Tensor  # (R, A, gamma), -1 past the end
@@ -86,7 +87,13 @@ def shared_length(examples: Sequence[Example]) -> int:
 def iterate_steps(
     examples: Sequence[Example], *, seed: int, max_branches: int, row_tokens: int, step_tokens: int
 ) -> Iterator[list[list[Group]]]:
-    """Yield, without end, the rows of each optimiser step: lists of groups of at most `row_tokens` together."""
+    """Yield, without end, the rows of each optimiser step: lists of groups of at most `row_tokens` together.
+
+    Raises:
+        ValueError: there is no example.
+    """
+    if not examples:
+        raise ValueError("no examples to train on")
     epoch = 0
     while True:
         shuffler = random.Random(f"{seed}/{epoch}")
@@ -108,7 +115,9 @@ def iterate_steps(
         epoch += 1
 
 
-def pack(rows: Sequence[Sequence[Group]], gamma: int, shuffler: random.Random) -> PackedBatch:
+def pack(
+    rows: Sequence[Sequence[Group]], gamma: int, shuffler: random.Random, *, main_counts: bool = True
+) -> PackedBatch:
     """Lay the groups of every row out.
 
     Rows have one number of anchors, the rounded mean; a row that has more keeps as many at random.
@@ -148,7 +157,9 @@ def pack(rows: Sequence[Sequence[Group]], gamma: int, shuffler: random.Random) -
                     for i in range(len(answer) - 1):
                         ahead = range(i + 1, min(i + 1 + gamma, len(answer)))
                         fill = [-1] * (gamma - len(ahead))
-                        anchors[-1].append((first + i, [*(answer[k] for k in ahead), *fill], [*(entry + k for k in ahead), *fill]))
+                        anchors[-1].append(
+                            (first + i, [*(answer[k] for k in ahead), *fill], [*(entry + k for k in ahead), *fill])
+                        )
                 at += len(ids)
     count = max(1, round(sum(map(len, anchors)) / len(rows)))
     table = torch.zeros(len(rows), count, dtype=torch.long)
@@ -172,6 +183,7 @@ def pack(rows: Sequence[Sequence[Group]], gamma: int, shuffler: random.Random) -
         visible=visible,
         main_rows=torch.tensor(main_rows),
         main_targets=torch.tensor(main_targets),
+        main_counts=torch.full((len(main_targets),), main_counts),
         anchors=table,
         anchored=anchored,
         stream_targets=stream_targets,

@@ -11,7 +11,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from specstream_mlx.formats.atomic import replaced_directory
 
-from ..checkpoint import add_lora, load_base, load_checkpoint, write_checkpoint
+from ..checkpoint import add_lora, load_base, load_checkpoint, upstream_deprecation_ignored, write_checkpoint
 from ..loss import Example
 from ..modeling import causal_lm, stream_module
 from ..streams import StreamConfig
+from .answers import own_answers
 from .llama import PROJECTIONS, PackedLlama
 from .loss import PackedLoss, head_rows, packed_loss
 from .packing import PackedBatch, frequent_tokens, iterate_steps, pack
@@ -37,7 +38,9 @@ class PackedConfig:
 
     `num_stream_layers` 0 trains LoRA alone. `lora_layers` counts from the top. `stream_scale` is the size of the
     first stream embeddings and `stream_learning_rate` the size of their steps, both relative to the residual stream
-    that they are added to.
+    that they are added to. With `own_prompts` the model first answers so many of the prompts itself, and the streams
+    learn those answers, `own_step_tokens` of rows per step, while main goes on learning the examples: what streams
+    have to foresee is what the model says.
     """
 
     num_steps: int | None = None
@@ -59,6 +62,9 @@ class PackedConfig:
     max_length: int = 640
     vocab_frequent: int = 4096
     vocab_random: int = 1024
+    own_prompts: int = 0
+    own_step_tokens: int = 0
+    own_max_tokens: int = 96
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,16 +78,19 @@ def train_packed(
     out: Path,
     config: PackedConfig,
     *,
+    start: Path | None = None,
     base_name: str | None = None,
     device: str | None = None,
     save_minutes: float = 4.0,
     keep_every: int = 0,
+    stop_step: int | None = None,
     log_steps: int = 10,
     report: Callable[[str], None] = print,
 ) -> Path:
     """Train and return the checkpoint `out`/adapter: form A, or PEFT's own for LoRA alone.
 
-    With `keep_every` the adapters of every so many steps are kept under `out`/curve.
+    `start` is a checkpoint of the same kind to go on from. With `keep_every` the adapters of every so many steps are kept under `out`/curve.
+    `stop_step` ends the run there, before its budget is used.
     """
     adapter, restart = out / "adapter", out / "restart"
     if (adapter / "adapter_config.json").exists():
@@ -92,7 +101,7 @@ def train_packed(
     torch.manual_seed(config.seed)
     kept_examples = [example for example in examples if len(example) <= config.max_length]
     state = _load_state(restart, config)
-    model = _prepare(base_directory, config, restart if state else None).to(device)
+    model = _prepare(base_directory, config, restart if state else start).to(device)
     dtype = fastest_dtype(device, causal_lm(model).config.hidden_size)
     fast = PackedLlama(model, dtype)
     streams = stream_module(model) if config.num_stream_layers else None
@@ -100,7 +109,8 @@ def train_packed(
     if streams is not None and state is None:
         with torch.no_grad():
             scale = _residual_scale(fast, kept_examples, config, device)
-            streams.stream_embeddings.mul_(scale * config.stream_scale / streams.stream_embeddings.std())
+            if start is None:
+                streams.stream_embeddings.mul_(scale * config.stream_scale / streams.stream_embeddings.std())
         report(f"the residual stream below the stream layers is {scale:.2f} per coordinate")
     else:
         scale = state["scale"] if state else 1.0
@@ -122,26 +132,44 @@ def train_packed(
         row_tokens=config.row_tokens,
         step_tokens=config.step_tokens,
     )
+    own_source = None
+    if streams is not None and config.own_prompts:
+        own = _own_examples(out / "own.json", fast, causal_lm(model).config.eos_token_id, kept_examples, config, report)
+        own_source = iterate_steps(
+            own,
+            seed=config.seed,
+            max_branches=config.max_branches,
+            row_tokens=config.row_tokens,
+            step_tokens=config.own_step_tokens,
+        )
     for _ in range(step):
         next(source)
+        if own_source is not None:
+            next(own_source)
     report(
         f"{sum(p.numel() for group in groups for p in group['params']):,} parameters, {len(kept_examples):,} of "
         f"{len(examples):,} examples, {str(dtype).removeprefix('torch.')} on {device}, from step {step}"
     )
     done: list[PackedLoss] = []
-    log = (out / "log.jsonl").open("a", encoding="utf-8")
     saved, clock = time.monotonic(), _Clock(device)
     clock_start, interval = clock() - used, (clock(), 0)
     while True:
         used = clock() - clock_start
         progress = step / config.num_steps if config.num_steps is not None else used / (3600 * (config.hours or 1))
-        if progress >= 1:
+        if progress >= 1 or step == stop_step:
             break
         rate = min((progress + 1e-3) / config.warmup, (1 - progress) / (1 - config.warmup))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * max(rate, 1e-3)
         batch = pack(next(source), config.gamma, random.Random(f"{config.seed}/{step}"))
-        done.append(_step(fast, streams, batch, frequent, config, device, step))
+        if own_source is None:
+            done.append(_step(fast, streams, batch, frequent, config, device, step))
+        else:
+            result = _step(fast, None, batch, frequent, config, device, step)
+            shuffler = random.Random(f"{config.seed}/{step}/own")
+            own_batch = pack(next(own_source), config.gamma, shuffler, main_counts=False)
+            ahead = _step(fast, streams, own_batch, frequent, config, device, step)
+            done.append(replace(ahead, main_loss=result.main_loss, main_accuracy=result.main_accuracy))
         torch.nn.utils.clip_grad_norm_(lora, config.clip_norm)
         if streams is not None:
             torch.nn.utils.clip_grad_norm_(list(streams.parameters()), config.clip_norm)
@@ -156,8 +184,8 @@ def train_packed(
             now = clock()
             line = _summary(done) | {"step": step, "progress": round(progress, 4), **counts}
             line["tokens_per_second"] = round((seen - interval[1]) / (now - interval[0]), 1)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
             report(json.dumps(line))
             done, interval = [], (now, seen)
         if keep_every and step % keep_every == 0:
@@ -236,28 +264,61 @@ def _step(
     return result
 
 
+def _own_examples(
+    path: Path,
+    fast: PackedLlama,
+    eos_id: int,
+    examples: Sequence[Example],
+    config: PackedConfig,
+    report: Callable[[str], None],
+) -> list[Example]:
+    """The model's own answers to prompts drawn from the examples, kept in a file so that a restart has them too."""
+    if path.exists():
+        return [Example(tuple(prompt), tuple(answer)) for prompt, answer in json.loads(path.read_text())]
+    prompts = sorted({example.prompt for example in examples})
+    random.Random(config.seed).shuffle(prompts)
+    started = time.process_time()
+    found = own_answers(fast, prompts[: config.own_prompts], max_tokens=config.own_max_tokens, eos_id=eos_id)
+    report(
+        f"{len(found):,} of {config.own_prompts:,} prompts answered to the end, {sum(len(e.answer) for e in found):,} "
+        f"tokens, {time.process_time() - started:.0f} s"
+    )
+    if not found:
+        raise ValueError(f"no answer of the model ended within {config.own_max_tokens} tokens; train main first")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps([[example.prompt, example.answer] for example in found]))
+    partial.rename(path)
+    return found
+
+
 def _prepare(base_directory: Path, config: PackedConfig, restart: Path | None) -> PeftModel:
     base = load_base(base_directory)
     if restart is not None:
         if config.num_stream_layers:
-            return load_checkpoint(base, restart, trainable=True)
-        return PeftModel.from_pretrained(base, str(restart), is_trainable=True)
+            model = load_checkpoint(base, restart, trainable=True)
+            streams = stream_module(model)
+            if streams.config.gamma != config.gamma:
+                raise ValueError(f"{restart} has {streams.config.gamma} streams, {config.gamma} are asked for")
+            # Streams of another depth go on from what they were for this one.
+            streams.config = replace(streams.config, num_stream_layers=config.num_stream_layers)
+            return model
+        with upstream_deprecation_ignored():
+            return PeftModel.from_pretrained(base, str(restart), is_trainable=True)
     num_layers = base.config.num_hidden_layers
     layers = list(range(max(0, num_layers - config.lora_layers), num_layers))
     if config.num_stream_layers:
         settings = StreamConfig(gamma=config.gamma, num_stream_layers=config.num_stream_layers)
         return add_lora(base, settings, rank=config.rank, target_modules=PROJECTIONS, layers=layers)
-    return get_peft_model(
-        base,
-        LoraConfig(
-            r=config.rank,
-            lora_alpha=2 * config.rank,
-            target_modules=list(PROJECTIONS),
-            layers_to_transform=layers,
-            layers_pattern="layers",
-            task_type="CAUSAL_LM",
-        ),
+    alone = LoraConfig(
+        r=config.rank,
+        lora_alpha=2 * config.rank,
+        target_modules=list(PROJECTIONS),
+        layers_to_transform=layers,
+        layers_pattern="layers",
+        task_type="CAUSAL_LM",
     )
+    with upstream_deprecation_ignored():
+        return get_peft_model(base, alone)
 
 
 def _residual_scale(fast: PackedLlama, examples: Sequence[Example], config: PackedConfig, device: str) -> float:
@@ -291,7 +352,9 @@ def _summary(done: Sequence[PackedLoss]) -> dict[str, Any]:
     return line
 
 
-def _write(model: PeftModel, directory: Path, config: PackedConfig, base_name: str | None, done: dict[str, Any]) -> None:
+def _write(
+    model: PeftModel, directory: Path, config: PackedConfig, base_name: str | None, done: dict[str, Any]
+) -> None:
     training = asdict(config) | done
     if config.num_stream_layers:
         write_checkpoint(model, directory, training=training, base_name=base_name)
