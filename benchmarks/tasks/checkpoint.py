@@ -1,6 +1,6 @@
 """What a PEFT checkpoint is worth on a task, in PyTorch: the metric, and tokens per pass of a chain.
 
-    python -m benchmarks.tasks.checkpoint --task sql --base runs/smollm2/hf --checkpoint runs/sql/adapter --data test.jsonl
+    python -m benchmarks.tasks.checkpoint --task sql --base runs/smollm2/hf --checkpoint runs/sql/adapter
 
 Prompts are answered greedily in batches. The tokens per pass are not measured by drafting: the
 streams of every position of an answer are run at once, and the passes that a chain would have taken are counted.

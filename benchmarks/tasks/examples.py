@@ -68,7 +68,7 @@ def task_page(task: Task, base: str, adapter: Path, row: dict[str, Any]) -> str:
     context = f"{row['context']}\n" if "context" in task.fields else ""
     return (
         f"## {task.title}\n\n```text\n{context}{shown}\n```\n\n> {text.strip()}\n\n"
-        f"{last.generation_tokens} tokens in {last.target_passes} passes, {last.tokens_per_pass:.2f} tokens per pass.\n\n"
+        f"{last.generation_tokens} tokens in {last.target_passes} passes, {last.tokens_per_pass:.2f} per pass.\n\n"
         + "\n".join(lines)
         + "\n"
     )

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 from specstream_mlx import DraftOptions, load
 from specstream_mlx.engine.exactness import plain_model
 from specstream_mlx.errors import SpecStreamError
-from specstream_mlx.formats.files import resolve
+from specstream_mlx.formats.places import resolve
 
 from .evaluate import Decoding, Evaluation, evaluate, sum_by_depth
 from .fused import read_json, write_fused

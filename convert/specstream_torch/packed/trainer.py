@@ -89,7 +89,8 @@ def train_packed(
 ) -> Path:
     """Train and return the checkpoint `out`/adapter: form A, or PEFT's own for LoRA alone.
 
-    `start` is a checkpoint of the same kind to go on from. With `keep_every` the adapters of every so many steps are kept under `out`/curve.
+    `start` is a checkpoint of the same kind to go on from. With `keep_every` the adapters of every so many steps are
+    kept under `out`/curve.
     `stop_step` ends the run there, before its budget is used.
     """
     adapter, restart = out / "adapter", out / "restart"
