@@ -11,14 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from specstream_convert.options import ConvertOptions
+from specstream_convert.pipeline import convert
+from specstream_mlx.errors import SpecStreamError
 from specstream_mlx.formats.atomic import replaced_directory
 
 from .base import BASE_NAME
@@ -29,14 +30,17 @@ MOST_BYTES = 6_000_000
 BASE_LICENCE = "Apache-2.0"
 
 
-def convert(base: Path, checkpoint: Path, out: Path, *more: str) -> dict[str, Any]:
-    """Run the converter and return its report."""
-    command = [sys.executable, "-m", "specstream_cli.app", "convert", "--hf-path", str(base)]
-    command += ["--adapter-path", str(checkpoint), "--mlx-path", str(out), "--json", *more]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(done.stderr.strip())
-    return dict(json.loads(done.stdout))
+def _convert(base: Path, checkpoint: Path, out: Path, **more: Any) -> dict[str, Any]:
+    """Run the converter and return its report.
+
+    Raises:
+        SystemExit: it refuses, or what it wrote fails its verification.
+    """
+    options = ConvertOptions(adapter_path=checkpoint, mlx_path=out, hf_path=str(base), **more)
+    try:
+        return dict(convert(options).to_dict())
+    except SpecStreamError as error:
+        raise SystemExit(str(error)) from None
 
 
 def write_adapter(task: Task, base: Path, checkpoint: Path, out: Path) -> dict[str, Any]:
@@ -46,15 +50,17 @@ def write_adapter(task: Task, base: Path, checkpoint: Path, out: Path) -> dict[s
         SystemExit: the conversion failed, float16 would change the LoRA, or the adapter is too large.
     """
     with tempfile.TemporaryDirectory(prefix="specstream-adapter-") as folder:
-        merged = convert(base, checkpoint, Path(folder) / "model", "--fuse")
-        convert(base, checkpoint, Path(folder) / "adapter", "--adapter-only")
+        _convert(base, checkpoint, Path(folder) / "adapter", adapter_only=True)
+        halves = _halves(Path(folder) / "adapter" / "adapters" / "adapters.safetensors")
+        merged = _convert(base, checkpoint, Path(folder) / "model", fuse=True)
         with replaced_directory(out) as temporary:
             made = Path(folder) / "adapter"
             for name in ("specstream.safetensors", "specstream_config.json"):
                 shutil.copy2(made / name, temporary / name)
             (temporary / "adapters").mkdir()
             shutil.copy2(made / "adapters" / "adapter_config.json", temporary / "adapters" / "adapter_config.json")
-            _halve(made / "adapters" / "adapters.safetensors", temporary / "adapters" / "adapters.safetensors")
+            target = temporary / "adapters" / "adapters.safetensors"
+            mx.save_safetensors(str(target), halves, metadata={"format": "mlx"})
             (temporary / "README.md").write_text(
                 card(task, read_json(made / "specstream_config.json")), encoding="utf-8"
             )
@@ -64,13 +70,14 @@ def write_adapter(task: Task, base: Path, checkpoint: Path, out: Path) -> dict[s
     return merged
 
 
-def _halve(source: Path, target: Path) -> None:
+def _halves(source: Path) -> dict[str, mx.array]:
+    """The tensors in float16, which must hold every value."""
     tensors = load_tensors(source)
     halves = {name: value.astype(mx.float16) for name, value in tensors.items()}
     changed = [n for n, v in halves.items() if not mx.array_equal(v.astype(mx.float32), tensors[n]).item()]
     if changed:
         raise SystemExit(f"{source}: {changed[0]} does not fit into float16; finish the training, which rounds it")
-    mx.save_safetensors(str(target), halves, metadata={"format": "mlx"})
+    return halves
 
 
 def card(task: Task, config: dict[str, Any]) -> str:
@@ -78,7 +85,7 @@ def card(task: Task, config: dict[str, Any]) -> str:
     training = config.get("training", {})
     return f"""# {task.title}: LoRA and {config["gamma"]} streams for SmolLM2-135M-Instruct
 
-Shared mode, the top {config["num_stream_layers"]} of {config["base_model"]["num_hidden_layers"]} layers run the streams;
+Shared mode. The top {config["num_stream_layers"]} of {config["base_model"]["num_hidden_layers"]} layers run streams.
 LoRA of rank {training.get("rank")} on the linear layers of the top {training.get("lora_layers")} layers, in float16.
 
 ```bash

@@ -39,10 +39,12 @@ def normalise(query: str) -> str:
 
     sqlglot writes what it can read; the rest is compared token by token.
     """
-    query = _one_quote(query.strip().rstrip(";").strip())
-    with contextlib.suppress(Exception):
+    try:
         import sqlglot
-
+    except ImportError:
+        raise SystemExit("exact match of SQL needs the package sqlglot: pip install 'specstream-mlx[tasks]'") from None
+    query = _one_quote(query.strip().rstrip(";").strip())
+    with contextlib.suppress(Exception):  # of many kinds, for text that is no SQL
         parsed = sqlglot.parse_one(query, read="sqlite", error_level=sqlglot.ErrorLevel.RAISE)
         return _fold(parsed.sql(dialect="sqlite", normalize=True, normalize_functions="upper", comments=False))
     return _fold(query)
@@ -53,7 +55,8 @@ def _one_quote(query: str) -> str:
 
 
 def _fold(query: str) -> str:
-    return " ".join(token if token[0] == "'" else token.lower() for token in _TOKEN.findall(query))
+    folded = (token if token[0] == "'" else token.lower() for token in _TOKEN.findall(query))
+    return " ".join(token for token in folded if token != "asc")  # the order that is meant without it
 
 
 def executes_alike(schema: str, right: str, answer: str) -> float:

@@ -11,7 +11,6 @@ from ..loss import Example
 from .llama import PackedLlama, _Norm
 
 
-@torch.no_grad()
 def own_answers(
     fast: PackedLlama,
     prompts: Sequence[tuple[int, ...]],
@@ -26,7 +25,9 @@ def own_answers(
     answers: dict[int, Example] = {}
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        for index, answer in zip(indices, _batch(fast, [prompts[i] for i in indices], max_tokens, eos_id), strict=True):
+        with torch.no_grad():
+            texts = _batch(fast, [prompts[i] for i in indices], max_tokens, eos_id)
+        for index, answer in zip(indices, texts, strict=True):
             if answer and answer[-1] == eos_id:
                 answers[index] = Example(prompts[index], tuple(answer))
         tick(min(start + batch_size, len(order)))

@@ -29,7 +29,7 @@ class _MergedLinear(torch.autograd.Function):
     """``y = x W^T`` with a merged W; the gradient of W goes to the LoRA factors alone."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: torch.Tensor,
         merged: torch.Tensor,
@@ -45,7 +45,7 @@ class _MergedLinear(torch.autograd.Function):
         return F.linear(x, merged)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         merged, *rest = ctx.saved_tensors
         dx = dy @ merged if ctx.needs_input_grad[0] else None
         if not rest:
@@ -61,13 +61,13 @@ class _Norm(torch.autograd.Function):
     """RMSNorm of float32 rows with a frozen weight, to the dtype of the products."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
         rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, rstd)
         return (x * rstd * weight).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, weight, rstd = ctx.saved_tensors
         g = dy.float() * weight
         normed = x * rstd
@@ -78,12 +78,12 @@ class _SwiGLU(torch.autograd.Function):
     """``silu(gate) * up`` that keeps its two inputs alone."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 

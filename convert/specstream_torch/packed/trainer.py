@@ -260,7 +260,7 @@ def _step(
         stream_weight=config.stream_weight,
         distill=config.distill,
     )
-    result.loss.backward()  # type: ignore[no-untyped-call]
+    result.loss.backward()
     result.loss = result.loss.detach()
     return result
 
