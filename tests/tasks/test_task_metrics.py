@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("sqlglot")
 
-from benchmarks.tasks.figures import summary  # noqa: E402
-from benchmarks.tasks.sql.metric import EXACT, EXECUTION, executes_alike, normalise, sql_metric  # noqa: E402
+from benchmarks.tasks.figures import summary
+from benchmarks.tasks.sql.metric import EXACT, EXECUTION, executes_alike, normalise, sql_metric
 
 SCHEMA = "CREATE TABLE head (head_ID NUMBER, name TEXT, age NUMBER) CREATE TABLE town (town_ID NUMBER, head_ID NUMBER)"
 
