@@ -67,17 +67,17 @@ def add_lora(
     dropout: float = 0.0,
     target_modules: Sequence[str] | None = None,
     use_rslora: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> PeftModel:
     """Attach streams and LoRA to a base model and freeze the rest.
 
-    ``alpha`` defaults to twice the rank, ``target_modules`` to every linear layer of a block. Lossless mode
-    restricts LoRA to the top ``N_s`` layers.
+    ``alpha`` defaults to twice the rank, ``target_modules`` to every linear layer of a block, ``layers`` to all
+    blocks. Lossless mode restricts LoRA to the top ``N_s`` layers.
     """
     targets = list(target_modules) if target_modules is not None else linear_modules(model)
     attach_streams(model, config)
     decoder = decoder_of(causal_lm(model))
     num_layers = len(decoder.layers)
-    layers = None
     if config.mode == "lossless":
         layers = list(range(num_layers - config.num_stream_layers, num_layers))
     lora = LoraConfig(
@@ -85,14 +85,14 @@ def add_lora(
         lora_alpha=alpha if alpha is not None else 2 * rank,
         lora_dropout=dropout,
         target_modules=targets,
-        layers_to_transform=layers,
+        layers_to_transform=list(layers) if layers is not None else None,
         layers_pattern=decoder.layers_name if layers is not None else None,
         modules_to_save=["specstream"],
         task_type="CAUSAL_LM",
         use_rslora=use_rslora,
         fan_in_fan_out=decoder.conv1d,
     )
-    with _upstream_deprecation_ignored():
+    with upstream_deprecation_ignored():
         return get_peft_model(model, lora)
 
 
@@ -161,7 +161,7 @@ def load_checkpoint(base: Any, directory: str | Path, *, trainable: bool = False
         base.specstream.load_state_dict({key.removeprefix("specstream."): value for key, value in streams.items()})
     else:
         _check_streams_saved(base.specstream, directory / ADAPTER_FILE)
-    with _upstream_deprecation_ignored():
+    with upstream_deprecation_ignored():
         model = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable)
     stream_module(model).requires_grad_(trainable)
     return model
@@ -173,7 +173,7 @@ def read_stream_config(directory: str | Path) -> StreamConfig:
 
 
 @contextmanager
-def _upstream_deprecation_ignored() -> Iterator[None]:
+def upstream_deprecation_ignored() -> Iterator[None]:
     """Silence PEFT's reading of an attribute that transformers 5 renamed; nobody here can act on it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
