@@ -65,7 +65,7 @@ def converter(monkeypatch):
 
 
 def test_every_flag_reaches_the_converter(run, library, converter, tmp_path):
-    words = "--adapter-path a --adapter-name n --streams-path s --specstream-config c"
+    words = "--adapter-path a --adapter-name n --streams-path s --heads h --specstream-config c"
     words += " --mlx-path out --overwrite --keep-adapters --adapter-only -q --q-bits 8 --q-group-size 32 --q-mode mxfp8"
     words += (
         " --dtype bfloat16 --key-map k --ignore-keys .*bias --recompute-init --dequantize --lora-only --allow-pickle"
@@ -78,6 +78,7 @@ def test_every_flag_reaches_the_converter(run, library, converter, tmp_path):
             "adapter_path": Path("a"),
             "adapter_name": "n",
             "streams_path": Path("s"),
+            "heads_path": Path("h"),
             "specstream_config": Path("c"),
             "mlx_path": Path("out"),
             "overwrite": True,
