@@ -12,6 +12,7 @@ A anchors, G = gamma, D hidden size, H heads, D_h head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -185,15 +186,24 @@ class PackedLlama:
 
     def trunk(self, batch: PackedBatch, num_stream_layers: int) -> torch.Tensor:
         """Return ``M^{N-N_s}`` (R, L, D), without gradients."""
+        layer = len(self.layers) - num_stream_layers
+        return self.hidden_states(batch, (layer,))[layer]
+
+    def hidden_states(self, batch: PackedBatch, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Return ``M^l`` (R, L, D) for every layer wanted, without gradients; N + 1: after the final norm."""
         hidden = self.embedding[batch.tokens].float()
         cos, sin = self._angles(batch.positions)
+        states = {0: hidden}
         with torch.no_grad():
-            for layer in self.layers[: len(self.layers) - num_stream_layers]:
+            for index, layer in enumerate(self.layers[: max(wanted)], start=1):
                 q, k, v = self._qkv(layer, hidden, cos, sin)
                 k, v = (x.repeat_interleave(q.shape[1] // self.num_kv, 1) for x in (k, v))
                 attended = F.scaled_dot_product_attention(q, k, v, attn_mask=batch.visible[:, None])
                 hidden = self._rest(layer, hidden, attended.transpose(1, 2).flatten(2))
-        return hidden
+                states[index] = hidden
+            if len(self.layers) + 1 in wanted:
+                states[len(self.layers) + 1] = _Norm.apply(hidden, self.norm, self.eps, torch.float32)
+        return {index: states[index] for index in wanted}
 
     def _streams(
         self,
