@@ -50,6 +50,10 @@ def benchmark(
         str | None,
         typer.Option(help="Directory with an adapter for this base; mlx-lm runs the base, or its fine-tune by a LoRA."),
     ] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(help="A draft head (Medusa, Hydra, EAGLE, EAGLE-3; directory) as an arm; may be repeated."),
+    ] = None,
     prompts_file: Annotated[
         list[Path] | None,
         typer.Option(
@@ -122,7 +126,11 @@ def benchmark(
             raise UsageError(f"--random-weights: contradicts {option}; drop one")
     check_plot(plot)
     quieten_libraries(
-        offline=not any_repo_id({"--model": model, "--adapter": adapter, "--draft-model": draft_model}), debug=debug
+        offline=not any_repo_id(
+            {"--model": model, "--adapter": adapter, "--draft-model": draft_model}
+            | {f"--head {number}": place for number, place in enumerate(head or [])}
+        ),
+        debug=debug,
     )
 
     def remark(line: str) -> None:
@@ -151,6 +159,7 @@ def benchmark(
                 draft_model=draft_model,
                 num_draft_tokens=num_draft_tokens,
                 prompt_lookup=prompt_lookup,
+                heads=head or (),
             )
             document |= about | {"repeats": repeats, "max_tokens": max_tokens, "noise_streams": noise_streams}
             if ignore_eos:
@@ -181,6 +190,7 @@ def load_arms(
     draft_model: str | None = None,
     num_draft_tokens: int = 4,
     prompt_lookup: bool = False,
+    heads: Sequence[str] = (),
 ) -> tuple[list[Arm], Any, Any, dict[str, Any]]:
     """Every arm, the baseline first; mlx-lm's model and ours share the arrays of their weights."""
     import mlx_lm
@@ -197,11 +207,12 @@ def load_arms(
     stock_bytes = sum(value.nbytes for _, value in tree_flatten(stock.parameters()))
     our_bytes = sum(value.nbytes for _, value in tree_flatten(target.parameters()))
     modes = list(dict.fromkeys(draft or ["auto", "off"]))
-    if target.gamma == 0:
+    if target.drafter is None:
         needing = [mode for mode in modes if mode in ("tree", "chain")]
         if needing:
             remark(f"this model has no streams: no arm for --draft {', '.join(needing)}")
-        remark("this model has no streams: ours decodes plainly; nothing is said about drafting with streams")
+        if not heads:
+            remark("this model has no streams: ours decodes plainly; nothing is said about drafting with streams")
         modes = [mode for mode in modes if mode not in needing and mode != "auto"] or ["off"]
     arms = [stock_arm(BASELINE, stock, tokenizer, stock_bytes, max_tokens)]
     for mode in modes:
@@ -209,6 +220,10 @@ def load_arms(
             tree=tree if mode in ("tree", "auto") else None, insertion=insertion if mode != "off" else None
         )
         arms.append(stream_arm(mode, target, tokenizer, our_bytes, max_tokens, draft=mode, draft_options=options))
+    drafting = next((mode for mode in draft or () if mode != "off"), "auto")
+    for label, head, head_bytes in load_heads(target, heads):
+        more = {"drafter": head, "draft": drafting, "draft_options": DraftOptions(tree=tree)}
+        arms.append(stream_arm(label, target, tokenizer, our_bytes + head_bytes, max_tokens, **more))
     if prompt_lookup:
         more = {"drafter": "prompt-lookup", "num_draft_tokens": num_draft_tokens, "draft": "chain"}
         arms.append(stream_arm(LOOKUP, target, tokenizer, our_bytes, max_tokens, **more))
@@ -346,6 +361,23 @@ def _refuse_differences(arms: Sequence[Arm], load: Workload, different: dict[str
     why = "ties within rounding: --allow-differences" if explained else "rounding does not explain it: please report it"
     rest = [f"and {len(lines) - MOST_LINES} answers more"] if len(lines) > MOST_LINES else []
     raise VerificationError("\n".join([*lines[:MOST_LINES], *rest, f"so no figure is given ({why})"]))
+
+
+def load_heads(target: Any, places: Sequence[str]) -> list[tuple[str, Any, int]]:
+    """Draft heads over the model as it is: a label, the drafter and its bytes for each."""
+    found: list[tuple[str, Any, int]] = []
+    for place in places:
+        name = target.load_adapter(place)
+        adapter = target.adapters[name]
+        if adapter.head is None:
+            raise UsageError(f"--head: {place} holds no draft head; give it as --adapter")
+        if adapter.mount.layers:
+            raise UsageError(
+                f"--head: {place} has a fine-tune of its own, so its text is another one; give it as --adapter"
+            )
+        taken = any(label == adapter.head.name for label, _, _ in found)
+        found.append((name if taken else adapter.head.name, adapter.head, adapter.num_bytes))
+    return found
 
 
 def _make_noise(target: Any) -> None:

@@ -22,6 +22,7 @@ from tests.breaks import (
     convert,
     decoding,
     families,
+    heads,
     passes,
     recipes,
     train_command,
@@ -30,7 +31,7 @@ from tests.breaks import (
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("specstream_mlx", "convert", "cli", "tests", "benchmarks", "pyproject.toml")
-AREAS = (decoding, passes, caches, families, adapters, training, train_command, convert, command_line, recipes)
+AREAS = (decoding, passes, caches, families, heads, adapters, training, train_command, convert, command_line, recipes)
 BREAKS = tuple(broken for area in AREAS for broken in area.BREAKS)
 
 

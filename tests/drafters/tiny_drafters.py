@@ -1,16 +1,20 @@
 """Tiny drafters of every kind that needs no streams, for any target of the tests: ``make(kind, target)``."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from specstream_mlx.drafters.head import Head
 from specstream_mlx.drafters.heads import HEADS
 from specstream_mlx.drafters.prompt_lookup import PromptLookup
 from specstream_mlx.drafters.protocol import Drafter
 from specstream_mlx.drafters.two_model import TwoModel
+from specstream_mlx.formats.drafter_config import DRAFTER_CONFIG, DRAFTER_WEIGHTS, DrafterConfig
 from specstream_mlx.models.heads import sizes_of
 from specstream_mlx.target.target import Target
 from tests.tiny import make_base, randomise
@@ -41,6 +45,17 @@ def make_head(kind: str, target: Target, seed: int = 7) -> Head:
         head.weights.d2t = mx.array(ids - np.arange(size), dtype=mx.int32)
     head.weights.eval()
     return head
+
+
+def save_head(kind: str, target: Target, path: Path, seed: int = 7) -> Path:
+    """A random head as an adapter directory."""
+    head, (name, settings) = make_head(kind, target, seed), VARIANTS.get(kind, (kind, SETTINGS.get(kind, {})))
+    path.mkdir(parents=True)
+    sizes = sizes_of(target.base, target.family)
+    base = {"hidden_size": sizes.hidden_size, "vocab_size": sizes.vocab_size}
+    (path / DRAFTER_CONFIG).write_text(json.dumps(DrafterConfig(name, settings, base).to_dict()))
+    mx.save_safetensors(str(path / DRAFTER_WEIGHTS), dict(tree_flatten(head.weights.parameters())))
+    return path
 
 
 def _two_model(target: Target, seed: int) -> Drafter:
