@@ -207,7 +207,7 @@ def train_head(
         assert isinstance(model, PeftModel)
         model.save_pretrained(str(out / "adapter"), save_embedding_layers=False)
     with replaced_directory(target) as temporary:
-        training = asdict(config) | done | {"parameters": trained}
+        training = asdict(config) | done | {"parameters": trained, "fine_tuned_base": fine_tune is not None}
         write_head(temporary, kind, head, shape, training, base_name or base_directory.name)
     shutil.rmtree(restart, ignore_errors=True)
     return target
@@ -301,9 +301,8 @@ def _own_examples(
         return [Example(tuple(prompt), tuple(answer)) for prompt, answer in json.loads(path.read_text())]
     prompts = sorted({example.prompt for example in examples})
     random.Random(config.seed).shuffle(prompts)
-    found = own_answers(fast, prompts[: config.own_prompts], max_tokens=config.own_max_tokens, eos_id=eos_id)
-    if not found:
-        raise ValueError(f"no answer of the base ended within {config.own_max_tokens} tokens; give more")
+    chosen = prompts[: config.own_prompts]
+    found = own_answers(fast, chosen, max_tokens=config.own_max_tokens, eos_id=eos_id, cut_off=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps([[example.prompt, example.answer] for example in found]))
     partial.rename(path)

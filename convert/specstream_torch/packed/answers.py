@@ -18,9 +18,10 @@ def own_answers(
     max_tokens: int,
     eos_id: int,
     batch_size: int = 64,
+    cut_off: bool = False,
     tick: Callable[[int], None] = lambda done: None,
 ) -> list[Example]:
-    """Answer every prompt greedily; answers that do not end within `max_tokens` are left out."""
+    """Answer every prompt greedily; answers not ended within `max_tokens` are left out, or with `cut_off` kept."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, Example] = {}
     for start in range(0, len(order), batch_size):
@@ -28,7 +29,7 @@ def own_answers(
         with torch.no_grad():
             texts = _batch(fast, [prompts[i] for i in indices], max_tokens, eos_id)
         for index, answer in zip(indices, texts, strict=True):
-            if answer and answer[-1] == eos_id:
+            if answer and (cut_off or answer[-1] == eos_id):
                 answers[index] = Example(prompts[index], tuple(answer))
         tick(min(start + batch_size, len(order)))
     return [answers[index] for index in sorted(answers)]
