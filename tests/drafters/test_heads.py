@@ -218,10 +218,11 @@ def test_withdrawn_tokens_leave_nothing_behind(kind):
         model.commit(passed, [0], caches)
         anchor = Anchor(passed, 0, mx.argmax(passed.logits, axis=-1), caches)
         wish = Wish(3, tree, 0, "deferred")
-        for token in [3, 4] if withdraws else []:
+        for token, proposes in ((3, True), (4, False)) if withdraws else ():
             state.ran(passed.taps, [0], passed.start)
             state.commit([token])
-            state.propose(Anchor(passed, 0, mx.array([token]), caches), wish)
+            if proposes:
+                state.propose(Anchor(passed, 0, mx.array([token]), caches), wish)
             state.withdraw()
         state.ran(passed.taps, [0], passed.start)
         state.commit(anchor.root)
