@@ -18,7 +18,7 @@ def calibrate(
         typer.Option(help="MLX model directory or Hugging Face repository; default: the model shipped here."),
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="Directory with a stream adapter for this base (convert --adapter-only).")
+        str | None, typer.Option(help="Directory with a stream adapter or a draft head for this base (see convert).")
     ] = None,
     prompts_file: Annotated[
         Path | None,

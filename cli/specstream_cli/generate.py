@@ -42,7 +42,7 @@ def generate(
         typer.Option(help="MLX model directory or Hugging Face repository; default: the model shipped here."),
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="Directory with a stream adapter for this base (convert --adapter-only).")
+        str | None, typer.Option(help="Directory with a stream adapter or a draft head for this base (see convert).")
     ] = None,
     prompt: Annotated[
         str | None,

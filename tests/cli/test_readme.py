@@ -27,14 +27,14 @@ COMMANDS = {
     "--kv-bits --kv-group-size --quantized-kv-start --max-kv-size --json --quiet --debug",
     "cache_prompt": "--prompt-cache-file --prompt --model --adapter --ignore-chat-template --kv-bits --kv-group-size "
     "--quantized-kv-start --prefill-step-size --quiet --debug",
-    "convert": "--hf-path --model --adapter-path --adapter-name --streams-path --specstream-config --mlx-path "
+    "convert": "--hf-path --model --adapter-path --adapter-name --streams-path --heads --specstream-config --mlx-path "
     "--overwrite --fuse --keep-adapters --adapter-only --quantize --q-bits --q-group-size --q-mode --dtype --key-map "
     "--ignore-keys --recompute-init --dequantize --lora-only --allow-pickle --trust-remote-code --dry-run --verify "
     "--no-verify --reference-logits --upload-repo --json --quiet --debug",
     "inspect": "--model --json --debug",
     "calibrate": "--model --adapter --prompts-file --prompts --max-tokens --context --repeats --store --no-store "
     "--plot --json --quiet --debug",
-    "benchmark": "--model --adapter --prompts-file --prompts --repeats --max-tokens --context --draft --tree "
+    "benchmark": "--model --adapter --head --prompts-file --prompts --repeats --max-tokens --context --draft --tree "
     "--insertion --draft-model --num-draft-tokens --prompt-lookup --ignore-eos --noise-streams --allow-differences "
     "--costs --random-weights --dtype --q-bits --plot --json --quiet --debug",
     "train": "--model --data --self-distill --adapter-path --overwrite --config --mode --gamma --num-stream-layers "

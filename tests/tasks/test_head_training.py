@@ -181,6 +181,20 @@ def mlx_base(hugging_face: Path, path: Path) -> Path:
     return path
 
 
+def test_a_head_learns_the_own_answers_of_a_fine_tune(tiny: Any, tmp_path: Path) -> None:
+    """The LoRA of the fine-tune belongs to the base. Break: forget it."""
+    config = HeadConfig("eagle", num_steps=1, own_prompts=5, own_max_tokens=6, **BUDGET)
+    examples, answers = cycles(20), {}
+    for name, fine_tune in (("bare", None), ("tuned", tiny.adapter)):
+        out = train_head(tiny.base, examples, tmp_path / name, config, fine_tune=fine_tune, report=lambda line: None)
+        answers[name] = json.loads((tmp_path / name / "own.json").read_text())
+        training = json.loads((out / "drafter_config.json").read_text())["training"]
+        assert training["fine_tuned_base"] is (fine_tune is not None)
+        assert training["examples"] <= 5
+    assert [prompt for prompt, _ in answers["bare"]] == [prompt for prompt, _ in answers["tuned"]]
+    assert answers["bare"] != answers["tuned"]
+
+
 def test_medusa_2_trains_a_lora_along(tiny: Any, tmp_path: Path) -> None:
     """Break: the LoRA gets no gradient, of its own loss or of the heads'."""
     config = HeadConfig("medusa", num_steps=3, depth=2, lora_rank=2, **BUDGET)
