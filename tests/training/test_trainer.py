@@ -23,6 +23,7 @@ from specstream_mlx.training.output import read_adapter, replaced_directory
 from specstream_mlx.training.settings import TrainSettings
 from specstream_mlx.training.trainable import attach, trained_tensors
 from tests.tiny import active_memory
+from tests.tolerances import FLOAT32
 from tests.training.training_cases import prepared, rows, same, save_base
 
 DATA = Dataset(rows(11), rows(5))
@@ -259,12 +260,13 @@ def test_stream_embeddings_learn_at_the_scale_of_the_hidden_states(tmp_path: Pat
         ids = [example.prompt + example.answer for example in DATA.train]
         norms = [mx.sqrt(forward_main(start.model, mx.array([row])).trunk.square().mean(axis=-1)) for row in ids]
         sizes[size] = float(np.median(np.concatenate([np.array(norm).reshape(-1) for norm in norms])))
-        assert events[0]["hidden_rms"] == pytest.approx(sizes[size], rel=1e-5)
+        assert events[0]["hidden_rms"] == pytest.approx(sizes[size], rel=1e-5, abs=FLOAT32)
         before, after = trained_tensors(start.model), read_adapter(run.target)[1]
         steps[size] = {name: mx.abs(after[name] - before[name]).max().item() for name in before}
     assert sizes[50.0] > 1.5 * sizes[1.0]
     for size, moved in steps.items():
-        assert moved["specstream.stream_embeddings"] == pytest.approx(0.02 * sizes[size], rel=0.01)
+        step = 0.02 * sizes[size]  # Adam's first step is the learning rate, less its epsilon's share
+        assert moved["specstream.stream_embeddings"] == pytest.approx(step, rel=0.01, abs=FLOAT32)
         others = {name: step for name, step in moved.items() if name != "specstream.stream_embeddings"}
         assert max(others.values()) <= 1.01e-3  # type: ignore[type-var]
 
@@ -384,7 +386,7 @@ def test_resume_without_a_restart_point_starts_and_latent_consistency_pulls(base
         run = prepared(base, tmp_path / str(weight), latent_weight=weight, iters=40, max_anchors=None)
         run.train(DATA, resume=True, report=events.append)
         distances.append([event["latent_loss"] for event in events if event["event"] == "train"])
-    assert distances[0][0] == pytest.approx(distances[1][0], rel=1e-5)
+    assert distances[0][0] == pytest.approx(distances[1][0], rel=1e-5, abs=FLOAT32)
     assert distances[1][-1] < 0.9 * distances[0][-1]
 
 
