@@ -71,7 +71,7 @@ def compare(options: argparse.Namespace, out: Any) -> None:
     """
     from specstream_cli.benchmark import load_arms, measure_all, workloads
     from specstream_cli.terminal import progress_bar, to_stderr
-    from specstream_mlx.calibration import machine
+    from specstream_mlx.target import machine
 
     draft = options.draft or ["auto"]
     arms, tokenizer, target, about = load_arms(

@@ -20,9 +20,10 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from benchmarks.exactness import bundled_arm, cases, tiny_arm
 from specstream_mlx import DraftOptions, stream_generate
+from specstream_mlx.options import Insertion
 from specstream_mlx.planning.calibration import Calibration
 from specstream_mlx.planning.control import Control
-from specstream_mlx.planning.plan import Insertion, make_plan
+from specstream_mlx.planning.plan import make_plan
 from specstream_mlx.planning.planner import Curve, PassCosts, candidate_trees
 from specstream_mlx.target.tree import DraftTree
 from tests import tiny
@@ -252,6 +253,8 @@ class Erratic:
         self.trees = candidate_trees(RATES, MAX_ROWS)
         self.plain_left = 0
         self.chosen = []
+
+    wants_times = False
 
     @property
     def stays_plain(self):

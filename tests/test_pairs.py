@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from specstream_mlx import DraftOptions, PrefixCache, SpecStreamModel
-from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.options import Insertion
 from tests.adapter_cases import save_adapter
 from tests.test_caches import HEADS, QUANTISED
 from tests.tiny import EVERY_FAMILY, NumberTokenizer, drafter, make_base, our_tokens, plain_tokens, random_prompt

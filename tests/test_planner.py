@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.options import Insertion
 from specstream_mlx.planning.planner import Candidates, Curve, PassCosts, best_paths, solve
 from specstream_mlx.target.tree import DraftTree
 from tests.tolerances import FLOAT64

@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from specstream_mlx import DraftOptions
 from specstream_mlx.engine.acceptance import accept
 from specstream_mlx.engine.sampling import TargetSampler
-from specstream_mlx.planning.plan import Insertion
+from specstream_mlx.options import Insertion
 from specstream_mlx.target.tree import DraftTree
 from tests.tiny import END_OF_TEXT, NumberTokenizer, drafter, make_model, our_tokens, plain_tokens, random_prompt
 from tests.tolerances import FLOAT32, FLOAT64
@@ -117,7 +117,7 @@ def test_every_outcome_of_a_pass_has_the_probability_of_plain_decoding(monkeypat
         target = TargetSampler(sampler, logits_processors, V, seed=3)
         history = mx.array(prompt[:-1]) if logits_processors else None
         drawn = target.draw(logits, tree, mx.array(node_tokens), history)
-        tokens = accept(tree, node_tokens, drawn.tolist()).tokens
+        tokens = accept(tree, node_tokens, drawn.tokens.tolist()).tokens
         emitted[tokens] = emitted.get(tokens, 0.0) + probability
         accepted = next(n for n in range(1, 4) if n == 3 or outcome[:n] not in paths)
         expected[outcome[:accepted]] = expected.get(outcome[:accepted], 0.0) + probability

@@ -22,6 +22,7 @@ from specstream_cli.generate import generate
 from specstream_cli.inspect import inspect
 from specstream_cli.terminal import ReaderGone, silence_stdout, to_stderr
 from specstream_cli.train import TrainCommand, train
+from specstream_mlx.errors import SpecStreamError
 
 PROGRAM = "specstream-mlx"
 INTERRUPTED = 130
@@ -88,7 +89,6 @@ def _report(error: Exception, debug: bool) -> int:
     if isinstance(error, typer.TyperException):
         to_stderr(f"error: {_usage_message(error)}")
         return int(getattr(error, "exit_code", 2))
-    from specstream_mlx.errors import SpecStreamError
 
     if isinstance(error, SpecStreamError):
         for line in str(error).splitlines() or [type(error).__name__]:

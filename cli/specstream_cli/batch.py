@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specstream_mlx.errors import InvalidInputError
+
 SEPARATOR = "=" * 10  # between answers, as mlx-lm writes it around one
 
 
@@ -36,7 +38,6 @@ class Batch:
             InvalidInputError: prompts that the model cannot take, every one with its line.
         """
         from specstream_mlx.engine.generate import check_context, prompt_ids
-        from specstream_mlx.errors import InvalidInputError
 
         encoded, problems = [], []
         for prompt, line in zip(self.prompts, self.lines, strict=True):

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from specstream_cli.arms import (
     BASELINE,
     DRAFT_MODEL,
+    LOOKUP,
     Arm,
     Workload,
     differences,
     judge,
-    lookup_arm,
     measure,
     row,
     stock_arm,
@@ -25,9 +25,10 @@ from specstream_cli.plots import check_plot, draw
 from specstream_cli.quality import quality
 from specstream_cli.tables import table
 from specstream_cli.terminal import Progress, answer, progress_bar, quieten_libraries, to_stderr
-from specstream_cli.validation import any_repo_id, invalid_input, tree_spec, usage_error, within
+from specstream_cli.validation import any_repo_id, tree_spec, within
+from specstream_mlx.errors import InvalidInputError, UsageError, VerificationError
+from specstream_mlx.options import Insertion
 
-Insertion = Literal["leaf", "deferred", "parallel"]
 DRAFT_MODES = ("auto", "tree", "chain", "off")
 MOST_LINES = 8
 REFERENCES = ("answer", "reference", "completion", "target")
@@ -115,10 +116,10 @@ def benchmark(
     for length in context or []:
         within(1)(length)
     if random_weights is None and (dtype is not None or q_bits is not None):
-        raise usage_error(f"--{'dtype' if dtype is not None else 'q-bits'}: goes with --random-weights")
+        raise UsageError(f"--{'dtype' if dtype is not None else 'q-bits'}: goes with --random-weights")
     for option, value in (("--model", model), ("--adapter", adapter)):
         if random_weights is not None and value is not None:
-            raise usage_error(f"--random-weights: contradicts {option}; drop one")
+            raise UsageError(f"--random-weights: contradicts {option}; drop one")
     check_plot(plot)
     quieten_libraries(
         offline=not any_repo_id({"--model": model, "--adapter": adapter, "--draft-model": draft_model}), debug=debug
@@ -129,7 +130,7 @@ def benchmark(
             to_stderr(line)
 
     with answer() as out, progress_bar(quiet=quiet) as progress:
-        from specstream_mlx.calibration import machine
+        from specstream_mlx.target import machine
 
         document: dict[str, Any] = {
             "benchmark": "costs of random weights" if random_weights else "side by side",
@@ -186,8 +187,8 @@ def load_arms(
     from mlx.utils import tree_flatten
 
     from specstream_mlx import DraftOptions, default_model_path, load
-    from specstream_mlx.calibration.store import calibration_key
     from specstream_mlx.engine.exactness import plain_model
+    from specstream_mlx.models.identity import calibration_key
 
     path = str(default_model_path()) if name is None else name
     target, tokenizer = load(path, adapter=adapter)
@@ -209,16 +210,17 @@ def load_arms(
         )
         arms.append(stream_arm(mode, target, tokenizer, our_bytes, max_tokens, draft=mode, draft_options=options))
     if prompt_lookup:
-        arms.append(lookup_arm(target, tokenizer, our_bytes, max_tokens, num_draft_tokens))
+        more = {"drafter": "prompt-lookup", "num_draft_tokens": num_draft_tokens, "draft": "chain"}
+        arms.append(stream_arm(LOOKUP, target, tokenizer, our_bytes, max_tokens, **more))
     if draft_model is not None:
         try:
             second, _, *_ = mlx_lm.load(draft_model)
         except (ValueError, KeyError, OSError) as error:
-            raise invalid_input(
+            raise InvalidInputError(
                 f"--draft-model: {draft_model} cannot be loaded ({' '.join(str(error).split())})"
             ) from error
         if second.args.vocab_size != target.args.vocab_size:
-            raise invalid_input(
+            raise InvalidInputError(
                 f"--draft-model: vocabulary of {second.args.vocab_size} tokens, the model has "
                 f"{target.args.vocab_size}; give a draft model with the same tokenizer"
             )
@@ -255,7 +257,7 @@ def workloads(
 
     samples = find_samples(name)
     if not files and samples is None:
-        raise invalid_input("no samples.jsonl beside the model; give --prompts-file")
+        raise InvalidInputError("no samples.jsonl beside the model; give --prompts-file")
     limit = target.context_length or 1 << 30
     loads = []
     for file in files or ([samples] if samples is not None else []):
@@ -340,7 +342,6 @@ def _refuse_differences(arms: Sequence[Arm], load: Workload, different: dict[str
             explained = explained and is_tie
     if not lines or (allowed and explained):
         return
-    from specstream_mlx.errors import VerificationError
 
     why = "ties within rounding: --allow-differences" if explained else "rounding does not explain it: please report it"
     rest = [f"and {len(lines) - MOST_LINES} answers more"] if len(lines) > MOST_LINES else []
@@ -353,7 +354,7 @@ def _make_noise(target: Any) -> None:
     from mlx.utils import tree_flatten, tree_unflatten
 
     if target.gamma == 0:
-        raise usage_error("--noise-streams: this model has no streams")
+        raise UsageError("--noise-streams: this model has no streams")
     filled = [
         (name, mx.random.normal(value.shape, scale=4.0, key=mx.random.key(index)).astype(value.dtype))
         for index, (name, value) in enumerate(tree_flatten(target.streams.parameters()))

@@ -12,8 +12,6 @@ import typer
 
 from specstream_cli.chat_template import ChatTemplate, Message
 from specstream_cli.generate import (
-    DraftMode,
-    Insertion,
     add_eos_tokens,
     generate,
     prompt_progress,
@@ -24,7 +22,9 @@ from specstream_cli.generate import (
 from specstream_cli.options import of
 from specstream_cli.sampling import Sampling
 from specstream_cli.terminal import Answer, answer, progress_bar, quieten_libraries, to_stderr
-from specstream_cli.validation import any_repo_id, invalid_input, within
+from specstream_cli.validation import any_repo_id, within
+from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.options import DraftMode, Insertion
 
 HELP = "q: quit   r: reset, forgetting the conversation   h: help   Ctrl-C: stop the answer, or quit"
 PROMPT = "> "
@@ -208,7 +208,7 @@ class _Session:
 
     def __post_init__(self) -> None:
         if sys.stdin is None:
-            raise invalid_input("standard input is closed; questions are read from there, one a line")
+            raise InvalidInputError("standard input is closed; questions are read from there, one a line")
         self.watched = sys.stdin.isatty()
         self.warned = False
 
@@ -240,12 +240,11 @@ class _Session:
             line = sys.stdin.buffer.readline()
             return line.decode("utf-8").rstrip("\r\n") if line else None
         except UnicodeDecodeError as error:
-            raise invalid_input(f"standard input: not valid UTF-8 (byte {error.start} of the line)") from None
+            raise InvalidInputError(f"standard input: not valid UTF-8 (byte {error.start} of the line)") from None
         except OSError as error:
-            raise invalid_input(f"standard input: cannot be read ({error.strerror})") from None
+            raise InvalidInputError(f"standard input: cannot be read ({error.strerror})") from None
 
     def _answer(self, question: str) -> None:
-        from specstream_mlx.errors import InvalidInputError
 
         last, stopped = None, False
         try:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specstream_cli.validation import invalid_input, usage_error
+from specstream_mlx.errors import InvalidInputError, UsageError
 
 Message = dict[str, str]
 _PLACE = "<query>"  # stands for the question where mlx-lm looks for the part behind a prompt cache
@@ -34,12 +34,12 @@ class ChatTemplate:
             try:
                 arguments = json.loads(config)
             except (ValueError, RecursionError) as error:
-                raise usage_error(f"--chat-template-config: not valid JSON ({error}); give an object") from None
+                raise UsageError(f"--chat-template-config: not valid JSON ({error}); give an object") from None
             if not isinstance(arguments, dict):
-                raise usage_error(f"--chat-template-config: got {config}, expected a JSON object")
+                raise UsageError(f"--chat-template-config: got {config}, expected a JSON object")
         chat = cls(system_prompt, arguments, ignored, prefill)
         if ignored and chat._given:
-            raise usage_error(f"{chat._given[0]}: contradicts --ignore-chat-template; drop one")
+            raise UsageError(f"{chat._given[0]}: contradicts --ignore-chat-template; drop one")
         return chat
 
     @property
@@ -60,7 +60,7 @@ class ChatTemplate:
         if self.ignored or tokenizer.has_chat_template:
             return not self.ignored
         if self._given:
-            raise usage_error(f"{self._given[0]}: this tokenizer has no chat template; put everything into the prompt")
+            raise UsageError(f"{self._given[0]}: this tokenizer has no chat template; put everything into the prompt")
         return False
 
     def prompt(self, tokenizer: Any, question: str, *, cached: bool = False) -> str | list[int]:
@@ -83,7 +83,9 @@ class ChatTemplate:
             messages[-1]["content"] = _PLACE
             place = self.render(tokenizer, messages).find(_PLACE)
             if place < 0:
-                raise invalid_input("chat template: does not show the question as it is; use --ignore-chat-template")
+                raise InvalidInputError(
+                    "chat template: does not show the question as it is; use --ignore-chat-template"
+                )
             text = text[place:]
         return list(tokenizer.encode(text, add_special_tokens=False))
 
@@ -109,5 +111,5 @@ class ChatTemplate:
             )
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise invalid_input(f"chat template: refused the messages ({reason})") from error
+            raise InvalidInputError(f"chat template: refused the messages ({reason})") from error
         return text

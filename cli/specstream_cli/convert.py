@@ -4,17 +4,16 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from specstream_cli.signals import terminated_like_interrupted
 from specstream_cli.tables import table
 from specstream_cli.terminal import answer, progress_bar, quieten_libraries, to_stderr
-from specstream_cli.validation import is_repo_id, regular_expression, repo_id, usage_error, within
-
-QuantizationMode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
-DType = Literal["float32", "bfloat16", "float16"]
+from specstream_cli.validation import is_repo_id, regular_expression, repo_id, within
+from specstream_mlx.errors import UsageError
+from specstream_mlx.options import DType, QuantizationMode
 
 
 def convert(
@@ -91,11 +90,11 @@ def convert(
     needs_quantize = {"--q-bits": q_bits, "--q-group-size": q_group_size, "--q-mode": q_mode}
     for option, value in needs_quantize.items():
         if value is not None and not quantize:
-            raise usage_error(f"{option}: has no effect without --quantize; add -q or drop it")
+            raise UsageError(f"{option}: has no effect without --quantize; add -q or drop it")
     if adapter_path is None and streams_path is None:
-        raise usage_error("nothing to convert: give --adapter-path (a PEFT directory) or --streams-path")
+        raise UsageError("nothing to convert: give --adapter-path (a PEFT directory) or --streams-path")
     if dry_run and upload_repo is not None:
-        raise usage_error("--upload-repo: nothing is uploaded with --dry-run; drop one")
+        raise UsageError("--upload-repo: nothing is uploaded with --dry-run; drop one")
     if hf_path is not None:
         is_repo_id(hf_path, "--hf-path")
     quieten_libraries(offline=False, debug=debug)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from specstream_cli.terminal import to_stderr
+from specstream_mlx.errors import VerificationError
 
 
 class ExactCheck:
@@ -42,7 +43,6 @@ class ExactCheck:
         Raises:
             VerificationError: an answer is not plain decoding's, and rounding does not explain it.
         """
-        from specstream_mlx.errors import VerificationError
 
         if self._failures:
             raise VerificationError("\n".join(self._failures))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -31,10 +31,9 @@ from specstream_cli.sampling import (
     XtcThreshold,
 )
 from specstream_cli.terminal import Answer, Progress, ReaderGone, answer, progress_bar, quieten_libraries, to_stderr
-from specstream_cli.validation import any_repo_id, invalid_input, tree_spec, usage_error, utf8, utf8_each, within
-
-DraftMode = Literal["auto", "tree", "chain", "off"]
-Insertion = Literal["leaf", "deferred", "parallel"]
+from specstream_cli.validation import any_repo_id, tree_spec, utf8, utf8_each, within
+from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.options import DraftMode, Insertion
 
 
 def generate(
@@ -146,15 +145,15 @@ def generate(
     sampling = Sampling.of(locals())
     chat = ChatTemplate.of(system_prompt, chat_template_config, ignore_chat_template, prefill_response)
     if prompts_file is not None and prompt is not None:
-        raise usage_error("--prompts-file: contradicts --prompt; drop one")
+        raise UsageError("--prompts-file: contradicts --prompt; drop one")
     if prompt is None and prompts_file is None and (model is not None or prompt_cache_file is not None):
         option = "--model" if model is not None else "--prompt-cache-file"
-        raise usage_error(f"--prompt: missing; {option} needs a prompt ('-' reads standard input)")
+        raise UsageError(f"--prompt: missing; {option} needs a prompt ('-' reads standard input)")
     if prompt_cache_file is not None and (prompts_file is not None or check_exact):
         option = "--prompts-file" if prompts_file is not None else "--check-exact"
-        raise usage_error(f"--prompt-cache-file: an answer uses the cache up, which {option} cannot do; drop one")
+        raise UsageError(f"--prompt-cache-file: an answer uses the cache up, which {option} cannot do; drop one")
     if check_exact and temp > 0 and seed is None:
-        raise usage_error("--check-exact: sampled text can be compared for the same seed only; give --seed")
+        raise UsageError("--check-exact: sampled text can be compared for the same seed only; give --seed")
     question = None if prompt is None else read_prompt(prompt)
     quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
     with answer() as out:
@@ -333,7 +332,7 @@ def refuse_contradictions(
     useless = {"off": ("--tree", "--insertion", "--prune-threshold"), "chain": ("--tree", "--prune-threshold")}
     for option in useless.get(draft, ()):
         if given[option] is not None:
-            raise usage_error(f"{option}: has no meaning with --draft {draft}; drop one")
+            raise UsageError(f"{option}: has no meaning with --draft {draft}; drop one")
 
 
 def read_prompt(prompt: str) -> str:
@@ -341,16 +340,16 @@ def read_prompt(prompt: str) -> str:
     if prompt != "-":
         text = prompt.replace("\\n", "\n").replace("\\t", "\t")  # as mlx-lm does
     elif sys.stdin is None:
-        raise invalid_input("standard input is closed; pipe the prompt in, or give --prompt TEXT")
+        raise InvalidInputError("standard input is closed; pipe the prompt in, or give --prompt TEXT")
     else:
         try:
             text = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
-            raise invalid_input(f"standard input: not valid UTF-8 (byte {error.start})") from None
+            raise InvalidInputError(f"standard input: not valid UTF-8 (byte {error.start})") from None
         except OSError as error:
-            raise invalid_input(f"standard input: cannot be read ({error.strerror})") from None
+            raise InvalidInputError(f"standard input: cannot be read ({error.strerror})") from None
     if not text:
-        raise invalid_input("the prompt is empty; give --prompt TEXT, or '-' and text on standard input")
+        raise InvalidInputError("the prompt is empty; give --prompt TEXT, or '-' and text on standard input")
     return text
 
 
@@ -362,7 +361,7 @@ def add_eos_tokens(tokenizer: Any, tokens: list[str]) -> None:
     ids = set(vocabulary.values())
     unknown = [token for token in tokens if token not in vocabulary and not (token.isdecimal() and int(token) in ids)]
     if unknown:
-        raise invalid_input(
+        raise InvalidInputError(
             "\n".join(f"--extra-eos-token: {token!r} is not a token of this tokenizer" for token in unknown)
         )
     for token in tokens:

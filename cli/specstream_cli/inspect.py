@@ -8,7 +8,7 @@ import typer
 
 from specstream_cli.tables import document
 from specstream_cli.terminal import answer, quieten_libraries
-from specstream_cli.validation import invalid_input, usage_error
+from specstream_mlx.errors import InvalidInputError, UsageError
 
 
 def inspect(
@@ -22,7 +22,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint or model directory holds; exit code 3 when something in it is wrong."""
     if path is not None and model is not None:
-        raise usage_error("--model: PATH is given already; drop one")
+        raise UsageError("--model: PATH is given already; drop one")
     quieten_libraries(offline=True, debug=debug)
     with answer() as out:
         place = path or model
@@ -38,7 +38,7 @@ def inspect(
         else:
             out.write(document(for_people(found)))
     if found["problems"]:
-        raise invalid_input("\n".join(found["problems"]))
+        raise InvalidInputError("\n".join(found["problems"]))
 
 
 def for_people(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specstream_cli.validation import usage_error
+from specstream_mlx.errors import UsageError
 
 Line = tuple[str, Sequence[float], Sequence[float]]  # label, x, y
 
@@ -19,11 +19,11 @@ def check_plot(path: Path | None, option: str = "--plot") -> None:
     if path is None:
         return
     if path.suffix.lower() != ".png":
-        raise usage_error(f"{option}: {path}: plots are PNG files; give a name that ends in .png")
+        raise UsageError(f"{option}: {path}: plots are PNG files; give a name that ends in .png")
     if not path.parent.is_dir():
-        raise usage_error(f"{option}: {path.parent}: no such directory; make it first")
+        raise UsageError(f"{option}: {path.parent}: no such directory; make it first")
     if importlib.util.find_spec("matplotlib") is None:
-        raise usage_error(
+        raise UsageError(
             f"{option}: matplotlib is not installed; pip install 'specstream-mlx[plots]', or drop {option}"
         )
 
@@ -56,4 +56,4 @@ def draw(path: Path, panels: Sequence[Mapping[str, Any]], title: str) -> None:
     try:
         figure.savefig(path, dpi=120, format="png")
     except OSError as error:
-        raise usage_error(f"{path}: the plot cannot be written ({error.strerror or error})") from error
+        raise UsageError(f"{path}: the plot cannot be written ({error.strerror or error})") from error

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from specstream_cli.validation import finite, invalid_input, within
+from specstream_cli.validation import finite, within
+from specstream_mlx.errors import InvalidInputError
 
 Temp = Annotated[float, typer.Option(callback=within(0), help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(callback=within(0, 1, above=True), help="Nucleus sampling; 1 is off.")]
@@ -100,7 +101,7 @@ class Sampling:
             f"--logit-bias: token id {token}: {size}; give an id below" for token in self._bias() if token >= vocab_size
         ]
         if problems:
-            raise invalid_input("\n".join(problems))
+            raise InvalidInputError("\n".join(problems))
 
     def sampler(self, tokenizer: Any) -> Callable[..., Any] | None:
         """mlx-lm's sampler; None is greedy."""

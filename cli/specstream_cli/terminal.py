@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
-from specstream_cli.validation import usage_error
+from specstream_mlx.errors import UsageError
 
 Progress = Callable[[str, int, int], None]
 
@@ -56,7 +56,7 @@ class Answer:
             raise ReaderGone from None
         except OSError as error:
             silence_stdout()
-            raise usage_error(f"standard output: the answer cannot be written ({error.strerror})") from error
+            raise UsageError(f"standard output: the answer cannot be written ({error.strerror})") from error
 
     def write_json(self, document: Mapping[str, Any]) -> None:
         """Write ``document`` as one line of strict JSON."""
@@ -68,7 +68,7 @@ def answer() -> Iterator[Answer]:
     """Reserve standard output for the answer; what libraries print meanwhile goes to standard error."""
     stdout = sys.stdout
     if stdout is None:
-        raise usage_error("standard output is closed; the answer has nowhere to go")
+        raise UsageError("standard output is closed; the answer has nowhere to go")
     reconfigure = getattr(stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")  # a terminal that is not UTF-8 loses a character, not the answer

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -15,11 +15,10 @@ from specstream_cli.chat_template import ChatTemplate
 from specstream_cli.signals import terminated_like_interrupted
 from specstream_cli.terminal import Progress, answer, is_terminal, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.train_config import FEATURES, read_config, refuse_flags
-from specstream_cli.validation import invalid_input, is_repo_id, repo_id, usage_error, within
+from specstream_cli.validation import is_repo_id, repo_id, within
+from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.options import Mode, Optimizer, StreamPosition
 
-Mode = Literal["lossless", "shared"]
-StreamPosition = Literal["anchor_plus_j", "anchor"]
-Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
 _WRITTEN = (
     "README.md",
     "adapters",
@@ -188,7 +187,7 @@ def train(
         given = in_file | given
     for name, value in given.items():
         if value == "" and name != "model":
-            raise usage_error(f"--{name.replace('_', '-')}: empty; give a value or drop it")
+            raise UsageError(f"--{name.replace('_', '-')}: empty; give a value or drop it")
     begin = time.perf_counter()
     chosen = str(given["model"]) if "model" in given else None
     remote = is_repo_id(chosen, "--model") if chosen is not None else False
@@ -274,23 +273,21 @@ def _check_sources(given: Mapping[str, Any]) -> None:
     distill = given.get("self_distill", False)
     ChatTemplate.of(None, given.get("chat_template_config"))
     if distill and "hf_dataset" in given:
-        raise usage_error("hf_dataset: --self-distill takes prompts from a file; give --prompts, or drop one")
+        raise UsageError("hf_dataset: --self-distill takes prompts from a file; give --prompts, or drop one")
     if not distill and "data" not in given and "hf_dataset" not in given:
-        raise usage_error("nothing to train on: give --data, or --self-distill to train on the model's own answers")
+        raise UsageError("nothing to train on: give --data, or --self-distill to train on the model's own answers")
     if distill and given.get("mode", "lossless") != "lossless":
-        raise usage_error("--self-distill: goes with --mode lossless; shared mode trains new answers, give --data")
+        raise UsageError("--self-distill: goes with --mode lossless; shared mode trains new answers, give --data")
     if distill and "data" in given and "prompts" in given:
-        raise usage_error("--prompts: --data gives the prompts already; drop one")
+        raise UsageError("--prompts: --data gives the prompts already; drop one")
     prompts = _prompts(given)
     if distill and prompts is not None and not prompts.exists():
         flag = "prompts" if "prompts" in given else "data"
-        raise invalid_input(f"--{flag}: {given[flag]}: no such file or directory")
+        raise InvalidInputError(f"--{flag}: {given[flag]}: no such file or directory")
     if not distill:
         for name in ("prompts", "answers", "chat_template_config", "samples", "temp", "max_tokens"):
             if name in given:
-                raise usage_error(
-                    f"--{name.replace('_', '-')}: has no effect without --self-distill; add it or drop it"
-                )
+                raise UsageError(f"--{name.replace('_', '-')}: has no effect without --self-distill; add it or drop it")
 
 
 def _check_outputs(
@@ -300,43 +297,43 @@ def _check_outputs(
     from specstream_mlx.formats.atomic import recover
 
     if not output.name or output.name == "..":
-        raise usage_error(f"--adapter-path: {output} is not a name for a directory")
+        raise UsageError(f"--adapter-path: {output} is not a name for a directory")
     checkpoints = _checkpoints(output)
     for flag, place in (("--adapter-path", output), ("--export-peft", export_peft)):
         if place is not None:
             _check_writable(flag, place.expanduser())
             recover(place.expanduser())
     if output.is_symlink():
-        raise usage_error(f"--adapter-path: {output} is a symbolic link; give the place it points to")
+        raise UsageError(f"--adapter-path: {output} is a symbolic link; give the place it points to")
     if checkpoints.exists() and not checkpoints.is_dir():
-        raise usage_error(f"{checkpoints}: no directory, and restart points go there; choose another --adapter-path")
+        raise UsageError(f"{checkpoints}: no directory, and restart points go there; choose another --adapter-path")
     if given.get("self_distill", False):
         _check_answers(Path(given.get("answers", _answers(output))).expanduser())
     for flag, value in (("--answers", given.get("answers")), ("--export-peft", export_peft)):
         if value is not None and _within(Path(value), output, checkpoints):
-            raise usage_error(f"{flag}: {value} lies where --adapter-path {output} is written; choose another place")
+            raise UsageError(f"{flag}: {value} lies where --adapter-path {output} is written; choose another place")
     start = given.get("resume_adapter_file")
     if overwrite and start is not None and _within(Path(start), checkpoints):
-        raise usage_error(
+        raise UsageError(
             f"--overwrite: discards the restart points in {checkpoints}, and --resume-adapter-file is one; choose "
             "another --adapter-path"
         )
     if output.exists() and not overwrite:
-        raise usage_error(f"{output}: already exists; choose another --adapter-path or give --overwrite")
+        raise UsageError(f"{output}: already exists; choose another --adapter-path or give --overwrite")
     if output.exists() and not (output.is_dir() and (output / "training_log.jsonl").is_file()):
-        raise usage_error(
+        raise UsageError(
             f"{output}: --overwrite replaces only an earlier output of train; choose another --adapter-path"
         )
     others = sorted(path.name for path in output.iterdir() if path.name not in _WRITTEN) if output.exists() else []
     if others:
-        raise usage_error(
+        raise UsageError(
             f"{output}: holds what train did not write ({', '.join(others[:5])}), which --overwrite would delete; "
             "move it away, or choose another --adapter-path"
         )
     if any(checkpoints.glob("step-*")) and not (resume or overwrite):
-        raise usage_error(f"{checkpoints}: an interrupted run is there; --resume goes on, --overwrite starts again")
+        raise UsageError(f"{checkpoints}: an interrupted run is there; --resume goes on, --overwrite starts again")
     if export_peft is not None and os.path.lexists(export_peft.expanduser()):
-        raise usage_error(f"{export_peft}: already exists; choose another --export-peft")
+        raise UsageError(f"{export_peft}: already exists; choose another --export-peft")
 
 
 def _check_writable(flag: str, path: Path) -> None:
@@ -344,13 +341,13 @@ def _check_writable(flag: str, path: Path) -> None:
     try:
         parent = next(one for one in path.absolute().parents if one.exists())
         if not parent.is_dir():
-            raise usage_error(f"{flag}: {path} cannot be made, {parent} is no directory; choose another place")
+            raise UsageError(f"{flag}: {path} cannot be made, {parent} is no directory; choose another place")
         with contextlib.suppress(FileNotFoundError):
             _checkpoints(path).lstat()  # the longest of the names
         Path(tempfile.mkdtemp(prefix=".specstream-", dir=parent)).rmdir()
     except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
         reason = getattr(error, "strerror", None) or error
-        raise usage_error(f"{flag}: {path} cannot be made ({reason}); choose another place") from error
+        raise UsageError(f"{flag}: {path} cannot be made ({reason}); choose another place") from error
 
 
 def _check_answers(file: Path) -> None:
@@ -358,7 +355,7 @@ def _check_answers(file: Path) -> None:
         _check_writable("--answers", file)
     elif not file.is_file() or not os.access(file, os.R_OK | os.W_OK):
         reason = "may not be read and written" if file.is_file() else "is no file"
-        raise usage_error(f"--answers: {file} {reason}; choose another place")
+        raise UsageError(f"--answers: {file} {reason}; choose another place")
 
 
 def _answers(output: Path) -> Path:
@@ -380,7 +377,7 @@ def _adapter_directory(name: str | None) -> Path | None:
         return None
     path = Path(name).expanduser()
     if not path.exists():
-        raise usage_error(f"--resume-adapter-file: {name}: no such directory; give a stream adapter that train wrote")
+        raise UsageError(f"--resume-adapter-file: {name}: no such directory; give a stream adapter that train wrote")
     return path if path.is_dir() else path.parent
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specstream_cli.validation import invalid_input, usage_error
+from specstream_mlx.errors import InvalidInputError, UsageError
 
 FEATURES = ("prompt_feature", "completion_feature", "text_feature", "chat_feature")
 _ONLY_IN_FILE: dict[str, type] = {
@@ -50,11 +50,11 @@ def read_config(path: Path, types: Mapping[str, type]) -> tuple[dict[str, Any], 
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), yaml_loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise invalid_input(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise InvalidInputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, or brackets without end
-        raise invalid_input(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        raise InvalidInputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(raw, dict):
-        raise invalid_input(f"{path}: expected 'key: value' lines, found {type(raw).__name__}")
+        raise InvalidInputError(f"{path}: expected 'key: value' lines, found {type(raw).__name__}")
     given = {key: value for key, value in raw.items() if value is not None}
     problems = [
         f"{key}: got {given[key]!r}, only {str(only).lower()} is supported: {why}"
@@ -76,7 +76,7 @@ def read_config(path: Path, types: Mapping[str, type]) -> tuple[dict[str, Any], 
     if "hf_dataset" in values:
         values["hf_dataset"] = _data_sets(values["hf_dataset"], problems)
     if problems:
-        raise invalid_input("\n".join(f"{path}: {problem}" for problem in problems))
+        raise InvalidInputError("\n".join(f"{path}: {problem}" for problem in problems))
     return values, notes
 
 
@@ -92,7 +92,7 @@ def refuse_flags(words: Sequence[str]) -> None:
             reasons.get(word.partition("=")[0].removeprefix("--").replace("-", "_")) if word.startswith("--") else None
         )
         if why is not None:
-            raise usage_error(f"{word}: an option of mlx_lm lora alone: {why}; drop it")
+            raise UsageError(f"{word}: an option of mlx_lm lora alone: {why}; drop it")
 
 
 def _data_sets(raw: Any, problems: list[str]) -> list[dict[str, Any]]:

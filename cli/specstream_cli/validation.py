@@ -3,26 +3,13 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import typer
 
+from specstream_mlx.errors import SpecStreamError, UsageError
+from specstream_mlx.formats.places import Repository, is_repository_id, locate
+
 TREE = re.compile(r"chain:[1-9]\d*|cartesian:[1-9]\d*(?:x[1-9]\d*)*|best-first:[1-9]\d*")
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def usage_error(message: str) -> Exception:
-    """A UsageError; the library is imported only now, when there is something to report."""
-    from specstream_mlx.errors import UsageError
-
-    return UsageError(message)
-
-
-def invalid_input(message: str) -> Exception:
-    """An InvalidInputError, imported as late as ``usage_error`` does."""
-    from specstream_mlx.errors import InvalidInputError
-
-    return InvalidInputError(message)
 
 
 def within(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[float | None], float | None]:
@@ -87,35 +74,37 @@ def regular_expression(value: str | None) -> str | None:
 
 def repo_id(value: str | None) -> str | None:
     """An option callback for the id of a repository to write to."""
-    if value is not None and not REPO.fullmatch(value):
+    if value is not None and not is_repository_id(value):
         raise typer.BadParameter(f"got {value!r}, expected a repository id such as org/name")
     return value
 
 
-def is_repo_id(value: str, option: str) -> bool:
-    """Tell a repository id from a directory.
-
-    Only ``namespace/name`` is an id, and only when nothing here has that path and no directory here is called
-    ``namespace``: a mistyped path must not become a download.
+def is_repo_id(value: str, option: str, revision: str | None = None) -> bool:
+    """Whether ``value`` names a repository, not a directory; see ``specstream_mlx.formats.places.locate``.
 
     Raises:
-        InvalidInputError: ``value`` is empty, a file, or looks like a path that does not exist.
+        InvalidInputError: neither an existing directory nor a repository id.
+        UsageError: a revision of a directory.
     """
-    if not value:
-        raise invalid_input(f"{option}: empty; give a directory or a repository id")
-    path = Path(value).expanduser()
-    if path.is_dir():
-        return False
-    if path.exists():
-        raise invalid_input(f"{option}: {value} is not a directory; give the directory that holds config.json")
-    if REPO.fullmatch(value) and not Path(value.split("/")[0]).is_dir():
-        return True
-    raise invalid_input(
-        f"{option}: {value}: no such directory; give a model directory, or a repository id such as org/name"
-    )
+    try:
+        return isinstance(locate(value, revision), Repository)
+    except SpecStreamError as error:
+        raise type(error)(f"{option}: {error}") from error
 
 
-def any_repo_id(values: Mapping[str, str | None]) -> bool:
-    """Whether one of the given values, by option, is a repository id; every one is checked by `is_repo_id`."""
-    found = [is_repo_id(value, option) for option, value in values.items() if value is not None]
+def any_repo_id(values: Mapping[str, str | None], revision: str | None = None) -> bool:
+    """Whether one of the given values, by option, is a repository id; every one is checked by `is_repo_id`.
+
+    ``revision`` is of ``--model``.
+
+    Raises:
+        UsageError: a revision without a model.
+    """
+    if revision is not None and values.get("--model") is None:
+        raise UsageError("--revision: is of the repository that --model names; give both or neither")
+    found = [
+        is_repo_id(value, option, revision if option == "--model" else None)
+        for option, value in values.items()
+        if value is not None
+    ]
     return any(found)

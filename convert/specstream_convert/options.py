@@ -1,16 +1,14 @@
 """What a conversion is asked to do."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from specstream_convert.messages import escaped
 from specstream_mlx.errors import UsageError
+from specstream_mlx.formats.messages import escaped
+from specstream_mlx.formats.places import is_repository_id
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FIXED_QUANTIZATION = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # mode -> bits, group size
-
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -20,6 +18,7 @@ class ConvertOptions:
     adapter_path: Path | None  # PEFT directory
     mlx_path: Path  # output
     hf_path: str | None = None  # base directory or repo id; default: the adapter's base_model_name_or_path
+    revision: str | None = None  # of hf_path's repository
     adapter_name: str | None = None
     streams_path: Path | None = None  # form B file or directory
     specstream_config: Path | None = None
@@ -49,6 +48,8 @@ class ConvertOptions:
             raise UsageError("nothing to convert: give --adapter-path (a PEFT directory) or --streams-path")
         if self.adapter_path is None and self.hf_path is None:
             raise UsageError("--hf-path is needed: without --adapter-path nothing names the base model")
+        if self.revision is not None and self.hf_path is None:
+            raise UsageError("--revision is of the repository that --hf-path names; give both or neither")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
         if self.lora_only and self.adapter_path is None:
@@ -71,7 +72,7 @@ class ConvertOptions:
             raise UsageError("--reference-logits needs verification; leave out --no-verify")
         if self.reference_logits is not None and self.adapter_only:
             raise UsageError("--reference-logits needs a whole model; leave out --adapter-only")
-        if self.upload_repo is not None and (not _REPO.fullmatch(self.upload_repo) or ".." in self.upload_repo):
+        if self.upload_repo is not None and not is_repository_id(self.upload_repo):
             raise UsageError(f"--upload-repo is {escaped(repr(self.upload_repo))}, expected a repository id: org/name")
         if self.upload_repo is not None and self.dry_run:
             raise UsageError("--upload-repo: nothing is uploaded with --dry-run; leave one out")

@@ -25,15 +25,13 @@ from specstream_convert.adapter.streams import (
 )
 from specstream_convert.base.dequantize import REQUANTIZED, DequantizedTensor, dequantized
 from specstream_convert.base.model import Base, open_base, resolve_base
-from specstream_convert.changes.kinds import AddLowRank, AddScaled, Replace, Rescale, SetRows
+from specstream_convert.changes.kinds import AddScaled, Lora, Replace, Rescale, SetRows
 from specstream_convert.changes.lora import LoraSet, check_effect
 from specstream_convert.changes.mapping import FineTune, map_adapter
 from specstream_convert.changes.recompute import check_asked_for, with_initials
 from specstream_convert.checks import check_base_matches, check_coverage, check_lossless, check_lossless_settings
 from specstream_convert.files.pickles import Pickles
-from specstream_convert.files.safetensors_io import open_tensors
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.messages import escaped
 from specstream_convert.options import DTYPES, ConvertOptions
 from specstream_convert.placement import choose_placement
 from specstream_convert.report import TensorFate
@@ -43,6 +41,8 @@ from specstream_convert.writing.outputs import OutputTensor, plan_outputs
 from specstream_convert.writing.quantized import Quantized, plan_quantization
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.formats.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig
+from specstream_mlx.formats.messages import escaped
+from specstream_mlx.formats.safetensors import open_tensors
 
 ADAPTERS = "adapters/adapters.safetensors"
 
@@ -235,13 +235,11 @@ def _open_base(
     pickles: Pickles,
     dumped: dict[str, StoredTensor] | None,
 ) -> Base:
-    revision: str | None = None
     if dumped is not None:
         assert adapter is not None
         return open_base(adapter.directory, adapter.directory.resolve().name, held=dumped)
-    if options.hf_path is not None:
-        path, name = resolve_base(options.hf_path, None, pickled=pickles.allowed)
-    else:
+    named, relative_to, revision = options.hf_path, None, options.revision
+    if named is None:
         assert adapter is not None
         named = adapter.config.base_model
         if named is None:
@@ -252,8 +250,9 @@ def _open_base(
         recorded = config.base_model if config else {}
         if revision is None and recorded.get("name_or_path") == named and isinstance(recorded.get("revision"), str):
             revision = recorded["revision"]
-        path, name = resolve_base(named, revision, relative_to=adapter.directory, pickled=pickles.allowed)
+        relative_to = adapter.directory
     try:
+        path, name, revision = resolve_base(named, revision, relative_to, pickled=pickles.allowed)
         return open_base(path, name, revision, pickles)
     except UnsupportedError as error:
         named = adapter.config.base_model if adapter else None
@@ -296,7 +295,7 @@ def _adapter_fates(fine_tune: FineTune, placement: str) -> list[TensorFate]:
     """What becomes of the adapter's tensors; a tensor that changes both sides of a tie has two fates."""
     fates = []
     for item in fine_tune.loras:
-        parts = {"lora_a": item.factors.a, "lora_b": item.factors.b, "m": item.magnitude}
+        parts = {"lora_a": item.a, "lora_b": item.b, "m": item.magnitude}
         for part, tensor in parts.items():
             if tensor is None:
                 continue
@@ -335,7 +334,7 @@ def _what(output: OutputTensor) -> str:
     words = {
         Replace: "replaced by the adapter's",
         SetRows: "rows replaced by the adapter's",
-        AddLowRank: "merged with LoRA",
+        Lora: "merged with LoRA",
         Rescale: "rescaled by DoRA",
         AddScaled: "added to",
     }
@@ -357,6 +356,6 @@ def lora_summary(plan: Plan) -> dict[str, Any] | None:
         "num_modules": len(plan.loras.items),
         "use_rslora": plan.adapter.config.use_rslora,
         "use_dora": plan.loras.dora,
-        "ranks": sorted({item.factors.rank for item in plan.loras.items}),
-        "scales": sorted({item.factors.scale for item in plan.loras.items}),
+        "ranks": sorted({item.rank for item in plan.loras.items}),
+        "scales": sorted({item.scale for item in plan.loras.items}),
     }

@@ -31,7 +31,9 @@ import torch
 import transformers
 from torch import nn
 
-from .families import FAMILIES, Decoder, decoder_of
+from specstream_mlx.families import CONVERTED
+
+from .decoder import Decoder, decoder_of
 from .streams import SpecStream, StreamConfig, rotate_values
 
 NO_ANCHOR = -1
@@ -59,8 +61,8 @@ class StreamLogits:
 def attach_streams(model: nn.Module, config: StreamConfig) -> nn.Module:
     """Give a Hugging Face causal LM its ``specstream`` module, in place, and return the model."""
     base = model.config
-    if base.model_type not in FAMILIES:
-        raise ValueError(f"model type {base.model_type!r} is not supported, expected one of {', '.join(FAMILIES)}")
+    if base.model_type not in CONVERTED:
+        raise ValueError(f"model type {base.model_type!r} is not supported, expected one of {', '.join(CONVERTED)}")
     if config.num_stream_layers > base.num_hidden_layers:
         raise ValueError(
             f"num_stream_layers is {config.num_stream_layers} but the model has {base.num_hidden_layers} layers"

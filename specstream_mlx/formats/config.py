@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
+from specstream_mlx.options import Mode, StreamPosition
 
 CONFIG_NAME = "specstream_config.json"
 WEIGHTS_NAME = "specstream.safetensors"
@@ -31,9 +32,6 @@ BASE_FIELDS = (*BASE_SIZES, "tie_word_embeddings")
 FORMAT = "specstream"
 FORMAT_VERSION = 1
 MAX_GAMMA = 32
-
-Mode = Literal["shared", "lossless"]
-StreamPosition = Literal["anchor", "anchor_plus_j"]
 
 REQUIRED = ("gamma", "num_stream_layers", "mode", "stream_id", "stream_init", "stream_position", "prune")
 OPTIONAL = (
@@ -206,8 +204,8 @@ class _Reader:
             self.problems.append(f"unknown {', '.join(map(repr, unknown))} (own keys start with 'x_')")
         gamma = self._integer(raw, "gamma", 1, MAX_GAMMA)
         num_stream_layers = self._integer(raw, "num_stream_layers", 1, None)
-        mode: Mode = self._choice(raw, "mode", ("shared", "lossless"))
-        position: StreamPosition = self._choice(raw, "stream_position", ("anchor", "anchor_plus_j"))
+        mode: Mode = self._choice(raw, "mode", get_args(Mode))
+        position: StreamPosition = self._choice(raw, "stream_position", get_args(StreamPosition))
         stream_id = self._stream_id()
         stream_init = self._stream_init()
         prune = self._prune()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from specstream_mlx.errors import UsageError
+from specstream_mlx.formats.places import is_repository_id
 
 
 def check_upload(repo: str) -> None:
@@ -12,14 +13,8 @@ def check_upload(repo: str) -> None:
         UsageError: the name is none, the hub is switched off, or nobody is logged in.
     """
     from huggingface_hub import constants, get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UsageError(f"--upload-repo: {_line(error)}") from error
-    if "/" not in repo:
+    if not is_repository_id(repo):
         raise UsageError(f"--upload-repo: got {repo!r}, expected a repository id such as org/name")
     if constants.HF_HUB_OFFLINE:
         raise UsageError(

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset, create_dataset, load_dataset
 
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.formats.places import is_repository_id
 from specstream_mlx.training.batches import Example
 
 Encode = Callable[[Any], tuple[list[int], int]]
-_REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _VALIDATION_SHARE = 20  # one row in so many is held out where the data has no validation split
 _MOST_HELD_OUT = 100
 _FEWEST = 10  # rows that one is held out of
@@ -115,7 +114,7 @@ def local_files(data: str) -> list[Path]:
         return [train, valid] if valid.exists() else [train]
     if path.exists():
         return [path]
-    if _REPO.fullmatch(data) and not path.parent.is_dir():  # a mistyped path is no download
+    if is_repository_id(data) and not path.parent.is_dir():  # a mistyped path is no download
         return []
     raise InvalidInputError(f"--data: {data}: neither a file or directory nor a data set such as org/name")
 

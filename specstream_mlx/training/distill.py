@@ -20,7 +20,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.models.model import SpecStreamModel
-from specstream_mlx.target.tree_attention import runs_batches
+from specstream_mlx.target.rotary import runs_batches
 from specstream_mlx.training.batches import Example, mixed_seed
 from specstream_mlx.training.datasets import Dataset, hold_out, plain_prompt, read_rows
 from specstream_mlx.training.settings import flag

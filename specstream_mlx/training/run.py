@@ -10,7 +10,7 @@ import mlx.core as mx
 from specstream_mlx.bundled import default_model_path
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.formats.config import LORA_PREFIX, PREFIX, StreamConfig, read_json
-from specstream_mlx.formats.files import resolve
+from specstream_mlx.formats.places import resolve
 from specstream_mlx.formats.upload import upload
 from specstream_mlx.models.load import load
 from specstream_mlx.models.model import SpecStreamModel

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from specstream_mlx.errors import UsageError
-from specstream_mlx.formats.config import MAX_GAMMA, Mode, Prune, StreamConfig, StreamId, StreamInit, StreamPosition
+from specstream_mlx.formats.config import MAX_GAMMA, Prune, StreamConfig, StreamId, StreamInit
+from specstream_mlx.options import Mode, Optimizer, StreamPosition
 
-Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
 _COUNTS = (
     "num_stream_layers",
     "stream_init_rank",

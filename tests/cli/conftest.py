@@ -28,8 +28,8 @@ Run = Callable[..., Outcome]
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     fake = Library()
-    for name, module in fake.modules().items():
-        monkeypatch.setitem(sys.modules, name, module)
+    for module, name, value in fake.patches():
+        monkeypatch.setattr(module, name, value)
     return fake
 
 

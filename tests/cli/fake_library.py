@@ -3,14 +3,14 @@
 Importable from subprocesses too, where ``run`` installs it before the program starts.
 """
 
-import importlib.util
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+import specstream_mlx
+from specstream_mlx import bundled
 
 
 @dataclass
@@ -97,37 +97,19 @@ class Library:
             time.sleep(self.pause)  # gives a test the time to interrupt the process
 
     def install(self) -> None:
-        """Take the library's place in this process."""
-        for name, value in self.modules().items():
-            sys.modules[name] = value
+        """Take the place of the library's own functions in this process."""
+        for module, name, value in self.patches():
+            setattr(module, name, value)
 
-    def modules(self) -> dict[str, ModuleType]:
-        errors = _errors()
-        package, bundled = ModuleType("specstream_mlx"), ModuleType("specstream_mlx.bundled")
-        package.__dict__.update(
-            load=self.load,
-            stream_generate=self.stream_generate,
-            DraftOptions=lambda **options: options,
-            default_model_path=lambda: "bundled-model",
-            errors=errors,
-            bundled=bundled,
-            __path__=[],
-        )
-        bundled.__dict__.update(sample_prompt=lambda: "a sample question")
-        return {"specstream_mlx": package, "specstream_mlx.bundled": bundled, "specstream_mlx.errors": errors}
-
-
-def _errors() -> ModuleType:
-    """``specstream_mlx.errors``, without the seconds that its package takes to import."""
-    name = "specstream_mlx.errors"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "specstream_mlx" / "errors.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    def patches(self) -> list[tuple[ModuleType, str, Any]]:
+        """What the command line asks the library for: where it is, its name, what stands for it."""
+        return [
+            (specstream_mlx, "load", self.load),
+            (specstream_mlx, "stream_generate", self.stream_generate),
+            (specstream_mlx, "DraftOptions", lambda **options: options),
+            (specstream_mlx, "default_model_path", lambda: "bundled-model"),
+            (bundled, "sample_prompt", lambda: "a sample question"),
+        ]
 
 
 def run(arguments: list[str], pause: float = 0.0, script: list[Any] | None = None) -> int:

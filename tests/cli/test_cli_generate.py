@@ -307,8 +307,7 @@ def test_help_and_version_import_nothing_heavy(child):
         "for words in (['--help'], ['generate', '--help'], ['convert', '--help'], ['inspect', '--help'],"
         " ['chat', '--help'], ['cache_prompt', '--help'],"
         " ['generate', '--temp', 'x']): main(words)\n"
-        "heavy = {'mlx', 'mlx_lm', 'transformers', 'torch', 'numpy', 'specstream_convert',"
-        " 'specstream_mlx.models.model'}\n"
+        "heavy = {'mlx', 'mlx_lm', 'transformers', 'torch', 'numpy', 'specstream_convert', 'specstream_mlx.engine'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     process = child(code)

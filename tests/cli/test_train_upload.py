@@ -82,7 +82,7 @@ def test_a_failed_upload_keeps_the_adapter_and_says_how_to_try_again(train, hub,
     ("name", "change", "reason"),
     [
         ("streams", None, "--upload-repo: got 'streams', expected a repository id such as org/name"),
-        ("a/x..y", None, "--upload-repo: Cannot have -- or .. in repo_id: 'a/x..y'"),
+        ("a/x..y", None, "--upload-repo: got 'a/x..y', expected a repository id such as org/name"),
         ("a/" + "x" * 99, None, "--upload-repo: "),
         (REPO, "offline", "--upload-repo: HF_HUB_OFFLINE is set, so nothing can be uploaded"),
         (REPO, "token", "--upload-repo: no access token; log in with `hf auth login` or set HF_TOKEN"),

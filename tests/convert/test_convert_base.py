@@ -77,7 +77,7 @@ def test_code_of_the_checkpoint_is_dropped() -> None:
 
 @pytest.mark.parametrize("family", ["mamba", "bloom", "Llama", ""])
 def test_other_families(family: str) -> None:
-    with pytest.raises(UnsupportedError, match="supported: llama, mistral, qwen2, qwen3, phi3"):
+    with pytest.raises(UnsupportedError, match="supported: gpt2, llama, mistral, opt, phi3, qwen2, qwen3"):
         read(model_type=family)
 
 
@@ -91,7 +91,7 @@ def test_families_that_run_but_do_not_convert(family: str) -> None:
 def test_local_paths_are_not_downloaded(tmp_path: Path) -> None:
     """Only what looks like a repository id would go to the hub."""
     (tmp_path / "base").mkdir()
-    assert resolve_base(str(tmp_path / "base"), None) == (tmp_path / "base", "base")
+    assert resolve_base(str(tmp_path / "base"), None) == (tmp_path / "base", "base", None)
     assert resolve_base("base", None, relative_to=tmp_path)[0] == tmp_path / "base"
     for name in ("./base", "/no/such", "~/no-such", "a/b/c", "C:\\x", "a b", "org/../x", "", "a\0b"):
         with pytest.raises(InvalidInputError):

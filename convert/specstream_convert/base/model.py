@@ -1,6 +1,5 @@
 """The base model: a directory of transformers 4 or 5 or of mlx-lm, described without loading its weights."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,24 +10,24 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from specstream_convert.base.config import mlx_config
-from specstream_convert.base.layouts import LAYOUTS, Layout
 from specstream_convert.files.pickles import NO_PICKLES, Pickles
-from specstream_convert.files.safetensors_io import TensorFile
 from specstream_convert.files.shards import open_model_shards
 from specstream_convert.files.stored import StoredTensor, Weights
-from specstream_convert.messages import at, escaped, listing
-from specstream_mlx.errors import InvalidInputError
-from specstream_mlx.families import FAMILIES, model_classes
+from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.families import CONVERTED, FAMILIES, model_classes
 from specstream_mlx.families.decoder import DecoderFamily
+from specstream_mlx.families.hugging_face import HuggingFace
 from specstream_mlx.formats.config import read_json
+from specstream_mlx.formats.messages import at, escaped, listing
+from specstream_mlx.formats.places import download, fetch, locate
+from specstream_mlx.formats.safetensors import TensorFile
 
 _CANNOT_BUILD = (
     TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, RuntimeError, AssertionError, MemoryError,
     OverflowError,
 )  # fmt: skip
-_REPO_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
-_DOWNLOADS = ("*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
-_PICKLED_DOWNLOADS = ("pytorch_model*.bin",)  # only where there is no model*.safetensors
+_WEIGHTS = ("model*.safetensors",)
+_PICKLED_WEIGHTS = ("pytorch_model*.bin",)  # only where there is no model*.safetensors
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,11 @@ class Base:
         return FAMILIES[self.model_type]
 
     @property
+    def hugging_face(self) -> HuggingFace:
+        """The model's kind in Hugging Face's form."""
+        return CONVERTED[self.model_type]
+
+    @property
     def hidden_size(self) -> int:
         return int(self.family.size(self.config, "hidden_size"))
 
@@ -73,11 +77,6 @@ class Base:
     @property
     def quantized(self) -> bool:
         return "quantization" in self.config
-
-    @property
-    def layout(self) -> Layout:
-        """Where the family keeps its parts."""
-        return LAYOUTS[self.model_type]
 
     @property
     def tied(self) -> bool:
@@ -103,43 +102,38 @@ class Base:
 
 def resolve_base(
     name_or_path: str, revision: str | None, relative_to: Path | None = None, *, pickled: bool = False
-) -> tuple[Path, str]:
-    """The directory of a base model and the name to record; a repo id is downloaded, a missing path is an error.
+) -> tuple[Path, str, str | None]:
+    """The directory of a base model, the name to record and its revision; a repository is downloaded.
 
-    A path that an adapter records may be relative to the adapter's own directory (``relative_to``).
-    Pickled weights are downloaded only if ``pickled``, and only where there are no others.
+    A path that an adapter records may be relative to the adapter's own directory (``relative_to``), and a revision
+    that it records is of the repository alone. Pickled weights are downloaded only if ``pickled``, and only where
+    there are no others.
+
+    Raises:
+        InvalidInputError: a missing path, or a repository that cannot be had.
+        UnsupportedError: a repository whose ``config.json`` is not of a model that is converted.
     """
-    if "\0" in name_or_path or not name_or_path.strip():
-        raise InvalidInputError(f"the base model name {escaped(repr(name_or_path))} is not usable; give --hf-path")
-    path = Path(name_or_path).expanduser()
     try:
-        for candidate in (path, *([] if relative_to is None else [relative_to / path])):
-            if candidate.is_dir():
-                return candidate, candidate.resolve().name
-        if path.exists():
-            raise InvalidInputError(f"{path}: not a directory; give the model's directory as --hf-path")
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{escaped(name_or_path)}: cannot be read ({error}); give --hf-path") from error
-    local = name_or_path.startswith((".", "/", "~")) or "\\" in name_or_path or not _REPO_ID.match(name_or_path)
-    if local or ".." in name_or_path:
-        raise InvalidInputError(f"{escaped(name_or_path)}: no such directory; give the base model with --hf-path")
-    return _download(name_or_path, revision, pickled), name_or_path
-
-
-def _download(repo: str, revision: str | None, pickled: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        path = Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOADS)))
+        if relative_to is not None:
+            for candidate in (Path(name_or_path).expanduser(), relative_to / Path(name_or_path).expanduser()):
+                if name_or_path.strip() and candidate.is_dir():
+                    return candidate, candidate.resolve().name, revision
+        place = locate(name_or_path, revision or None, bare_names=True)
+        if isinstance(place, Path):
+            return place, place.resolve().name, None
+        path = fetch(place, judge=_judge, weights=_WEIGHTS)
         if pickled and not any(path.glob("model*.safetensors")):
-            snapshot_download(repo, revision=revision, allow_patterns=list(_PICKLED_DOWNLOADS))
-        return path
-    except Exception as error:  # the hub raises many kinds: offline, missing, gated, bad revision
-        reason = escaped(" ".join(str(error).split()))
-        raise InvalidInputError(
-            f"{repo}: no such directory, and it could not be downloaded from the Hugging Face hub "
-            f"({type(error).__name__}: {reason}); give a local directory with --hf-path"
-        ) from error
+            path = download(place, _PICKLED_WEIGHTS)
+    except UsageError as error:  # of a revision; what an adapter records is input
+        raise error if relative_to is None else InvalidInputError(f"base model: {error}") from error
+    except (InvalidInputError, OSError, ValueError) as error:
+        raise InvalidInputError(f"base model: {error}; --hf-path names it") from error
+    return path, place.name, place.revision
+
+
+def _judge(directory: Path) -> None:
+    where = directory / "config.json"
+    mlx_config(read_json(where), where)
 
 
 def open_base(
@@ -159,16 +153,16 @@ def open_base(
     """
     where = path / "config.json"
     config, notes, warnings = mlx_config(read_json(where), where)
-    layout = LAYOUTS[config["model_type"]]
+    family, theirs = FAMILIES[config["model_type"]], CONVERTED[config["model_type"]]
     if held is None:
         held = Weights(path, open_model_shards(path, pickles)).tensors
     files = tuple({tensor.file.path: tensor.file for tensor in held.values()}.values())
-    tensors, dropped = _named(held, layout)
+    tensors, dropped = _named(held, theirs)
     if "tie_word_embeddings" not in config:
-        config["tie_word_embeddings"] = f"{layout.head}.weight" not in tensors
+        config["tie_word_embeddings"] = f"{family.HEAD}.weight" not in tensors
         notes.append(f"config.json has no tie_word_embeddings; set to {config['tie_word_embeddings']} by the tensors")
     parameters, linear, embeddings = _module_tree(config, where)
-    dropped |= _drop_tied_head(config, layout, tensors)
+    dropped |= _drop_tied_head(config, family, tensors)
     if "quantization" in config:
         parameters_held = _check_quantized(tensors, parameters, config["quantization"])
     else:
@@ -219,27 +213,29 @@ def _module_tree(
 def can_untie(base: Base) -> bool:
     """Whether the family's model may have an LM head of its own."""
     untied, _, _ = _module_tree(base.config | {"tie_word_embeddings": False}, base.path / "config.json")
-    return f"{base.layout.head}.weight" in untied
+    return f"{base.family.HEAD}.weight" in untied
 
 
-def _named(held: Mapping[str, StoredTensor], layout: Layout) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def _named(held: Mapping[str, StoredTensor], theirs: HuggingFace) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors by mlx-lm's names, and the raw names of those that are no parameters."""
     tensors: dict[str, StoredTensor] = {}
     dropped: dict[str, str] = {}
     for given, tensor in held.items():
-        if layout.is_ignored(given):
+        if theirs.is_ignored(given):
             dropped[tensor.raw] = "recomputed by the model"
             continue
-        name = layout.name(given)
+        name = theirs.name(given)
         if name in tensors:
             raise InvalidInputError(f"{tensor.place}: means the same tensor as {tensors[name].place}")
-        tensors[name] = replace(tensor, transposed=name != given and layout.is_transposed(name))
+        tensors[name] = replace(tensor, transposed=name != given and theirs.is_transposed(name))
     return tensors, dropped
 
 
-def _drop_tied_head(config: dict[str, Any], layout: Layout, tensors: dict[str, StoredTensor]) -> dict[str, str]:
+def _drop_tied_head(
+    config: dict[str, Any], family: type[DecoderFamily], tensors: dict[str, StoredTensor]
+) -> dict[str, str]:
     """Take out a tied head's own copy; refuse one that differs."""
-    head, embedding = f"{layout.head}.weight", f"{layout.embedding}.weight"
+    head, embedding = f"{family.HEAD}.weight", f"{family.EMBEDDING}.weight"
     if not config["tie_word_embeddings"] or head not in tensors:
         return {}
     if embedding in tensors and not tensors[head].equals(tensors[embedding]):
