@@ -51,9 +51,8 @@ def test_the_peft_form_comes_back_bit_for_bit(family: str, case: str, tmp_path: 
     assert same(found, ours)
     assert config.lora is not None
     assert ours_config.lora is not None
-    assert config.lora["scale"] == pytest.approx(
-        ours_config.lora["scale"], rel=1e-15, abs=1e-15
-    )  # float64, one quotient
+    scale = ours_config.lora["scale"]
+    assert config.lora["scale"] == pytest.approx(scale, rel=1e-15, abs=1e-15)  # float64, one quotient
     assert config.to_dict()["prune"] == ours_config.to_dict()["prune"]
 
 
