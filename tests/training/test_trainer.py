@@ -232,7 +232,7 @@ def test_an_interruption_while_the_adapter_is_written_finds_it_written(
 def test_streams_learn_a_rule_that_the_answers_follow(base: Path, tmp_path: Path) -> None:
     """Red when: gradients have the wrong sign, targets are shifted, or the validation measures something else."""
     counting = [Example((10 + i,), tuple(10 + (i + k) % 20 for k in range(1, 12))) for i in range(20)]
-    run = prepared(base, tmp_path / "out", iters=150, batch_size=10, rank=8, stream_lr_scale=10.0, learning_rate=2e-2)
+    run = prepared(base, tmp_path / "out", iters=100, batch_size=10, rank=8, stream_lr_scale=10.0, learning_rate=2e-2)
     found = run.train(Dataset(counting, counting))
     assert found is not None
     checks = [event for event in read_log(tmp_path / "out" / LOG) if event["event"] == "validation"]
@@ -383,7 +383,7 @@ def test_resume_without_a_restart_point_starts_and_latent_consistency_pulls(base
     distances = []
     for weight in (1e-9, 30.0):
         events: list[dict[str, Any]] = []
-        run = prepared(base, tmp_path / str(weight), latent_weight=weight, iters=40, max_anchors=None)
+        run = prepared(base, tmp_path / str(weight), latent_weight=weight, iters=30, max_anchors=None)
         run.train(DATA, resume=True, report=events.append)
         distances.append([event["latent_loss"] for event in events if event["event"] == "train"])
     assert distances[0][0] == pytest.approx(distances[1][0], rel=1e-5, abs=FLOAT32)
