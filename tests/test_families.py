@@ -206,7 +206,7 @@ def test_directories_come_back(family, tmp_path):
         drafted = our_tokens(loaded, prompt, 16, draft="tree", draft_options=options, tokenizer=NumberTokenizer())
         assert drafted == expected
     record(hidden_size=64, num_hidden_layers=5, fingerprint=digest)
-    with pytest.raises(InvalidInputError, match=r"hidden_size 64, this base has 32\n.*num_hidden_layers 5"):
+    with pytest.raises(InvalidInputError, match=r"hidden_size is 64, this base has 32; .*\n.*num_hidden_layers is 5"):
         load(path)
     record(fingerprint=digest | {"sha256": "0" * 64})
     with pytest.raises(InvalidInputError, match=f"fingerprint of {tensor} differs"):

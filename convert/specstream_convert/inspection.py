@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from specstream_convert.adapter.live_adapter import LIVE_WEIGHTS, LiveAdapter, is_mlx_lm, lora_shapes, read_live_adapter
 from specstream_convert.adapter.peft import ADAPTER_WEIGHTS, Adapter, open_adapter
 from specstream_convert.adapter.peft_config import ADAPTER_CONFIG
 from specstream_convert.adapter.peft_keys import parse
@@ -30,7 +29,9 @@ from specstream_convert.report import REPORT_NAME
 from specstream_mlx.errors import InvalidInputError, SpecStreamError
 from specstream_mlx.families import FAMILIES
 from specstream_mlx.families.decoder import DecoderFamily
+from specstream_mlx.formats.adapter_directory import LIVE_WEIGHTS
 from specstream_mlx.formats.config import BASE_FIELDS, CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig, read_json
+from specstream_mlx.formats.live_lora import LiveAdapter, is_mlx_lm, lora_shapes, read_live_adapter
 from specstream_mlx.formats.messages import escaped
 from specstream_mlx.formats.safetensors import TensorFile, open_tensors
 

@@ -6,6 +6,7 @@ Plan -> temporary directory -> verification -> the output directory
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from specstream_convert.plan import Plan, lora_summary, make_plan
 from specstream_convert.report import REPORT_NAME, ConversionReport
 from specstream_convert.verification.comparison import Expected
 from specstream_convert.verification.verify import Progress, compare_reference_logits, verify_output
-from specstream_convert.writing.output import OutputDirectory, write_json
+from specstream_convert.writing.output import check_place, check_target
 from specstream_convert.writing.write import write_output
-from specstream_mlx.errors import UsageError
 from specstream_mlx.formats.config import CONFIG_NAME, PREFIX
 from specstream_mlx.formats.fingerprint import sha256_file
+from specstream_mlx.formats.output import replaced_directory, write_json
 from specstream_mlx.formats.upload import check_upload, upload
 
 CACHE_BYTES = 1 << 26
@@ -47,23 +48,22 @@ def _convert(options: ConvertOptions, progress: Progress | None, pickles: Pickle
         check_upload(options.upload_repo)
     report = progress or (lambda stage, done, total: None)
     inputs = [path for path in (options.adapter_path, options.streams_path) if path is not None and path.exists()]
-    OutputDirectory(options.mlx_path, overwrite=options.overwrite, inputs=inputs)
+    target = Path(options.mlx_path).expanduser()
+    replaceable = partial(check_target, target, overwrite=options.overwrite)
+    check_place(target, inputs)
+    replaceable()
     plan = make_plan(options, report, pickles)
-    output = OutputDirectory(options.mlx_path, overwrite=options.overwrite, inputs=[*inputs, plan.base.path])
+    check_place(target, [*inputs, plan.base.path])
     if options.dry_run:
         return _report(plan, {}, {}, None)
-    with output as directory, _small_cache():
-        try:
-            hashes = _input_hashes(plan, report)
-            files = write_output(plan, directory, hashes, report)
-            verification = _verify(plan, directory, report) if options.verify else None
-            result = _report(plan, hashes, files, verification)
-            write_json(directory / REPORT_NAME, result.to_dict())
-        except OSError as error:
-            raise UsageError(f"{options.mlx_path}: cannot be written ({error.strerror or error})") from error
-        output.commit()
+    with replaced_directory(target, replaceable) as directory, _small_cache():
+        hashes = _input_hashes(plan, report)
+        files = write_output(plan, directory, hashes, report)
+        verification = _verify(plan, directory, report) if options.verify else None
+        result = _report(plan, hashes, files, verification)
+        write_json(directory / REPORT_NAME, result.to_dict())
     if options.upload_repo is not None:
-        upload(output.target, options.upload_repo)
+        upload(target, options.upload_repo)
     return result
 
 

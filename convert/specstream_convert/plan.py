@@ -40,11 +40,10 @@ from specstream_convert.writing.output import check_tokenizer, tokenizer_directo
 from specstream_convert.writing.outputs import OutputTensor, plan_outputs
 from specstream_convert.writing.quantized import Quantized, plan_quantization
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.formats.adapter_directory import ADAPTERS
 from specstream_mlx.formats.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig
 from specstream_mlx.formats.messages import escaped
 from specstream_mlx.formats.safetensors import open_tensors
-
-ADAPTERS = "adapters/adapters.safetensors"
 
 
 @dataclass(frozen=True)

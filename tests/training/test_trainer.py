@@ -14,12 +14,13 @@ import pytest
 
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.formats import atomic
+from specstream_mlx.formats.adapter_directory import read_adapter
+from specstream_mlx.formats.output import replaced_directory
 from specstream_mlx.training import trainer
 from specstream_mlx.training.batches import Example
 from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.forward import forward_main
 from specstream_mlx.training.log import LOG, TrainingLog, _draw, plot, read_log
-from specstream_mlx.training.output import read_adapter, replaced_directory
 from specstream_mlx.training.settings import TrainSettings
 from specstream_mlx.training.trainable import attach, trained_tensors
 from tests.tiny import active_memory
