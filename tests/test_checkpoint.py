@@ -175,9 +175,9 @@ def test_streams_of_another_base_are_refused(saved, copy):
     change_json(copy / CONFIG_NAME, base_model={"hidden_size": 64, "vocab_size": 98})
     with pytest.raises(InvalidInputError) as caught:
         load(copy)
-    assert [line.split("for ")[1].split(",")[0] for line in str(caught.value).splitlines()] == [
-        "hidden_size 64",
-        "vocab_size 98",
+    assert [line.split("base_model.")[1].split(",")[0] for line in str(caught.value).splitlines()] == [
+        "hidden_size is 64",
+        "vocab_size is 98",
     ]
 
 
