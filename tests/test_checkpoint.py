@@ -16,6 +16,7 @@ from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageErro
 from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.formats.places import resolve
 from specstream_mlx.target.tree import DraftTree
+from tests.passes import stream_logits, verify
 from tests.tiny import make_model, our_tokens, random_prompt, save_directory, save_streams
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:transformers.*")
@@ -105,9 +106,9 @@ def test_stream_only_lora_leaves_the_main_stream_bit_for_bit(copy):
     for each, insertion in ((plain, "deferred"), (model, "deferred"), (model, "parallel")):
         caches = each.make_cache()
         each(tokens, cache=caches)
-        run = each.verify(node_tokens, tree, caches, insertion=insertion)
+        run = verify(each, node_tokens, tree, caches, insertion=insertion)
         each.commit(run, [0, 1], caches)
-        results.append((run.logits, each.stream_logits(run, 1, caches)))
+        results.append((run.logits, stream_logits(each, run, 1, caches)))
     (base, base_streams), (deferred, deferred_streams), (parallel, parallel_streams) = results
     assert mx.array_equal(base, deferred)
     assert mx.allclose(base, parallel, atol=1e-4)

@@ -26,6 +26,7 @@ from specstream_mlx.families.opt import OPTFamily
 from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.formats.fingerprint import tensor_sha256
 from specstream_mlx.target.tree import DraftTree
+from tests.passes import stream_logits, verify
 from tests.tiny import (
     LEARNED,
     NumberTokenizer,
@@ -262,9 +263,9 @@ def test_stream_position_has_no_effect(family):
         model = make_model(family, seed=9, stream_position=position)
         caches = model.make_cache()
         model(mx.array([random_prompt(5, seed=1)]), cache=caches)
-        run = model.verify(mx.array([7]), DraftTree.chain(0), caches)
+        run = verify(model, mx.array([7]), DraftTree.chain(0), caches)
         model.commit(run, [0], caches)
-        results.append(model.stream_logits(run, 0, caches))
+        results.append(stream_logits(model, run, 0, caches))
     assert mx.array_equal(*results)
     assert not mx.allclose(results[0][0], results[0][1], atol=1e-2)
 
@@ -331,7 +332,7 @@ def test_a_root_beyond_the_positions_is_refused(short_model):
     caches = short_model.make_cache()
     short_model(mx.array([random_prompt(CONTEXT, seed=1)]), cache=caches)
     with pytest.raises(InvalidInputError, match=f"position {CONTEXT} is beyond the model's {CONTEXT} learned"):
-        short_model.verify(mx.array([7]), DraftTree.chain(0), caches)
+        verify(short_model, mx.array([7]), DraftTree.chain(0), caches)
 
 
 def test_plain_decoding_of_opt_beyond_its_positions_is_an_error():

@@ -47,7 +47,7 @@ def calibrate(
     with answer() as out:
         from specstream_mlx import load
         from specstream_mlx.calibration.measure import encode_prompt, find_samples, measure, read_prompts
-        from specstream_mlx.calibration.store import save
+        from specstream_mlx.planning.store import save
 
         file = prompts_file
         if file is None:

@@ -21,8 +21,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from specstream_mlx.drafters.streams.value_rotation import ValueRotation
 from specstream_mlx.models.model import SpecStreamModel
-from specstream_mlx.target.tree_attention import BoolMatrix, ValueRotation, within
+from specstream_mlx.target.masks import BoolMatrix, within
 from specstream_mlx.training.batches import IntArray
 
 KeysValues = list[tuple[mx.array, mx.array]]

@@ -18,6 +18,7 @@ from specstream_mlx.target.tree import DraftTree
 from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.export_peft import check_peft
 from specstream_mlx.training.run import TrainRun
+from tests.passes import stream_logits, verify
 from tests.tiny import random_prompt
 from tests.training.training_cases import QUICK, prepared, rows, same, save_base
 
@@ -93,10 +94,10 @@ def test_peft_loads_the_exported_form_and_agrees(family: str, mode: str, tmp_pat
     model, _ = load(mlx_base, tmp_path / "out")
     caches = model.make_cache()
     model(mx.array([tokens[:-1]]), cache=caches)
-    verified = model.verify(mx.array(tokens[-1:]), DraftTree.chain(0), caches)
+    verified = verify(model, mx.array(tokens[-1:]), DraftTree.chain(0), caches)
     model.commit(verified, [0], caches)
     assert np.abs(np.array(verified.logits[0]) - reference.main[-1]).max() <= 1e-4
-    assert np.abs(np.array(model.stream_logits(verified, 0, caches)) - reference.streams).max() <= 1e-4
+    assert np.abs(np.array(stream_logits(model, verified, 0, caches)) - reference.streams).max() <= 1e-4
 
     batch = make_batch(DATA.train[:3], 3, generator=torch.Generator().manual_seed(0))
     loss = streaming_loss(twin.train(), batch, stream_weight=0.1).loss
