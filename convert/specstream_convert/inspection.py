@@ -154,20 +154,13 @@ def _several(found: "_Findings", places: list[tuple[Path, str | None]]) -> Inspe
         one.peft(directory, name)
         told = one.result("peft adapter")
         lora = told.lora or {}
+        name = escaped(name or (directory.name if directory != found.path else "default"))
         rows.append(
-            {
-                "name": escaped(name or (directory.name if directory != found.path else "default")),
-                "base": (told.base or {}).get("name_or_path"),
-                "mode": told.mode,
-                "gamma": told.gamma,
-                "num_stream_layers": told.num_stream_layers,
-                "ranks": lora.get("ranks"),
-                "scales": lora.get("scales"),
-                "num_modules": lora.get("num_modules"),
-                "num_lora_parameters": told.num_lora_parameters,
-                "num_stream_parameters": told.num_stream_parameters,
-                "num_problems": len(told.problems),
-            }
+            {"name": name, "base": (told.base or {}).get("name_or_path")}
+            | {field: getattr(told, field) for field in ("mode", "gamma", "num_stream_layers")}
+            | {field: lora.get(field) for field in ("ranks", "scales", "num_modules")}
+            | {field: getattr(told, field) for field in ("num_lora_parameters", "num_stream_parameters")}
+            | {"num_problems": len(told.problems)}
         )
         found.problems += told.problems
         found.notes += [note for note in told.notes if note not in found.notes]

@@ -27,6 +27,9 @@ from specstream_mlx.formats.output import replaced_directory, write_json
 from specstream_mlx.formats.upload import check_upload, upload
 
 CACHE_BYTES = 1 << 26
+REPORTED = (
+    "adapter_only", "lora_only", "ignore_keys", "key_map", "recompute_init", "dequantize", "allow_pickle", "verify",
+)  # fmt: skip
 
 
 def convert(options: ConvertOptions, progress: Progress | None = None) -> ConversionReport:
@@ -150,16 +153,7 @@ def _report(
         quantization=plan.quantization,
         dtype=options.dtype,
         dry_run=options.dry_run,
-        options={
-            "adapter_only": options.adapter_only,
-            "lora_only": options.lora_only,
-            "ignore_keys": options.ignore_keys,
-            "key_map": options.key_map is not None,
-            "recompute_init": options.recompute_init,
-            "dequantize": options.dequantize,
-            "allow_pickle": options.allow_pickle,
-            "verify": options.verify,
-        },
+        options={name: getattr(options, name) for name in REPORTED} | {"key_map": options.key_map is not None},
     )
 
 
