@@ -17,7 +17,6 @@ from specstream_convert.files.pickles import Pickles
 from specstream_convert.options import ConvertOptions
 from specstream_convert.plan import Plan, lora_summary, make_plan
 from specstream_convert.report import REPORT_NAME, ConversionReport
-from specstream_convert.verification.comparison import Expected
 from specstream_convert.verification.verify import Progress, compare_reference_logits, verify_output
 from specstream_convert.writing.output import check_place, check_target
 from specstream_convert.writing.write import write_output
@@ -55,7 +54,7 @@ def _convert(options: ConvertOptions, progress: Progress | None, pickles: Pickle
     replaceable = partial(check_target, target, overwrite=options.overwrite)
     check_place(target, inputs)
     replaceable()
-    plan = make_plan(options, report, pickles)
+    plan = make_plan(options, pickles)
     check_place(target, [*inputs, plan.base.path])
     if options.dry_run:
         return _report(plan, {}, {}, None)
@@ -107,17 +106,9 @@ def _input_hashes(plan: Plan, progress: Progress) -> dict[str, str]:
 
 
 def _verify(plan: Plan, directory: Path, progress: Progress) -> dict[str, Any]:
-    expected = Expected(
-        base=plan.base,
-        loras=plan.loras,
-        outputs=plan.outputs,
-        placement=plan.placement,
-        quantized=plan.quantized,
-        streams=plan.streams,
-    )
-    figures = verify_output(directory, expected, progress)
+    figures = verify_output(directory, plan, progress)
     if plan.options.reference_logits is not None:
-        figures["reference_logits"] = compare_reference_logits(directory, plan.options.reference_logits, expected)
+        figures["reference_logits"] = compare_reference_logits(directory, plan.options.reference_logits, plan)
     return figures
 
 
