@@ -13,7 +13,7 @@ from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.formats.base_model import base_problems
 from specstream_mlx.formats.config import StreamConfig
 from specstream_mlx.formats.fingerprint import fingerprint as mark_of
-from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.formats.messages import escaped, listing, refuse
 from specstream_mlx.formats.safetensors import mlx_dtype
 
 OTHER_BASE = "give the base it was trained on with --hf-path"
@@ -47,8 +47,7 @@ def check_base_matches(config: StreamConfig, where: Path, base: Base, vocab_size
     problems = base_problems(
         config, where, actual, base.num_layers, tensor, base=f"the base {base.path}", hint=OTHER_BASE, strict=True
     )
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
 
 
 def check_coverage(peft: PeftConfig, items: tuple[Lora, ...], base: Base, config: StreamConfig | None) -> None:
@@ -80,8 +79,7 @@ def check_lossless_settings(peft: PeftConfig) -> None:
         for name, value in trained.items()
         if value
     ]
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
 
 
 def check_lossless(fine_tune: FineTune, config: StreamConfig, base: Base) -> None:
@@ -92,8 +90,7 @@ def check_lossless(fine_tune: FineTune, config: StreamConfig, base: Base) -> Non
         "main stream, retrain without it or use mode shared"
         for name, changes in fine_tune.others.items()
     ]
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
 
 
 def lossless_problems(items: tuple[Lora, ...], config: StreamConfig, num_layers: int) -> list[str]:

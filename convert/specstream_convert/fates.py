@@ -24,11 +24,11 @@ def adapter_fates(fine_tune: FineTune, placement: str) -> list[TensorFate]:
             home = {"live": f"{ADAPTERS}:", "sidecar": f"{WEIGHTS_NAME}:{LORA_PREFIX}"}.get(placement)
             target = f"model:{item.weight}" if home is None else f"{home}{item.module}.{part}"
             what = "merged" if home is None else ("copied" if part == "m" else "transposed")
-            fates.append(TensorFate(tensor.file.path.name, tensor.raw, what, target))
+            fates.append(tensor.fate(what, target))
     for name, changes in fine_tune.others.items():
         for change in changes:
             what = {Replace: "replaces the base's", SetRows: "replaces rows", AddScaled: "merged"}[type(change)]
-            fates += [TensorFate(tensor.file.path.name, tensor.raw, what, f"model:{name}") for tensor in change.tensors]
+            fates += [tensor.fate(what, f"model:{name}") for tensor in change.tensors]
     return fates
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from specstream_mlx.formats.config import BASE_FIELDS
 from specstream_mlx.formats.fingerprint import fingerprint
 from specstream_mlx.models.model import SpecStreamModel
 
@@ -19,8 +18,7 @@ def describe_base(config: Mapping[str, Any], name: str, model: SpecStreamModel) 
         name: repository id, or the directory's name.
         model: the loaded base.
     """
-    sizes = {key: model.family.size(config, key) for key in BASE_FIELDS}
-    base = {"name_or_path": name} | {key: value for key, value in sizes.items() if value is not None}
+    base = {"name_or_path": name} | model.family.describe(config)
     tensor = model.family.fingerprint_tensor(config)
     if tensor is None:
         return base

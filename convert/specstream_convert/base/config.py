@@ -12,7 +12,7 @@ from typing import Any
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families import CONVERTED, FAMILIES
 from specstream_mlx.families.hugging_face import HuggingFace
-from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.formats.messages import escaped, listing, refuse
 from specstream_mlx.formats.rope import LIFTED, lift_rope_parameters
 
 SWITCHES = (
@@ -110,8 +110,7 @@ def _check_numbers(config: dict[str, Any], theirs: HuggingFace, where: Path) -> 
         value = config.get(name, False)
         if not isinstance(value, bool):
             problems.append(f"{where}: {name} is {escaped(repr(value))}, expected true or false")
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
 
 
 def _check_fixed(config: dict[str, Any], fixed: Mapping[str, tuple[Any, ...]], where: Path) -> None:
@@ -121,8 +120,7 @@ def _check_fixed(config: dict[str, Any], fixed: Mapping[str, tuple[Any, ...]], w
         value = config.get(name, values[0])
         if not any(value is known or value == known for known in values):
             problems.append(f"{where}: {name} is {escaped(repr(value))}; the MLX model computes {values[0]!r} here")
-    if problems:
-        raise UnsupportedError(listing(problems))
+    refuse(problems, UnsupportedError)
 
 
 def _check_quantization(config: dict[str, Any], where: Path) -> None:

@@ -16,7 +16,7 @@ from specstream_convert.changes.lora import LoraSet
 from specstream_convert.writing.outputs import OutputTensor
 from specstream_convert.writing.quantized import PARTS, Quantized
 from specstream_mlx.errors import VerificationError
-from specstream_mlx.formats.messages import listing
+from specstream_mlx.formats.messages import refuse
 from specstream_mlx.formats.safetensors import mlx_dtype, row_blocks
 
 Array = np.ndarray[Any, Any]
@@ -87,8 +87,7 @@ class Comparison:
         missed = sorted(set(self.parameters()) - self._checked)
         problems = [f"{name}: {what}" for name, what in self._problems.items()]
         problems += [f"{name}: was not compared" for name in missed]
-        if problems:
-            raise VerificationError(listing(f"the output is wrong: {problem}" for problem in problems))
+        refuse([f"the output is wrong: {problem}" for problem in problems], VerificationError)
         merged = sum(bool(output.changes) for output in self._outputs.values())
         return {"checked": len(self._written), "merged": merged}
 
