@@ -319,7 +319,8 @@ def test_torch_is_not_needed(case: Case) -> None:
     code = (
         "import sys; sys.modules |= dict.fromkeys(('torch', 'peft'))\n"
         "from pathlib import Path; from specstream_convert import ConvertOptions, convert\n"
-        f"convert(ConvertOptions(adapter_path=Path({str(case.adapter)!r}), mlx_path=Path({str(case.out)!r}), hf_path={str(case.base)!r}))"
+        f"convert(ConvertOptions(hf_path={str(case.base)!r}, adapter_path=Path({str(case.adapter)!r}), "
+        f"mlx_path=Path({str(case.out)!r})))"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
     convert(case.options(mlx_path=case.root / "here"))
