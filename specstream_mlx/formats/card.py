@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 
 from specstream_mlx.formats.config import StreamConfig
+from specstream_mlx.formats.places import is_repository_id
 
 _WHAT_THE_LORA_DOES = {
     "sidecar": "The answers are those of the base model; the LoRA acts on the draft streams only.",
@@ -29,7 +30,7 @@ def card(
     lines = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
     if config is not None:
         lines.append("- speculative-decoding")
-    if "/" in base:
+    if is_repository_id(base):
         lines.append(f"base_model: {base}")
     lines += ["---", "", f"# {title}", ""]
     if config is not None:

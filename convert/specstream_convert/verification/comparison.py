@@ -17,7 +17,7 @@ from specstream_convert.writing.outputs import OutputTensor
 from specstream_convert.writing.quantized import PARTS, Quantized
 from specstream_mlx.errors import VerificationError
 from specstream_mlx.formats.messages import refuse
-from specstream_mlx.formats.safetensors import mlx_dtype, row_blocks
+from specstream_mlx.formats.safetensors import dtype_name, mlx_dtype, row_blocks
 
 Array = np.ndarray[Any, Any]
 ROUNDING = {"F32": 2.0**-24, "BF16": 2.0**-8, "F16": 2.0**-11}
@@ -104,10 +104,12 @@ class Comparison:
             held = [part[rows] for part in found]
             if len(held) == len(names):
                 for part, one, right in zip(names, held, parts, strict=True):
-                    same = one.dtype == right.dtype and one.shape == right.shape
-                    if not same or (exact and not bool(mx.array_equal(one, right).item())):
+                    if one.dtype != right.dtype or one.shape != right.shape:
+                        wrong = ", expected ".join(f"{dtype_name(array)} {array.shape}" for array in (one, right))
+                        self._problem(part, f"written as {wrong}")
+                    elif exact and not bool(mx.array_equal(one, right).item()):
                         self._problem(part, "differs from the base although nothing changes it")
-                if not exact and part not in self._problems:
+                if not exact and not self._problems.keys() & set(names):
                     for few in row_blocks(value.shape, FEW):
                         one = _float32([part[few] for part in held], how)
                         self._near(output, one, value[few], plain[few].astype(mx.float32))

@@ -14,6 +14,7 @@ from specstream_mlx.formats.adapter_directory import LiveLora, write_live, write
 from specstream_mlx.formats.config import LORA_PREFIX, PREFIX
 from specstream_mlx.formats.fingerprint import sha256_file
 from specstream_mlx.formats.output import write_json
+from specstream_mlx.formats.places import is_repository_id
 from specstream_mlx.formats.tensor_writer import Entry, TensorOut, write_tensors
 
 
@@ -120,7 +121,7 @@ def _write_sidecar(plan: Plan, directory: Path, hashes: dict[str, str]) -> None:
         outs += _live(plan.loras, LORA_PREFIX)
     base_model = dict(plan.config.base_model) | plan.base.summary()
     recorded = plan.config.base_model.get("name_or_path")
-    if isinstance(recorded, str) and "/" in recorded and not recorded.startswith(("/", ".", "~")):
+    if isinstance(recorded, str) and is_repository_id(recorded):
         base_model["name_or_path"] = recorded
     base_model.pop("fingerprint", None)
     marked = plan.base.family.fingerprint_tensor(plan.base.config)
