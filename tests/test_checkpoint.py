@@ -149,7 +149,7 @@ def make_nan(tensors):
         (drop_embeddings, f"{WEIGHTS_NAME}:specstream.stream_embeddings: missing"),
         (add_stranger, f"{WEIGHTS_NAME}:specstream.other: not expected by {CONFIG_NAME}"),
         (drop_row, r"specstream.stream_embeddings: shape \(3, 32\), .* need \(4, 32\)"),
-        (make_integer, "specstream.stream_embeddings: dtype I32, expected one of F32, F16, BF16"),
+        (make_integer, "specstream.stream_embeddings: dtype I32, expected one of F32, BF16, F16"),
         (make_nan, "specstream.prune.up.weight: holds NaN or infinite values"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -172,14 +172,14 @@ def test_streams_of_another_base_are_refused(saved, copy):
     load(copy)
     wrong = fingerprint(model.base.model.norm.weight + 1)
     change_json(copy / CONFIG_NAME, base_model={"fingerprint": wrong, "name_or_path": "org/other"})
-    with pytest.raises(InvalidInputError, match="the shapes fit, but this is another base than 'org/other'"):
+    with pytest.raises(InvalidInputError, match="same shapes, but this is another base or revision than 'org/other'"):
         load(copy)
     change_json(copy / CONFIG_NAME, base_model={"hidden_size": 64, "vocab_size": 98})
     with pytest.raises(InvalidInputError) as caught:
         load(copy)
-    assert [line.split("for ")[1].split(",")[0] for line in str(caught.value).splitlines()] == [
-        "hidden_size 64",
-        "vocab_size 98",
+    assert [line.split("base_model.")[1].split(",")[0] for line in str(caught.value).splitlines()] == [
+        "hidden_size is 64",
+        "vocab_size is 98",
     ]
 
 

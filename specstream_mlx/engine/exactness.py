@@ -28,8 +28,8 @@ from mlx_lm.utils import load_model
 from specstream_mlx.bundled import default_model_path
 from specstream_mlx.engine.sampling import LogitsProcessor, Sampler
 from specstream_mlx.families import model_classes
+from specstream_mlx.formats.adapter_directory import live_lora
 from specstream_mlx.formats.places import resolve
-from specstream_mlx.models.adapters import live_lora
 from specstream_mlx.models.model import SpecStreamModel
 
 SAFETY = 4.0

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specstream_mlx.families.hugging_face import HuggingFace
+from specstream_mlx.formats.config import BASE_FIELDS
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -59,6 +60,13 @@ class DecoderFamily:
     def size(cls, config: Mapping[str, Any], name: str) -> Any:
         """The size that llama calls ``name``, or None: ``size(gpt2_config, "hidden_size")`` is its ``n_embd``."""
         return config.get(cls.SIZES.get(name, name))
+
+    @classmethod
+    def describe(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that the ``base_model`` block of ``specstream_config.json`` records of a base beside its name."""
+        found = {name: cls.size(config, name) for name in BASE_FIELDS}
+        found["num_key_value_heads"] = found["num_key_value_heads"] or found["num_attention_heads"]
+        return {name: value for name, value in found.items() if value is not None}
 
     @classmethod
     def fingerprint_tensor(cls, config: Mapping[str, Any]) -> str | None:

@@ -14,11 +14,12 @@ from mlx_lm.utils import load_model, load_tokenizer
 from specstream_mlx.bundled import default_model_path
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.families import FAMILIES, check_supported, model_classes
+from specstream_mlx.formats.adapter_directory import has_adapter
 from specstream_mlx.formats.config import read_json
 from specstream_mlx.formats.load_errors import load_error
 from specstream_mlx.formats.places import resolve
 from specstream_mlx.formats.safetensors import check_safetensors
-from specstream_mlx.models.adapters import OWN, has_adapter
+from specstream_mlx.models.adapters import OWN
 from specstream_mlx.models.model import SpecStreamModel
 
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from specstream_mlx.bundled import default_model_path
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.formats.adapter_directory import read_adapter
 from specstream_mlx.formats.config import LORA_PREFIX, PREFIX, StreamConfig, read_json
 from specstream_mlx.formats.places import resolve
 from specstream_mlx.formats.upload import upload
@@ -196,7 +197,7 @@ class TrainRun:
             seed=self.settings.seed,
         )
         if self.adapter is not None:
-            theirs = output.read_adapter(self.adapter)[1]
+            theirs = read_adapter(self.adapter)[1]
             without = [PREFIX + "prune."]
             if not any(name.startswith(LORA_PREFIX) for name in theirs):
                 without.append(LORA_PREFIX)

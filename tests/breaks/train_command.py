@@ -92,8 +92,8 @@ BREAKS = (
     Break(
         "a replacement leaves what a kill hid",
         "specstream_mlx/formats/atomic.py",
-        "        recover(target)\n        lock =",
-        "        lock =",
+        "        recover(target)\n        check()\n",
+        "        check()\n",
         "tests/training/test_trainer.py::kill_left_aside",
     ),
     Break(

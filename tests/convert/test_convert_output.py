@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -311,6 +313,20 @@ def test_frozen_copies_are_dropped(case: Case) -> None:
     case.tensors(WEIGHTS, lambda t: t.update({PREFIX + "model.embed_tokens.weight": embedding}))
     report = convert(case.options())
     assert any("equal to the base's" in fate.fate for fate in report.tensors)
+
+
+def test_torch_is_not_needed(case: Case) -> None:
+    """Where neither PyTorch nor PEFT is installed, a conversion and its verification are the same."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'peft'))\n"
+        "from pathlib import Path; from specstream_convert import ConvertOptions, convert\n"
+        f"convert(ConvertOptions(hf_path={str(case.base)!r}, adapter_path=Path({str(case.adapter)!r}), "
+        f"mlx_path=Path({str(case.out)!r})))"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    convert(case.options(mlx_path=case.root / "here"))
+    assert (case.out / "model.safetensors").read_bytes() == (case.root / "here/model.safetensors").read_bytes()
+    assert json.loads((case.out / "conversion_report.json").read_text())["verification"]["tensors"]["merged"] == 14
 
 
 def test_same_input_same_bytes(case: Case, tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from specstream_convert import ConvertOptions, convert, inspect_checkpoint
 from specstream_mlx import load
 from specstream_mlx.errors import UnsupportedError
 from specstream_mlx.families import CONVERTED
+from specstream_mlx.formats.adapter_directory import read_adapter
 from specstream_mlx.formats.config import read_json
 from specstream_mlx.target.tree import DraftTree
 from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.export_peft import check_peft
-from specstream_mlx.training.output import read_adapter
 from specstream_mlx.training.run import TrainRun
 from tests.passes import stream_logits, verify
 from tests.tiny import random_prompt

@@ -8,10 +8,10 @@ import pytest
 from specstream_convert import inspect_checkpoint
 from specstream_mlx import load, stream_generate
 from specstream_mlx.errors import UnsupportedError
+from specstream_mlx.formats.adapter_directory import read_adapter
 from specstream_mlx.training.batches import make_batch
 from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.loss import LossWeights, loss_only
-from specstream_mlx.training.output import read_adapter
 from tests.tiny import random_prompt
 from tests.tolerances import FLOAT32
 from tests.training.training_cases import prepared, rows, same, save_base, write_rows
