@@ -25,9 +25,10 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.sample_utils import make_sampler
 
-from specstream_mlx import DraftOptions, PrefixCache, prompt_cache, stream_generate
+from specstream_mlx import DraftOptions, PrefixCache, stream_generate
 from specstream_mlx.engine.single import prefill
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.target import prompt_cache
 from specstream_mlx.target.caches import (
     REFUSED,
     SUPPORTED,

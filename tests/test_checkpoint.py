@@ -316,7 +316,7 @@ def test_an_adapter_is_not_a_model(tmp_path):
 
 def test_a_file_is_not_a_model(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidInputError, match="file is not a directory; give the directory that holds config.json"):
+    with pytest.raises(InvalidInputError, match="file is not a directory; give the directory that holds config"):
         resolve(tmp_path / "file")
 
 

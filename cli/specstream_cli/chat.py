@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from specstream_cli.chat_template import ChatTemplate, Message
+from specstream_cli.chat_template import chat_template, is_used
 from specstream_cli.generate import (
     add_eos_tokens,
     generate,
@@ -19,11 +19,13 @@ from specstream_cli.generate import (
     statistics_line,
     to_json,
 )
-from specstream_cli.options import of
+from specstream_cli.options import of, place_of
 from specstream_cli.sampling import Sampling
 from specstream_cli.terminal import Answer, answer, progress_bar, quieten_libraries, to_stderr
-from specstream_cli.validation import any_repo_id, within
+from specstream_cli.validation import any_repo_id, unescaped, within
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.chat_template import ChatTemplate, Message, answer_message
+from specstream_mlx.formats.prompts import prompt_ids, template_ids
 from specstream_mlx.options import DraftMode, Insertion
 
 HELP = "q: quit   r: reset, forgetting the conversation   h: help   Ctrl-C: stop the answer, or quit"
@@ -34,6 +36,8 @@ PROMPT = "> "
 def chat(
     model: str | None = None,
     adapter: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     system_prompt: str | None = None,
     chat_template_config: str | None = None,
     ignore_chat_template: bool = False,
@@ -75,14 +79,14 @@ def chat(
     """Talk with a model; every line is a question. 'q' quits, 'r' forgets the conversation, 'h' helps."""
     refuse_contradictions(draft, tree, insertion, prune_threshold)
     sampling = Sampling.of(locals())
-    template = ChatTemplate.of(system_prompt, chat_template_config, ignore_chat_template)
-    quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
+    template = chat_template(system_prompt, chat_template_config, ignore_chat_template)
+    quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}, revision), debug=debug)
     with answer() as out:
         import mlx.core as mx
 
         from specstream_mlx import DraftOptions, load
 
-        target, tokenizer = load(model, adapter=adapter)
+        target, tokenizer = load(model, adapter=adapter, **place_of(revision, trust_remote_code))
         add_eos_tokens(tokenizer, extra_eos_token or [])
         sampling.check(target.args.vocab_size)
         mx.random.seed(seed)
@@ -130,7 +134,7 @@ class Conversation:
     num_reused: int = 0  # tokens of the last prompt that were not run again
 
     def __post_init__(self) -> None:
-        self.has_template = self.template.is_used(self.tokenizer)
+        self.has_template = is_used(self.template, self.tokenizer)
         self.reset()
 
     def reset(self) -> None:
@@ -142,12 +146,10 @@ class Conversation:
 
     def prompt(self, question: str) -> list[int]:
         """The ids of the whole conversation, ending with ``question``."""
-        from specstream_mlx.engine.generate import prompt_ids
-
         messages = [*self.messages, {"role": "user", "content": question}]
         if self.has_template:
             text = self.template.render(self.tokenizer, messages)
-            return list(self.tokenizer.encode(text, add_special_tokens=False))
+            return template_ids(self.tokenizer, text)
         ends = {"user": "", "assistant": "\n"}
         text = "".join(message["content"] + ends[message["role"]] for message in messages)
         return prompt_ids(self.tokenizer, text, self.model.args.vocab_size)
@@ -161,7 +163,7 @@ class Conversation:
         from specstream_mlx import PrefixCache, stream_generate
 
         if not self.has_template:
-            question = question.replace("\\n", "\n").replace("\\t", "\t")  # as in the prompt of `generate`
+            question = unescaped(question)  # as the prompt of `generate`
         ids = self.prompt(question)
         limit: dict[str, Any] = {"prompt_cache": None, "max_kv_size": self.max_kv_size}
         rest = ids
@@ -193,7 +195,7 @@ class Conversation:
         finally:
             responses.close()
             if last is not None:
-                self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+                self.messages += [{"role": "user", "content": question}, answer_message(text)]
                 reused = {"prompt": question, "reused_tokens": self.num_reused}
                 self.turns.append(reused | to_json(text, tokens, last))
 
