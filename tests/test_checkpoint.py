@@ -274,18 +274,6 @@ def test_unsupported_families(copy, model_type, reason):
         load(copy)
 
 
-def test_rotary_settings_that_mlx_lm_would_overlook_are_refused(copy):
-    config = json.loads((copy / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
-    (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match=r"rope_parameters .* put its rope_theta"):
-        load(copy)
-    nested = {"model_type": "gemma3", "text_config": {"rope_parameters": config["rope_parameters"]}}
-    (copy / "config.json").write_text(json.dumps(nested))
-    with pytest.raises(UnsupportedError, match=r"rope_parameters .* put its rope_theta"):
-        load(copy)
-
-
 def test_code_in_a_checkpoint_is_not_run(copy):
     (copy / "evil.py").write_text("raise SystemExit('ran')")
     change_json(copy / "config.json", model_file="evil.py")

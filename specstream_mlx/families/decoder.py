@@ -50,6 +50,12 @@ class DecoderFamily:
         """The small unquantised tensor that tells two bases of one shape apart; None when there is none."""
         return f"{cls.NORM}.weight"
 
+    @classmethod
+    def has_head(cls, base: Any) -> bool:
+        """Whether a base has an LM head of its own; otherwise its embedding is the head."""
+        owner, _, name = cls.HEAD.rpartition(".")
+        return name in at(base, owner)
+
     @property
     def dtype(self) -> mx.Dtype:
         """The dtype in which hidden states enter the first block."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from specstream_mlx.errors import InvalidInputError, UsageError
@@ -93,6 +94,11 @@ class ChatTemplate:
             )
         except Exception as error:  # a program of the model's author may raise anything
             reason = " ".join(str(error).split())
+            if type(error).__name__ == "TemplateSyntaxError":
+                raise InvalidInputError(
+                    f"{_file_of(tokenizer)}: chat template: line {getattr(error, 'lineno', '?')}: {reason}; mend it, or "
+                    "give the raw prompt"
+                ) from error
             raise InvalidInputError(f"chat template: refused the messages ({reason})") from error
         return text
 
@@ -117,8 +123,17 @@ class ChatTemplate:
         begin = next((at for at, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), None)
         shown = question.strip()
         if begin is None or not shown or text[:begin] != first[:begin] or not text[begin:].lstrip().startswith(shown):
-            raise InvalidInputError("chat template: does not show the question as it is; use --ignore-chat-template")
+            raise InvalidInputError("chat template: does not show the question as it is; give the raw prompt instead")
         return text[begin:]
+
+
+def _file_of(tokenizer: Any) -> Path:
+    """The file that holds a tokenizer's chat template."""
+    directory = Path(str(getattr(tokenizer, "name_or_path", "") or "."))
+    names = ("chat_template.jinja", "chat_template.json")
+    return next(
+        (directory / name for name in names if (directory / name).exists()), directory / "tokenizer_config.json"
+    )
 
 
 def answer_message(text: str) -> Message:

@@ -344,6 +344,8 @@ def _read_live_lora(directory: Path, base: nn.Module) -> tuple[AdaptedLayer, ...
             "fine-tune as a model"
         )
     held = check_safetensors(weights_file)
+    if not held:
+        raise InvalidInputError(f"{weights_file}: holds no tensor, so it would change nothing; save the adapter again")
     tensors: dict[str, mx.array] = mx.load(str(weights_file))  # type: ignore[assignment]
     bad = [name for name, value in tensors.items() if not mx.isfinite(value).all().item()]
     if bad:

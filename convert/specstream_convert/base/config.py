@@ -12,6 +12,7 @@ from specstream_convert.base.layouts import LAYOUTS
 from specstream_convert.messages import escaped, listing
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families import FAMILIES
+from specstream_mlx.families.rope_parameters import lift
 
 _COMMON = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 SIZES_LLAMA = (*_COMMON, "intermediate_size")
@@ -179,31 +180,7 @@ def _check_quantization(config: dict[str, Any], where: Path) -> None:
 
 def _lift_rope(config: dict[str, Any], model_type: str, where: Path, notes: list[str]) -> None:
     """Bring ``rope_parameters`` of transformers 5 to ``rope_theta`` and ``rope_scaling`` at the top level."""
-    nested = config.pop("rope_parameters", None)
-    if nested is not None:
-        if not isinstance(nested, dict) or any(isinstance(value, dict) for value in nested.values()):
-            raise UnsupportedError(
-                f"{where}: rope_parameters is {escaped(repr(nested))}: one set for all layers expected"
-            )
-        scaling = dict(nested)
-        for name in ("rope_theta", "partial_rotary_factor"):
-            if name not in scaling:
-                continue
-            value = scaling.pop(name)
-            if name in config and config[name] != value:
-                raise InvalidInputError(
-                    f"{where}: {name} is {config[name]!r}, but {value!r} in rope_parameters; remove the wrong one"
-                )
-            config[name] = value
-        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-        if rope_type != "default":
-            older = config.get("rope_scaling")
-            if older is not None and older != nested and older != scaling:
-                raise InvalidInputError(f"{where}: rope_scaling and rope_parameters differ; remove the wrong one")
-            config["rope_scaling"] = scaling
-        elif config.get("rope_scaling") is None:
-            config["rope_scaling"] = None
-        notes.append("config.json: rope_parameters lifted to rope_theta and rope_scaling, where mlx-lm reads them")
+    notes += [f"config.json: {note}" for note in lift(config, model_type, where)]
     theta = config.get("rope_theta")
     if theta is None:
         if model_type == "qwen2":
