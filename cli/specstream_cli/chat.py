@@ -1,6 +1,7 @@
 """``specstream-mlx chat``: turn after turn, keeping the cache of what the turns have in common."""
 
 import contextlib
+import select
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -28,8 +29,14 @@ from specstream_mlx.formats.chat_template import ChatTemplate, Message, answer_m
 from specstream_mlx.formats.prompts import prompt_ids, template_ids
 from specstream_mlx.options import DraftMode, Insertion
 
-HELP = "q: quit   r: reset, forgetting the conversation   h: help   Ctrl-C: stop the answer, or quit"
+QUOTE = '"""'
+HELP = (
+    "q: quit   r: reset, forgetting the conversation   h: help   Ctrl-C: stop the answer, or quit   "
+    f"{QUOTE}...{QUOTE}: a question of several lines, or one that is a command"
+)
 PROMPT = "> "
+MORE = ". "
+PASTE_SECONDS = 0.05  # lines that arrive within it were pasted together
 
 
 @of(generate)
@@ -76,7 +83,10 @@ def chat(
     quiet: bool = False,
     debug: bool = False,
 ) -> None:
-    """Talk with a model; every line is a question. 'q' quits, 'r' forgets the conversation, 'h' helps."""
+    """Talk with a model; every line is a question. 'q' quits, 'r' forgets the conversation, 'h' helps.
+
+    A question of several lines stands between triple quotes; lines that are pasted on a terminal are one question.
+    """
     refuse_contradictions(draft, tree, insertion, prune_threshold)
     sampling = Sampling.of(locals())
     template = chat_template(system_prompt, chat_template_config, ignore_chat_template)
@@ -174,6 +184,8 @@ class Conversation:
         else:  # rows that were overwritten cannot be had again; processors must see every token
             self.kept = PrefixCache(self.model)
         self.num_reused = len(ids) - len(rest)
+        if not self.has_template:
+            limit["continues_text"] = True  # the next turn's prompt is this one's and the answer in one text
         responses = stream_generate(
             self.model,
             self.tokenizer,
@@ -219,6 +231,11 @@ class _Session:
         if self.watched and not self.quiet:
             to_stderr(HELP)
         while (line := self._read()) is not None:
+            if line.startswith(QUOTE):
+                question = self._quoted(line.removeprefix(QUOTE))
+                if question:
+                    self._answer(question)
+                continue
             if line == "q":
                 return
             if line == "r":
@@ -226,17 +243,38 @@ class _Session:
                 self._say("reset, the conversation is forgotten")
             elif line == "h":
                 to_stderr(HELP)
-            elif line:
-                self._answer(line)
+            elif question := self._pasted(line):
+                self._answer(question)
+
+    def _quoted(self, first: str) -> str:
+        """The question from behind its opening quotes to the closing ones, or to the end of the input."""
+        lines = [first]
+        while not lines[-1].rstrip().endswith(QUOTE):
+            line = self._read(MORE)
+            if line is None:
+                return "\n".join(lines)
+            lines.append(line)
+        lines[-1] = lines[-1].rstrip().removesuffix(QUOTE)
+        return "\n".join(lines).strip("\n")
+
+    def _pasted(self, line: str) -> str:
+        """The line with those that were pasted along with it: on a terminal they are there already."""
+        lines = [line]
+        while self.watched and select.select([sys.stdin.fileno()], [], [], PASTE_SECONDS)[0]:
+            more = self._read("")
+            if more is None:
+                break
+            lines.append(more)
+        return "\n".join(lines).strip("\n")
 
     def _say(self, line: str) -> None:
         if not self.quiet:
             to_stderr(line)
 
-    def _read(self) -> str | None:
+    def _read(self, prompt: str = PROMPT) -> str | None:
         """The next line, None at the end of the input."""
         if self.watched:
-            sys.stderr.write(PROMPT)
+            sys.stderr.write(prompt)
             sys.stderr.flush()
         try:
             line = sys.stdin.buffer.readline()

@@ -194,6 +194,7 @@ def generate(
             "quantized_kv_start": quantized_kv_start,
             "max_kv_size": max_kv_size,
         }
+        continued: dict[str, Any] = {} if prefill_response is None else {"continues_text": True}
         check = ExactCheck(target, model, adapter, how, revision) if check_exact else None
 
         def start(prompt: str | list[int], progress: Progress | None) -> Iterator[Any]:
@@ -209,6 +210,7 @@ def generate(
                     prompt_progress_callback=prompt_progress(progress, prefill_step_size),
                     prompt_cache=caches,
                     **how,
+                    **continued,
                 )
             )
 

@@ -66,6 +66,7 @@ def stream_generate(
     max_kv_size: int | None = None,
     draft_options: DraftOptions | None = None,
     stop: str | Sequence[str] | None = None,
+    continues_text: bool = False,
     prefill_step_size: int = 2048,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[GenerationResponse, None, None]:
@@ -87,6 +88,8 @@ def stream_generate(
         max_kv_size: most tokens that the cache holds; longer texts forget, and decode plainly from there.
         draft_options: a tree, an insertion or a pruning threshold of one's own.
         stop: a string, or strings, that end the text; the text stops before them.
+        continues_text: the new text follows the prompt's in one text, so a space at its beginning stays, which mlx-lm
+            drops.
         prefill_step_size: prompt tokens per prefill pass.
         prompt_progress_callback: called with (tokens done, tokens in all).
 
@@ -130,6 +133,9 @@ def stream_generate(
     )
     stop_tokens = set(tokenizer.eos_token_ids)
     detokenizer = tokenizer.detokenizer
+    if continues_text:  # behind a token, a space is not the beginning of a text
+        detokenizer.add_token(ids[-1])
+        _ = detokenizer.last_segment
     text = _StopText(stop)
     with wired_limit(model, [generation_stream]):
         started = time.perf_counter()

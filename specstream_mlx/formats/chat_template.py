@@ -96,8 +96,8 @@ class ChatTemplate:
             reason = " ".join(str(error).split())
             if type(error).__name__ == "TemplateSyntaxError":
                 raise InvalidInputError(
-                    f"{_file_of(tokenizer)}: chat template: line {getattr(error, 'lineno', '?')}: {reason}; mend it, or "
-                    "give the raw prompt"
+                    f"{_file_of(tokenizer)}: chat template: line {getattr(error, 'lineno', '?')}: {reason}; mend it, "
+                    "or give the raw prompt"
                 ) from error
             raise InvalidInputError(f"chat template: refused the messages ({reason})") from error
         return text
