@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ from specstream_cli.generate import (
     to_json,
 )
 from specstream_cli.options import of, place_of
-from specstream_cli.sampling import Sampling
+from specstream_cli.sampling import ModelDefaults, Sampling
 from specstream_cli.terminal import Answer, answer, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.validation import any_repo_id, unescaped, within
 from specstream_mlx.errors import InvalidInputError
@@ -41,6 +42,7 @@ PASTE_SECONDS = 0.05  # lines that arrive within it were pasted together
 
 @of(generate)
 def chat(
+    context: typer.Context,
     model: str | None = None,
     adapter: str | None = None,
     revision: str | None = None,
@@ -65,6 +67,7 @@ def chat(
     frequency_penalty: float = 0.0,
     frequency_context_size: int = 20,
     logit_bias: str | None = None,
+    use_generation_config: ModelDefaults = False,
     seed: Annotated[
         int, typer.Option(callback=within(0, 2**64 - 1), help="Same seed and same questions, same answers.")
     ] = 0,
@@ -98,6 +101,8 @@ def chat(
 
         target, tokenizer = load(model, adapter=adapter, **place_of(revision, trust_remote_code))
         add_eos_tokens(tokenizer, extra_eos_token or [])
+        if use_generation_config:
+            sampling = sampling.with_model_defaults(Path(tokenizer.name_or_path), context)
         sampling.check(target.args.vocab_size)
         mx.random.seed(seed)
         limits = {"kv_bits": kv_bits, "kv_group_size": kv_group_size, "quantized_kv_start": quantized_kv_start}

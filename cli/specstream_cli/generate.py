@@ -21,6 +21,7 @@ from specstream_cli.sampling import (
     LogitBias,
     MinP,
     MinTokensToKeep,
+    ModelDefaults,
     PresencePenalty,
     RepetitionPenalty,
     Sampling,
@@ -38,6 +39,7 @@ from specstream_mlx.options import DraftMode, Insertion
 
 
 def generate(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Option(help="MLX model directory or Hugging Face repository; default: the model shipped here."),
@@ -95,6 +97,7 @@ def generate(
     frequency_penalty: FrequencyPenalty = 0.0,
     frequency_context_size: ContextSize = 20,
     logit_bias: LogitBias = None,
+    use_generation_config: ModelDefaults = False,
     seed: Seed = None,
     draft: Annotated[
         DraftMode,
@@ -154,7 +157,7 @@ def generate(
     if prompt_cache_file is not None and (prompts_file is not None or check_exact):
         option = "--prompts-file" if prompts_file is not None else "--check-exact"
         raise UsageError(f"--prompt-cache-file: an answer uses the cache up, which {option} cannot do; drop one")
-    if check_exact and temp > 0 and seed is None:
+    if check_exact and (temp > 0 or use_generation_config) and seed is None:
         raise UsageError("--check-exact: sampled text can be compared for the same seed only; give --seed")
     question = None if prompt is None else read_prompt(prompt)
     quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}, revision), debug=debug)
@@ -183,6 +186,8 @@ def generate(
                 to_stderr("note: --system-prompt has no effect: the prompt cache holds what comes before the question")
             caches = load_prompt_cache(cache_file, target)
         add_eos_tokens(tokenizer, extra_eos_token or [])
+        if use_generation_config:
+            sampling = sampling.with_model_defaults(Path(tokenizer.name_or_path), context)
         sampling.check(target.args.vocab_size)
         how: dict[str, Any] = {
             "sampler": sampling.sampler(tokenizer),
