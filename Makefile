@@ -1,44 +1,58 @@
-# make demo and make test work on a fresh clone: they create .venv, install into it, and re-use it until
-# pyproject.toml changes.
+# make demo and make test work on a fresh clone: they create .venv, install the locked packages into it, and re-use
+# it until pyproject.toml or a lock changes. LOCK= (empty) installs the newest packages that pyproject.toml allows.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
 RUN = scripts/with-openblas
-TESTED_TORCH = torch==2.13.0
+LOCK ?= lock
+TORCH ?= -r lock/torch.txt
+
+# The locks are complete and hold what builds packages, too: with them nothing else is looked for.
+ifneq ($(LOCK),)
+  LOCKED = $(PIP) install --no-deps --no-build-isolation
+  INSTALL = $(LOCKED) --require-hashes -r $(LOCK)/runtime.txt && $(LOCKED) -e .
+  INSTALL_DEV = $(LOCKED) --require-hashes -r $(LOCK)/dev.txt && $(PIP) install $(TORCH)
+else
+  INSTALL = $(PIP) install -e .
+  INSTALL_DEV = $(PIP) install $(TORCH) -e '.[dev]'
+endif
 
 # One BLAS thread per process: the models of the tests are too small to share.
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-newest lint format lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.installed ## Install, answer a sample question, and compare with plain decoding
-	@echo '== specstream-mlx generate'
-	@$(RUN) $(BIN)/specstream-mlx generate
-	@echo
-	@echo '== benchmarks/side_by_side.py'
+demo: $(VENV)/.installed ## Install, answer a sample question pass by pass, and compare with mlx-lm
 	@$(RUN) $(BIN)/python benchmarks/side_by_side.py
 
 test: $(VENV)/.tested ## Install with the test extras and run the tests
 	$(RUN) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(PYTEST_ARGS)
 
-lint: $(VENV)/.linted ## Check style, format and types
+test-newest: ## The tests with the newest packages that pyproject.toml allows, in .venv-newest
+	@$(MAKE) test VENV=.venv-newest LOCK=
+
+lint: $(VENV)/.tested ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.linted ## Rewrite the code in the house format
+format: $(VENV)/.tested ## Rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## Remove the environment and the caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+lock: $(VENV)/.created ## Renew the locked packages in lock/
+	@$(PIP) install --upgrade uv
+	@PATH="$$PWD/$(BIN):$$PATH" scripts/lock
+
+clean: ## Remove the environments and the caches
+	rm -rf $(VENV) .venv-newest .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo 'make: Python 3.11 or newer is needed; set PYTHON=/path/to/python3' >&2; exit 1; }
@@ -51,18 +65,13 @@ $(VENV)/.created:
 	  || { echo 'make: cannot create a virtual environment; install python3-venv, or set PYTHON' >&2; exit 1; }
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.created pyproject.toml
+$(VENV)/.installed: $(VENV)/.created pyproject.toml $(wildcard lock/*)
 	@echo '== installing specstream-mlx'
-	@$(PIP) install -e .
+	@$(INSTALL)
 	@touch $@
 
-$(VENV)/.tested: $(VENV)/.installed pyproject.toml
-	@echo '== installing the test extras'
-	@$(PIP) install '$(TESTED_TORCH)'
-	@$(PIP) install -e '.[test,torch]'
-	@touch $@
-
-$(VENV)/.linted: $(VENV)/.tested pyproject.toml
-	@echo '== installing the development tools'
-	@$(PIP) install -e '.[dev]'
+$(VENV)/.tested: $(VENV)/.installed
+	@echo '== installing what tests and checks need'
+	@$(INSTALL_DEV)
+	@$(PIP) check
 	@touch $@

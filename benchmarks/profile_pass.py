@@ -21,13 +21,15 @@ from mlx_lm.generate import generate_step, generation_stream
 
 from specstream_mlx import DraftOptions, load, stream_generate
 from specstream_mlx.calibration.measure import find_samples
+from specstream_mlx.drafters.protocol import Anchor, Wish
 from specstream_mlx.engine.acceptance import accept
 from specstream_mlx.engine.sampling import TargetSampler
-from specstream_mlx.engine.single import prefill
+from specstream_mlx.engine.session import prefill
+from specstream_mlx.engine.steering import steer
 from specstream_mlx.formats.prompts import encode_prompt, read_prompts
 from specstream_mlx.models.load import model_directory
 from specstream_mlx.options import Insertion
-from specstream_mlx.planning.control import steer
+from specstream_mlx.target.rows import Draft
 from specstream_mlx.target.tree import DraftTree
 
 STEPS = 32  # plain steps timed together
@@ -56,8 +58,11 @@ def profile(model: Any, tokenizer: Any, prompt: list[int], options: DraftOptions
     caches = model.make_cache()
     prefill(model, prompt[:-1], caches, 2048, None, len(prompt))
     start = caches[0].offset
-    plan, _ = steer("tree", model, options)
+    drafter = model.drafter
+    plan, _ = steer("tree", model, drafter, options)
     tree = plan.tree or DraftTree.chain(model.gamma)
+    wish = Wish(tree.max_depth, tree, plan.budget, plan.way)
+    state = drafter.begin(model, prompt)
     sampler = TargetSampler(None, None, model.args.vocab_size)
     laps = Laps()
     answer = [r.tokens for r in stream_generate(model, tokenizer, prompt, max_tokens=STEPS, draft="off")]
@@ -72,20 +77,21 @@ def profile(model: Any, tokenizer: Any, prompt: list[int], options: DraftOptions
             cache.offset = start
         node_tokens = mx.array([prompt[-1], *[tokens[min(depth, len(tokens)) - 1] for depth in tree.depths[1:]]])
         mx.eval(node_tokens)
+        draft = Draft(tree, node_tokens)
         with laps.time("cycle, its parts one after another"), mx.stream(generation_stream):
             with laps.time("verification: build"):
-                verified = model.verify(node_tokens, tree, caches, insertion=plan.insertion)
-                drawn = sampler.draw(verified.logits, tree, node_tokens, None)
+                passed = model.verify(draft, caches, riders=state.riders(wish), taps=drafter.taps)
+                drawn = sampler.draw(passed.logits, tree, node_tokens, None).tokens
             with laps.time("verification: wait"):
                 mx.eval(drawn)
             with laps.time("read back and accept"):
                 found = accept(tree, node_tokens.tolist(), drawn.tolist())  # type: ignore[arg-type]
             with laps.time("commit"):
-                model.commit(verified, found.nodes, caches)
+                model.commit(passed, found.nodes, caches)
                 mx.eval([cache.keys for cache in caches])
             with laps.time("streams: build"):
-                logits = model.stream_logits(verified, found.nodes[-1], caches)
-                _, drafted = plan.draft(mx.array([found.tokens[-1]]), logits, tree)
+                root = mx.array([found.tokens[-1]])
+                drafted = state.propose(Anchor(passed, found.nodes[-1], root, caches), wish).tokens
             with laps.time("streams: wait"):
                 mx.eval(drafted)
         with laps.time("detokenise"):

@@ -34,8 +34,8 @@ import numpy.typing as npt
 
 from specstream_mlx import load
 from specstream_mlx.calibration.shapes import SHAPES, random_model
+from specstream_mlx.drafters.fill import top_candidates
 from specstream_mlx.models.model import SpecStreamModel
-from specstream_mlx.planning.plan import top_candidates
 from specstream_mlx.training.batches import IGNORE, Batch, Example, make_batch
 from specstream_mlx.training.evaluation import chain_passes
 from specstream_mlx.training.forward import MainPass, forward_main, forward_streams

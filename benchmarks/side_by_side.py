@@ -3,14 +3,14 @@
     python benchmarks/side_by_side.py                                  the bundled model on its held-out questions
     python benchmarks/side_by_side.py --model DIR --prompts-file F     another model; F holds {"prompt": ...} lines
 
-The same measurement as ``specstream-mlx benchmark``, which can do more; here the first question and its answer are
-shown too, and the last line of the output is one JSON document. The protocol is in benchmarks/README.md.
+The same measurement as ``specstream-mlx benchmark``, which can do more and prints tables; here the first question is
+answered pass by pass before. The protocol is in benchmarks/README.md.
 """
 
 import argparse
-import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,19 @@ from typing import Any
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison; 0, or an exit code of the command line, 5 when an arm gave other tokens than the baseline."""
     options = parse(arguments)
+    from specstream_cli.app import READER_GONE
+    from specstream_cli.terminal import ReaderGone, answer
     from specstream_mlx.errors import SpecStreamError
 
     try:
-        document = compare(options)
+        with answer() as out:
+            compare(options, out)
     except SpecStreamError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code
-    from specstream_cli.benchmark import tables
-
-    sample = document["workloads"][0]["sample"]
-    print(f"prompt 1:\n{sample['prompt']}\n\nanswer: {sample['answer'].strip()}\n")
-    print(tables(document))
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    print(json.dumps(document, allow_nan=False))
+    except ReaderGone:
+        return READER_GONE
     return 0
 
 
@@ -49,12 +46,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--draft",
         action="append",
         choices=("auto", "tree", "chain", "off"),
-        help="an arm beside mlx-lm; may be repeated (default: auto and tree)",
+        help="an arm beside mlx-lm; may be repeated (default: auto)",
     )
     parser.add_argument("--tree", help="tree of the tree and auto arms, such as best-first:8 or cartesian:2x2x1x1")
     parser.add_argument("--insertion", choices=("leaf", "deferred", "parallel"), help="how streams are run")
     parser.add_argument("--allow-differences", action="store_true", help="print figures although 16-bit ties differ")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON document, indented, to FILE")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with every figure instead")
     return parser.parse_args(arguments)
 
 
@@ -66,28 +63,74 @@ def at_least_one(text: str) -> int:
     return value
 
 
-def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """The document of one comparison.
+def compare(options: argparse.Namespace, out: Any) -> None:
+    """Answer the first question and measure, and write both to ``out``.
 
     Raises:
         SpecStreamError: bad input, or other tokens than the baseline's.
     """
     from specstream_cli.benchmark import load_arms, measure_all, workloads
-    from specstream_mlx.calibration import machine
+    from specstream_cli.terminal import progress_bar, to_stderr
+    from specstream_mlx.target import machine
 
-    def remark(line: str) -> None:
-        print(line, file=sys.stderr)
-
-    draft = options.draft or ["auto", "tree"]
+    draft = options.draft or ["auto"]
     arms, tokenizer, target, about = load_arms(
-        options.model, draft, options.max_tokens, remark, tree=options.tree, insertion=options.insertion
+        options.model, draft, options.max_tokens, to_stderr, tree=options.tree, insertion=options.insertion
     )
     files = [options.prompts_file] if options.prompts_file else None
-    loads = workloads(options.model, files, options.prompts, None, tokenizer, target, options.max_tokens, remark)
-    record = {"benchmark": "side by side", "machine": machine.describe(), "versions": machine.versions()}
-    counts = {"repeats": options.repeats, "max_tokens": options.max_tokens}
-    results = measure_all(arms, loads, options.repeats, options.allow_differences, None)
-    return record | about | counts | {"workloads": results}
+    loads = workloads(options.model, files, options.prompts, None, tokenizer, target, options.max_tokens, to_stderr)
+    if not options.json:
+        show_answer(arms[1], loads[0], tokenizer, out)
+    with progress_bar() as progress:
+        results = measure_all(arms, loads, options.repeats, options.allow_differences, progress)
+    if options.json:
+        record = {"benchmark": "side by side", "machine": machine.describe(), "versions": machine.versions()}
+        counts = {"repeats": options.repeats, "max_tokens": options.max_tokens}
+        out.write_json(record | about | counts | {"workloads": results})
+        return
+    stock, *ours = results[0]["arms"]
+    for found in ours:
+        out.write(comparison(stock, found, options.repeats) + "\n")
+
+
+def show_answer(arm: Any, load: Any, tokenizer: Any, out: Any) -> None:
+    """Write the first question, the passes of its answer as they come, and the answer."""
+    from specstream_cli.passes import Pass, legend, pass_lines
+
+    colour = out.stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    steps: list[Any] = []
+
+    def passes() -> Iterator[Pass]:
+        before = 0
+        for step in arm.start(load.prompts[0]):
+            accepted = sum(step.accepted)
+            yield Pass(step.tokens, step.tokens[: accepted - before])
+            before = accepted
+            steps.append(step)
+
+    out.write(f"Question\n{indented(load.texts[0])}\n\nPasses: {legend(colour=colour)}\n")
+    for line in pass_lines(passes(), tokenizer.decode, colour=colour):
+        out.write(line + "\n")
+    text = "".join(step.text for step in steps)
+    tokens = sum(len(step.tokens) for step in steps)
+    out.write(f"\nAnswer: {tokens} tokens in {steps[-1].passes} passes\n{indented(text)}\n\n")
+
+
+def indented(text: str) -> str:
+    """The lines of a text, two spaces in."""
+    return "\n".join(f"  {line}" for line in text.strip().splitlines())
+
+
+def comparison(stock: dict[str, Any], ours: dict[str, Any], repeats: int) -> str:
+    """One line on an arm of ours beside stock mlx-lm."""
+    equal, count = ours["prompts_with_equal_tokens"], ours["prompts"]
+    same = f"{count} questions" if equal == count else f"{equal} of {count} questions"
+    seconds = [arm["total_seconds"]["median"] for arm in (stock, ours)]
+    return (
+        f"Beside stock mlx-lm: the same text on {same}, {ours['total_speedup']['of_medians']:.2f}x as fast "
+        f"({seconds[1]:.2f} s instead of {seconds[0]:.2f} s; decoding alone "
+        f"{ours['decode_speedup']['of_medians']:.2f}x; --draft {ours['arm']}, median of {repeats} rounds)"
+    )
 
 
 if __name__ == "__main__":

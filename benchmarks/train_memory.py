@@ -38,11 +38,11 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 
 from specstream_mlx import SpecStreamModel, default_model_path
-from specstream_mlx.calibration import machine
 from specstream_mlx.calibration.shapes import SHAPES
 from specstream_mlx.errors import SpecStreamError
 from specstream_mlx.formats.places import resolve
 from specstream_mlx.options import Mode
+from specstream_mlx.target import machine
 from specstream_mlx.training import trainer
 from specstream_mlx.training.batches import Example
 from specstream_mlx.training.settings import TrainSettings

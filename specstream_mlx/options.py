@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 DraftMode = Literal["auto", "tree", "chain", "off"]
+DrafterName = Literal["streams", "two-model", "prompt-lookup", "none"]
 Insertion = Literal["leaf", "deferred", "parallel"]
 Mode = Literal["shared", "lossless"]
 StreamPosition = Literal["anchor", "anchor_plus_j"]
@@ -40,12 +41,13 @@ class DraftOptions:
 class DraftReport:
     """The plan as shown to users: ``nodes`` counts drafted nodes (the most per pass), the root not included.
 
-    ``note`` says why a stored calibration was left aside.
+    ``note`` says why a stored calibration was left aside; ``insertion`` is that of streams, None for other drafters.
     """
 
     mode: str
     gamma: int
     nodes: int
-    insertion: str
+    insertion: str | None
     plan: str
     note: str | None = None
+    drafter: str = "streams"

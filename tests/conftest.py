@@ -38,6 +38,12 @@ def _environment():
     os.environ.update(before)
 
 
+@pytest.fixture(autouse=True)
+def _no_time_passes(monkeypatch):
+    """A program that a busy machine slows down would write lines of progress; none of the tests counts on them."""
+    monkeypatch.setattr("specstream_cli.terminal.clock", lambda: 0.0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _signals_arrive():
     """A shell's background jobs ignore SIGINT, those of ``nohup`` SIGHUP; so would the programs that tests start."""

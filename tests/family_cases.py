@@ -7,6 +7,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.target.tree import DraftTree
 from specstream_mlx.training.forward import forward_main, forward_streams
+from tests.passes import stream_logits, verify
 from tests.tiny import random_prompt
 
 TREE = DraftTree.from_paths([(0, 0), (0, 1), (1, 0), (2,)])
@@ -32,12 +33,12 @@ def tree_error(model: SpecStreamModel, prompt_length: int) -> float:
     for node in range(TREE.size):
         caches = model.make_cache()
         model(mx.array([prompt]), cache=caches)
-        verified = model.verify(mx.array(node_tokens), TREE, caches)
+        verified = verify(model, mx.array(node_tokens), TREE, caches)
         path = TREE.ancestors(node)
         branch = [node_tokens[ancestor] for ancestor in path]
         worst = max(worst, difference(verified.logits[node], stock(branch)))
         model.commit(verified, path, caches)
-        following = model.verify(mx.array([7]), DraftTree.chain(0), caches)
+        following = verify(model, mx.array([7]), DraftTree.chain(0), caches)
         worst = max(worst, difference(following.logits[0], stock([*branch, 7])))
     return worst
 
@@ -54,12 +55,12 @@ def insertion_error(model: SpecStreamModel, prompt_length: int) -> float:
         for insertion in ("deferred", "leaf", "parallel"):
             caches = model.make_cache()
             model(mx.array([random_prompt(prompt_length, seed=1)]), cache=caches)
-            verified = model.verify(mx.array(random_prompt(TREE.size, seed=2)), TREE, caches, insertion=insertion)
+            verified = verify(model, mx.array(random_prompt(TREE.size, seed=2)), TREE, caches, insertion=insertion)
             inserted = insertion == "parallel" or (insertion == "leaf" and node == TREE.leaf)
-            assert model.has_streams_of(verified, node, model.gamma) is inserted
+            assert verified.carried(node, model.gamma) is inserted
             model.commit(verified, TREE.ancestors(node), caches)
             offsets = [cache.offset for cache in caches]
-            results.append((model.stream_logits(verified, node, caches), verified.logits))
+            results.append((stream_logits(model, verified, node, caches), verified.logits))
             assert [cache.offset for cache in caches] == offsets
         for streams, main in results[1:]:
             worst = max(worst, difference(streams, results[0][0]), difference(main, results[0][1]))
@@ -86,9 +87,9 @@ def inference_logits(model: SpecStreamModel, tokens: list[int], anchor: int) -> 
     caches = model.make_cache()
     if anchor:
         model(mx.array([tokens[:anchor]]), cache=caches)
-    verified = model.verify(mx.array(tokens[anchor : anchor + 1]), DraftTree.chain(0), caches)
+    verified = verify(model, mx.array(tokens[anchor : anchor + 1]), DraftTree.chain(0), caches)
     model.commit(verified, [0], caches)
-    return np.array(verified.logits[0]), np.array(model.stream_logits(verified, 0, caches))
+    return np.array(verified.logits[0]), np.array(stream_logits(model, verified, 0, caches))
 
 
 def difference(one: mx.array, other: mx.array) -> float:

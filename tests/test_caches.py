@@ -26,7 +26,7 @@ from mlx_lm.models.cache import (
 from mlx_lm.sample_utils import make_sampler
 
 from specstream_mlx import DraftOptions, PrefixCache, stream_generate
-from specstream_mlx.engine.single import prefill
+from specstream_mlx.engine.session import prefill
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.target import prompt_cache
 from specstream_mlx.target.caches import (
@@ -545,14 +545,14 @@ def test_prompt_caches_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(InvalidInputError, match=message):
             prompt_cache.load_prompt_cache(file, wrong)
     for content, message in (
-        (whole[:-100], "damaged safetensors file"),
-        (whole[:40], "damaged safetensors file"),
-        (b"", "empty file"),
+        (whole[:-100], r"expected \d+ bytes, the file has \d+; the file is incomplete, download or save it again"),
+        (whole[:40], r"the header needs \d+ bytes, the file has 40; it is incomplete"),
+        (b"", "the file is empty; download or save it again"),
     ):
         file.write_bytes(content)
         with pytest.raises(InvalidInputError, match=message):
             prompt_cache.load_prompt_cache(file, model)
-    with pytest.raises(InvalidInputError, match="not a regular file"):
+    with pytest.raises(InvalidInputError, match="file not found"):
         prompt_cache.load_prompt_cache(tmp_path / "missing.safetensors", model)
 
 

@@ -9,14 +9,16 @@ import mlx.core as mx
 import pytest
 
 from specstream_mlx import stream_generate
-from specstream_mlx.calibration import costs, machine
+from specstream_mlx.calibration import costs
 from specstream_mlx.calibration.acceptance import AcceptanceCounts, measure_acceptance
 from specstream_mlx.calibration.costs import PLAIN_STEPS, measure_costs, sample_tree, usable_contexts
 from specstream_mlx.calibration.measure import measure
-from specstream_mlx.calibration.store import cache_directory, calibration_key, find, model_digest, path_for, save
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.formats.prompts import encode_prompt, read_prompts
+from specstream_mlx.models.identity import calibration_key, model_digest, stored_calibration
 from specstream_mlx.planning.calibration import Calibration
+from specstream_mlx.planning.store import cache_directory, path_for, save
+from specstream_mlx.target import machine
 from tests.tiny import NumberTokenizer, drafter, make_model, plain_tokens, random_prompt
 
 
@@ -47,7 +49,7 @@ def calibration(model, _clock):
 def test_a_calibration_survives_the_file(model, calibration):
     path = save(calibration)
     assert path.parent == cache_directory() / "calibrations"
-    assert find(model) == calibration
+    assert stored_calibration(model) == calibration
     assert [file.name for file in path.parent.iterdir()] == [path.name], "no temporary file is left"
     assert calibration.costs[0][1].plain > 0
     assert [context for context, _ in calibration.costs] == [8, 32]
@@ -57,7 +59,9 @@ def test_a_calibration_survives_the_file(model, calibration):
 def test_costs_cover_rows_kinds_and_contexts(model):
     stages = []
     found = dict(
-        measure_costs(model, [4, 20], rows=(1, 3, 5), repeats=1, progress=lambda *report: stages.append(report))
+        measure_costs(
+            model, [4, 20], model.drafter, rows=(1, 3, 5), repeats=1, progress=lambda *report: stages.append(report)
+        )
     )
     assert set(found) == {4, 20}
     for at in found.values():
@@ -81,8 +85,8 @@ def test_sample_trees_have_the_rows_and_are_no_chains():
 
 def test_contexts_that_do_not_fit_the_model_are_left_out(model):
     assert model.args.max_position_embeddings == 512
-    assert usable_contexts(model, [64, 512, 2048]) == [64]
-    assert usable_contexts(model, [4096]) == [238]
+    assert usable_contexts(model, [64, 512, 2048], model.gamma) == [64]
+    assert usable_contexts(model, [4096], model.gamma) == [238]
 
 
 def test_acceptance_is_counted_while_the_guesses_before_were_right():
@@ -100,7 +104,7 @@ def test_a_drafter_that_is_always_right_is_measured_so(model):
     prompt = random_prompt(9, seed=3)
     expected = plain_tokens(model.base, prompt, 41, end_of_text=())
     with drafter(model, expected, len(prompt), 1.0):
-        counts = measure_acceptance(model, [prompt], max_tokens=41)
+        counts = measure_acceptance(model, [prompt], model.drafter, max_tokens=41)
     assert counts.trials.tolist() == [8, 8, 8, 8]
     assert counts.hits[:, 0].tolist() == [8, 8, 8, 8]
 
@@ -117,10 +121,10 @@ def test_without_prompts_the_model_samples_its_own_text(model, monkeypatch):
 
 def test_a_model_without_streams_is_refused():
     plain = make_model("llama", seed=1)
-    plain.stream_config = plain.streams = None
+    plain.use_adapter(None)
     with pytest.raises(UsageError, match="no streams"):
         measure(plain, NumberTokenizer())
-    assert find(plain) is None
+    assert stored_calibration(plain) is None
 
 
 def test_the_key_tells_models_and_machines_apart(model, monkeypatch):
@@ -156,7 +160,7 @@ def test_a_damaged_or_foreign_file_is_named_and_left_aside(model, calibration, d
     path = save(calibration)
     path.write_text(damage(path.read_text()))
     with pytest.raises(InvalidInputError) as caught:
-        find(model)
+        stored_calibration(model)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
     response = list(stream_generate(model, NumberTokenizer(), [7, 8, 9], 6))[-1]

@@ -16,6 +16,7 @@ from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageErro
 from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.formats.places import resolve
 from specstream_mlx.target.tree import DraftTree
+from tests.passes import stream_logits, verify
 from tests.tiny import make_model, our_tokens, random_prompt, save_directory, save_streams
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:transformers.*")
@@ -105,9 +106,9 @@ def test_stream_only_lora_leaves_the_main_stream_bit_for_bit(copy):
     for each, insertion in ((plain, "deferred"), (model, "deferred"), (model, "parallel")):
         caches = each.make_cache()
         each(tokens, cache=caches)
-        run = each.verify(node_tokens, tree, caches, insertion=insertion)
+        run = verify(each, node_tokens, tree, caches, insertion=insertion)
         each.commit(run, [0, 1], caches)
-        results.append((run.logits, each.stream_logits(run, 1, caches)))
+        results.append((run.logits, stream_logits(each, run, 1, caches)))
     (base, base_streams), (deferred, deferred_streams), (parallel, parallel_streams) = results
     assert mx.array_equal(base, deferred)
     assert mx.allclose(base, parallel, atol=1e-4)
@@ -241,11 +242,11 @@ def damage_directory_for_file(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_truncate, r"model.safetensors: damaged safetensors file"),
-        (damage_empty, f"{WEIGHTS_NAME}: empty file"),
-        (damage_pointer, "model.safetensors: a Git LFS pointer, not the file itself; run git lfs pull"),
+        (damage_truncate, r"model.safetensors: expected \d+ bytes, the file has \d+; the file is incomplete"),
+        (damage_empty, f"{WEIGHTS_NAME}: the file is empty"),
+        (damage_pointer, "model.safetensors: this is a Git LFS pointer, not the file itself; run `git lfs pull`"),
         (damage_no_weights, r"no model\*.safetensors"),
-        (damage_no_streams, f"{WEIGHTS_NAME}: not a regular file"),
+        (damage_no_streams, f"{WEIGHTS_NAME}: file not found"),
         (damage_no_stream_config, f"{CONFIG_NAME}: file not found"),
         (damage_config, "config.json: not valid JSON"),
         (damage_missing_tensor, "model cannot be loaded .*model.norm.weight"),

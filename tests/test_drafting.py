@@ -4,10 +4,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from specstream_mlx.drafters.fill import fill, top_candidates
+from specstream_mlx.drafters.protocol import Wish
 from specstream_mlx.errors import UsageError
 from specstream_mlx.options import DraftOptions
-from specstream_mlx.planning.plan import default_tree, make_plan, top_candidates
+from specstream_mlx.planning.plan import default_tree, make_plan
 from specstream_mlx.target.tree import DraftTree
+
+
+def filled(plan, logits, root=3, depth=None):
+    draft = fill(mx.array([root]), logits, Wish(depth or len(logits), plan.tree, plan.budget, plan.way))
+    return draft.tree, draft.tokens
 
 
 def test_candidates_are_the_likeliest_tokens_in_falling_order():
@@ -21,7 +28,7 @@ def test_a_tree_is_filled_depth_by_stream_and_rank_by_rank():
     """Red when a depth takes its candidates from another stream."""
     logits = mx.random.normal((3, 50), key=mx.random.key(1))
     plan = make_plan("tree", 3, DraftOptions(tree="cartesian:2x1x2"))
-    tree, tokens = plan.draft(mx.array([17]), logits, plan.tree)
+    tree, tokens = filled(plan, logits, root=17)
     best = np.argsort(-np.array(logits), axis=-1)
     expected = [17] + [best[len(path) - 1][path[-1]] for path in tree.paths[1:]]
     assert tokens.tolist() == expected
@@ -30,7 +37,7 @@ def test_a_tree_is_filled_depth_by_stream_and_rank_by_rank():
 
 def test_best_first_follows_the_streams_own_probabilities():
     logits = mx.log(mx.array([[0.5, 0.4, 0.05, 0.05], [0.97, 0.01, 0.01, 0.01]]))
-    tree, tokens = make_plan("auto", 2, DraftOptions(tree="best-first:4")).draft(mx.array([3]), logits, None)
+    tree, tokens = filled(make_plan("auto", 2, DraftOptions(tree="best-first:4")), logits)
     assert tree.paths == ((), (0,), (0, 0), (1,), (1, 0))
     assert tokens.tolist() == [3, 0, 0, 1, 0]
 
@@ -39,7 +46,7 @@ def test_no_deeper_than_tokens_are_wanted():
     logits = 5 * mx.random.normal((4, 50), key=mx.random.key(2))
     for tree in (None, "best-first:6", "cartesian:2x2x2x2"):
         plan = make_plan("auto", 4, DraftOptions(tree=tree))
-        drafted, tokens = plan.draft(mx.array([3]), logits, plan.tree, max_depth=2)
+        drafted, tokens = filled(plan, logits, depth=2)
         assert drafted.max_depth == 2
         assert tokens.shape == (drafted.size,)
 
@@ -66,7 +73,7 @@ def test_plans_by_mode():
         ("off", 4, {"tree": "chain:2"}, "goes with draft 'tree' or 'auto'"),
         ("tree", 4, {"tree": "chain"}, "tree is 'chain', expected chain:DEPTH"),
         ("tree", 4, {"tree": "chain:0"}, "tree is 'chain:0', expected"),
-        ("tree", 4, {"tree": "chain:5"}, "depth 5 exceeds gamma, this model has 4 streams"),
+        ("tree", 4, {"tree": "chain:5"}, "depth 5 exceeds gamma, this drafter guesses 4 tokens ahead"),
         ("tree", 4, {"tree": "cartesian:2x2x2x2x2"}, "depth 5 exceeds gamma"),
         ("tree", 4, {"tree": "cartesian:2x"}, "expected chain:DEPTH"),
         ("tree", 4, {"tree": "cartesian:99x99x99"}, "970299 nodes in one pass, expected at most 1024"),

@@ -13,6 +13,7 @@ from specstream_mlx import DraftOptions, load
 from specstream_mlx.engine.exactness import Difference, check_exact, first_difference, plain_model, rounding
 from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.target.tree import DraftTree
+from tests.passes import early_exit_logits, stream_logits, trunk_of, verify
 from tests.tiny import NumberTokenizer, drafter, make_model, our_tokens, plain_tokens, random_prompt, save_directory
 
 BASES = {
@@ -108,18 +109,18 @@ def test_nothing_is_upcast(base, original, tmp_path):
     caches = model.make_cache()
     model(mx.array([random_prompt(9, seed=2)]), cache=caches)
     tree = DraftTree.cartesian((2, 2))
-    verified = model.verify(
-        mx.array(random_prompt(tree.size, seed=3)), tree, caches, insertion="parallel", num_streams=4
+    verified = verify(
+        model, mx.array(random_prompt(tree.size, seed=3)), tree, caches, insertion="parallel", num_streams=4
     )
     model.commit(verified, [0], caches)
-    after = model.verify(mx.array(random_prompt(tree.size, seed=4)), tree, caches, insertion="deferred", num_streams=4)
+    after = verify(model, mx.array(random_prompt(tree.size, seed=4)), tree, caches, insertion="deferred", num_streams=4)
     model.commit(after, [0, 1], caches)
     made = {
         "logits": verified.logits,
-        "trunk": verified.trunk,
-        "streams beside the rows": model.stream_logits(verified, 0, caches, 4),
-        "streams of their own": model.stream_logits(after, 1, caches, 4),
-        "early exit": model.early_exit_logits(verified.trunk),
+        "trunk": trunk_of(model, verified),
+        "streams beside the rows": stream_logits(model, verified, 0, caches, 4),
+        "streams of their own": stream_logits(model, after, 1, caches, 4),
+        "early exit": early_exit_logits(model, trunk_of(model, verified)),
         "keys": caches[-1].keys,
         "values": caches[0].values,
     }

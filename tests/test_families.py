@@ -1,8 +1,12 @@
 """Families of our own and the seam they share with mlx-lm's: OPT's shape, learned positions and where they end."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,13 +18,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache
 from mlx_lm.utils import load_model, quantize_model
 
-from specstream_mlx import DraftOptions, load, stream_generate
+import specstream_mlx
+from specstream_mlx import DraftOptions, families, load, stream_generate
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families import FAMILIES, RECURRENT, model_classes
-from specstream_mlx.families.learned_positions import OPTFamily
+from specstream_mlx.families.opt import OPTFamily
 from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.formats.fingerprint import tensor_sha256
 from specstream_mlx.target.tree import DraftTree
+from tests.passes import stream_logits, verify
 from tests.tiny import (
     LEARNED,
     NumberTokenizer,
@@ -77,6 +83,44 @@ def test_recurrent_models_are_told_from_unknown_ones():
     heirs = {"falcon_mamba", "gear", "lfm2-vl", "longcat_flash_ngram", "prism_hadamard_qwen35", "qwen3_5_moe"}
     assert users | heirs == RECURRENT
     assert not RECURRENT & FAMILIES.keys()
+
+
+def test_names_of_families_are_read_without_mlx(tmp_path):
+    """Red when: a family's file imports MLX at its top, so that the PyTorch method would start it for a name."""
+    stub = tmp_path / "specstream_mlx"
+    stub.mkdir()
+    package = Path(specstream_mlx.__file__).parent
+    (stub / "__init__.py").write_text(f"__path__ = [{str(package)!r}]")  # without what the package itself imports
+    code = (
+        "import sys, specstream_mlx.families as f; assert f.CONVERTED['opt'].name('decoder.x') == 'model.decoder.x'; "
+        "print([name for name in sys.modules if name.partition('.')[0] in ('mlx', 'mlx_lm', 'torch', 'peft')])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert ran.stdout == "[]\n", ran.stderr
+
+
+def test_a_family_is_one_file(tmp_path, monkeypatch):
+    """A new file in the directory is found by itself, for running and for converting; no list is edited."""
+    (tmp_path / "new_kind.py").write_text(
+        "from specstream_mlx.families.decoder import DecoderFamily\n"
+        "from specstream_mlx.families.hugging_face import HuggingFace\n\n\n"
+        "class NewKindFamily(DecoderFamily):\n"
+        "    MODEL_TYPES = ('new_kind', 'new_kind_text')\n"
+        "    HUGGING_FACE = HuggingFace()\n"
+    )
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    found = dict(families._found())
+    assert found.keys() == FAMILIES.keys() | {"new_kind", "new_kind_text"}
+    assert found["new_kind"].HUGGING_FACE is not None
+    del sys.modules["specstream_mlx.families.new_kind"]
+
+
+@pytest.mark.parametrize("hidden_size", [1, 32, 640, 1152, 2048, 2304, 2560, 3072, 3840, 5376])
+def test_the_scale_of_gemma3_is_rounded_as_mlx_rounds(hidden_size):
+    args = SimpleNamespace(hidden_size=hidden_size)
+    scale = FAMILIES["gemma3_text"].embedding_scale(args)
+    assert scale == mx.array(hidden_size**0.5, mx.bfloat16).astype(mx.float32).item()
 
 
 def test_other_activations_are_refused():
@@ -219,9 +263,9 @@ def test_stream_position_has_no_effect(family):
         model = make_model(family, seed=9, stream_position=position)
         caches = model.make_cache()
         model(mx.array([random_prompt(5, seed=1)]), cache=caches)
-        run = model.verify(mx.array([7]), DraftTree.chain(0), caches)
+        run = verify(model, mx.array([7]), DraftTree.chain(0), caches)
         model.commit(run, [0], caches)
-        results.append(model.stream_logits(run, 0, caches))
+        results.append(stream_logits(model, run, 0, caches))
     assert mx.array_equal(*results)
     assert not mx.allclose(results[0][0], results[0][1], atol=1e-2)
 
@@ -288,7 +332,7 @@ def test_a_root_beyond_the_positions_is_refused(short_model):
     caches = short_model.make_cache()
     short_model(mx.array([random_prompt(CONTEXT, seed=1)]), cache=caches)
     with pytest.raises(InvalidInputError, match=f"position {CONTEXT} is beyond the model's {CONTEXT} learned"):
-        short_model.verify(mx.array([7]), DraftTree.chain(0), caches)
+        verify(short_model, mx.array([7]), DraftTree.chain(0), caches)
 
 
 def test_plain_decoding_of_opt_beyond_its_positions_is_an_error():

@@ -254,6 +254,8 @@ class Erratic:
         self.plain_left = 0
         self.chosen = []
 
+    wants_times = False
+
     @property
     def stays_plain(self):
         return self.plain_left > 1

@@ -21,6 +21,7 @@ from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.options import DraftOptions
 from specstream_mlx.target.tree import DraftTree
 from tests.adapter_cases import save_adapter
+from tests.passes import stream_logits, verify
 from tests.tiny import FAMILIES, make_base, our_tokens, plain_tokens, random_prompt
 
 INSERTIONS = ("leaf", "parallel", "deferred")
@@ -68,7 +69,7 @@ def main_stream(model: SpecStreamModel, tree: DraftTree, nodes: list[int], inser
     """Logits of the prompt and of a pass, and the caches with the accepted rows, layer after layer from the first."""
     caches = model.make_cache()
     prompt = model(mx.array([PROMPT]), cache=caches)
-    run = model.verify(mx.array(nodes), tree, caches, insertion=insertion)
+    run = verify(model, mx.array(nodes), tree, caches, insertion=insertion)
     model.commit(run, ACCEPTED if tree is TREE else range(tree.size), caches)
     return [prompt, run.logits, *cached(caches)]
 
@@ -118,14 +119,14 @@ def test_lora_acts_on_the_streams(family, kind, tmp_path):
     model.use_adapter("lossless")
     found = []
     for scale in (1, 0):
-        for layer in model.adapters["lossless"].layers:
+        for layer in model.adapters["lossless"].mount.layers:
             layer.adapted.lora_b = layer.adapted.lora_b * scale
         for insertion in INSERTIONS:
             caches = model.make_cache()
             model(mx.array([PROMPT]), cache=caches)
-            run = model.verify(mx.array(NODES), TREE, caches, insertion=insertion)
+            run = verify(model, mx.array(NODES), TREE, caches, insertion=insertion)
             model.commit(run, TREE.ancestors(TREE.leaf), caches)
-            found.append(model.stream_logits(run, TREE.leaf, caches).astype(mx.float32))
+            found.append(stream_logits(model, run, TREE.leaf, caches).astype(mx.float32))
     *inserted, deferred, without = *found[:2], found[2], found[-1]
     tolerance = 1e-4 if kind == "float32" else 0.25  # bfloat16, on logits of size 1 to 10
     assert all(mx.allclose(logits, deferred, atol=tolerance) for logits in inserted)

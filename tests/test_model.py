@@ -13,6 +13,7 @@ from specstream_mlx.options import Insertion
 from specstream_mlx.target.tree import DraftTree
 from tests import tiny
 from tests.family_cases import TOLERANCE, insertion_error
+from tests.passes import stream_logits, streams_of, trunk_of, verify
 from tests.tiny import make_base, make_model, random_prompt
 
 VARIANTS = {
@@ -34,7 +35,7 @@ def verified(model, tree, insertion, seed=1):
     caches = model.make_cache()
     model(mx.array([prompt]), cache=caches)
     node_tokens = mx.array(random_prompt(tree.size, seed=seed + 1))
-    return model.verify(node_tokens, tree, caches, insertion=insertion), caches
+    return verify(model, node_tokens, tree, caches, insertion=insertion), caches
 
 
 @pytest.mark.parametrize(
@@ -62,23 +63,23 @@ def test_streams_after_pruning_are_those_of_the_surviving_path(layer):
     def run(nodes, tokens, threshold):
         caches = model.make_cache()
         model(mx.array([prompt]), cache=caches)
-        return model.verify(tokens, nodes, caches, prune_threshold=threshold), caches
+        return verify(model, tokens, nodes, caches, prune_threshold=threshold), caches
 
     for threshold in 10.0 ** -np.arange(1, 12, 0.25):
         pruned, caches = run(tree, node_tokens, float(threshold))
-        node = pruned.tree.size - 1
-        if pruned.kept[node] != node and pruned.tree.depths[node] == 2:
+        node = pruned.draft.tree.size - 1
+        if pruned.kept[node] != node and pruned.draft.tree.depths[node] == 2:
             break
     else:
         pytest.fail("no threshold drops a node before another that stays")
-    path = pruned.tree.ancestors(node)
+    path = pruned.draft.tree.ancestors(node)
     model.commit(pruned, path, caches)
-    tokens = pruned.node_tokens[mx.array(path)]
+    tokens = pruned.draft.tokens[mx.array(path)]
     alone, fresh = run(DraftTree.chain(len(path) - 1), tokens, None)
     model.commit(alone, range(len(path)), fresh)
     assert mx.allclose(pruned.logits[node], alone.logits[-1], atol=1e-4)
-    expected = model.stream_logits(alone, len(path) - 1, fresh)
-    assert mx.allclose(model.stream_logits(pruned, node, caches), expected, atol=1e-4)
+    expected = stream_logits(model, alone, len(path) - 1, fresh)
+    assert mx.allclose(stream_logits(model, pruned, node, caches), expected, atol=1e-4)
 
 
 def test_streams_differ_from_one_another_and_from_main():
@@ -88,7 +89,7 @@ def test_streams_differ_from_one_another_and_from_main():
         tree = DraftTree.chain(0)
         run, caches = verified(model, tree, "deferred")
         model.commit(run, [0], caches)
-        rows = np.array(mx.concatenate([run.logits, model.stream_logits(run, 0, caches)]))
+        rows = np.array(mx.concatenate([run.logits, stream_logits(model, run, 0, caches)]))
         for i in range(len(rows)):
             for j in range(i):
                 assert np.abs(rows[i] - rows[j]).max() > 1e-2
@@ -101,9 +102,9 @@ def test_the_first_streams_alone_are_the_first_of_all(variant, insertion):
     model = make_model("llama", seed=5, **VARIANTS[variant])
     run, caches = verified(model, DraftTree.cartesian([2, 1]), insertion)
     model.commit(run, [0, 1], caches)
-    whole = model.stream_logits(run, 1, caches)
+    whole = stream_logits(model, run, 1, caches)
     for count in range(1, model.gamma + 1):
-        assert mx.allclose(model.stream_logits(run, 1, caches, count), whole[:count], atol=1e-4)
+        assert mx.allclose(stream_logits(model, run, 1, caches, count), whole[:count], atol=1e-4)
 
 
 def test_a_stock_call_is_the_base_model():
@@ -125,8 +126,8 @@ def test_float16_stays_float16():
                 model.commit(run, [0], caches)
                 arrays = [
                     run.logits,
-                    run.trunk,
-                    model.stream_logits(run, 0, caches),
+                    trunk_of(model, run),
+                    stream_logits(model, run, 0, caches),
                     caches[-1].keys,
                     caches[-1].values,
                 ]
@@ -147,9 +148,9 @@ def test_unknown_families_are_refused():
 
 def test_pruning_is_checked_against_the_model():
     with pytest.raises(UsageError, match="no early-exit pruner"):
-        make_model(prune=None).check_pruning("deferred")
-    high = make_model(prune={"type": "low_rank", "rank": 4, "layer": 3})
+        streams_of(make_model(prune=None)).pruning(0.1, "deferred")
+    high = streams_of(make_model(prune={"type": "low_rank", "rank": 4, "layer": 3}))
     for insertion in ("leaf", "parallel"):
         with pytest.raises(UnsupportedError, match=f"{insertion} insertion cannot prune there, use deferred"):
-            high.check_pruning(insertion)
-    high.check_pruning("deferred")
+            high.pruning(0.1, insertion)
+    high.pruning(0.1, "deferred")

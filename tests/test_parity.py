@@ -16,6 +16,7 @@ from specstream_mlx import load
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.options import Insertion
 from specstream_mlx.target.tree import DraftTree
+from tests.passes import early_exit_logits, stream_logits, trunk_of, verify
 from tests.tiny import FAMILIES
 
 pytest.importorskip("torch", reason="the parity tests need the torch extra")
@@ -43,10 +44,10 @@ def our_logits(
     if anchor:
         model(mx.array([tokens[:anchor]]), cache=caches)
     root = mx.array(tokens[anchor : anchor + 1])
-    verified = model.verify(root, DraftTree.chain(0), caches, insertion=insertion)
+    verified = verify(model, root, DraftTree.chain(0), caches, insertion=insertion)
     model.commit(verified, [0], caches)
-    pruner = np.array(model.early_exit_logits(verified.trunk)[0]) if model.prune_layer else None
-    return np.array(verified.logits[0]), np.array(model.stream_logits(verified, 0, caches)), pruner
+    pruner = np.array(early_exit_logits(model, trunk_of(model, verified))[0]) if model.stream_config.prune else None
+    return np.array(verified.logits[0]), np.array(stream_logits(model, verified, 0, caches)), pruner
 
 
 # All cases where the families' code and PEFT's modules differ most; elsewhere two of them, in turn.

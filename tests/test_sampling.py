@@ -116,7 +116,7 @@ def test_every_outcome_of_a_pass_has_the_probability_of_plain_decoding(monkeypat
         target = TargetSampler(sampler, logits_processors, V, seed=3)
         history = mx.array(prompt[:-1]) if logits_processors else None
         drawn = target.draw(logits, tree, mx.array(node_tokens), history)
-        tokens = accept(tree, node_tokens, drawn.tolist()).tokens
+        tokens = accept(tree, node_tokens, drawn.tokens.tolist()).tokens
         emitted[tokens] = emitted.get(tokens, 0.0) + probability
         accepted = next(n for n in range(1, 4) if n == 3 or outcome[:n] not in paths)
         expected[outcome[:accepted]] = expected.get(outcome[:accepted], 0.0) + probability

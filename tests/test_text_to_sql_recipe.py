@@ -35,6 +35,7 @@ from specstream_mlx import default_model_path, load  # noqa: E402
 from specstream_mlx.bundled import samples  # noqa: E402
 from specstream_mlx.target.tree import DraftTree  # noqa: E402
 from specstream_mlx.training.distill import PROMPTS_NAME, default_prompts  # noqa: E402
+from tests.passes import stream_logits, verify  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -163,9 +164,9 @@ def test_ranks_of_all_anchors_are_those_of_one_anchor_at_a_time(out: Path) -> No
     caches = model.make_cache()
     model(mx.array(prompt[:-1])[None], cache=caches)
     for index, (node, ranks) in enumerate(zip([prompt[-1], *answer], guess_ranks(model, prompt, answer), strict=False)):
-        verified = model.verify(mx.array([node]), DraftTree.chain(0), caches)
+        verified = verify(model, mx.array([node]), DraftTree.chain(0), caches)
         model.commit(verified, [0], caches)
-        order = mx.argsort(-model.stream_logits(verified, 0, caches), axis=-1).tolist()
+        order = mx.argsort(-stream_logits(model, verified, 0, caches), axis=-1).tolist()
         coming = answer[index + 1 : index + 5]
         assert ranks == [guesses.index(token) for guesses, token in zip(order, coming, strict=False)]
 

@@ -9,20 +9,13 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
+from specstream_mlx.drafters.streams.value_rotation import ValueRotation
 from specstream_mlx.errors import UnsupportedError
 from specstream_mlx.families import FAMILIES as FAMILY_CLASSES
 from specstream_mlx.models.model import SpecStreamModel
+from specstream_mlx.target.masks import Reach, attention_mask, reach, windows_of, with_riders
+from specstream_mlx.target.rotary import PassContext, TreeRope
 from specstream_mlx.target.tree import DraftTree
-from specstream_mlx.target.tree_attention import (
-    PassContext,
-    Reach,
-    TreeRope,
-    ValueRotation,
-    attention_mask,
-    reach,
-    windows_of,
-    with_streams,
-)
 from tests.family_cases import TOLERANCE, tree_error
 from tests.tiny import EVERY_FAMILY, WINDOW, WINDOWED, make_base, make_model, random_prompt
 
@@ -170,8 +163,8 @@ def test_blocks_built_otherwise_are_refused(family, message):
 
 def test_the_mask_drawn_in_the_module():
     mask = DraftTree.chain(1).ancestor_mask
-    assert with_streams(mask, [1], 2).astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    assert with_streams(mask, [0, 1], 2).astype(int).tolist() == [
+    assert with_riders(mask, [1], 2).astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert with_riders(mask, [0, 1], 2).astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 0, 1, 0, 0, 0],

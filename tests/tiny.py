@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from specstream_mlx import SpecStreamModel, stream_generate
+from specstream_mlx.drafters.scripted import Scripted
 from specstream_mlx.drafters.streams.parameters import Streams
 from specstream_mlx.families import model_classes
 from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME, StreamConfig
@@ -274,34 +275,13 @@ def random_prompt(length: int, seed: int) -> list[int]:
 def drafter(
     model: SpecStreamModel, continuation: Sequence[int], prompt_length: int, accuracy: float, seed: int = 0
 ) -> Iterator[None]:
-    """Replace what the streams predict by a script that knows the right continuation.
+    """Replace what the streams predict by a script that knows the right continuation, as right as ``Scripted`` says.
 
-    With probability ``accuracy`` a stream has the right token among its guesses, at a random one of its first three
-    ranks; otherwise the right token is its last choice. 1.0 is always right at rank 0, and sure of it; 0.0 never is.
-    The stream pass still runs, so that everything it does to the caches happens.
+    The streams still run, so that everything they do to the caches happens.
     """
-    rng = np.random.default_rng(seed)
-    original = model.stream_logits
-
-    def scripted(verified: Any, node: int, caches: Any, num_streams: int | None = None) -> mx.array:
-        logits = np.array(original(verified, node, caches, num_streams).astype(mx.float32))
-        position = verified.start + verified.tree.depths[node] + 1 - prompt_length  # index of the next root
-        for stream in range(logits.shape[0]):
-            index = position + 1 + stream
-            if index >= len(continuation):
-                continue
-            order = np.sort(logits[stream])[::-1]
-            right = continuation[index]
-            if rng.random() < accuracy:
-                rank = 0 if accuracy == 1 else int(rng.integers(3))
-                upper = order[rank - 1] if rank else order[0] + (20 if accuracy == 1 else 2)
-                logits[stream, right] = (upper + order[rank]) / 2 if rank else upper
-            else:
-                logits[stream, right] = order[-1] - 1
-        return mx.array(logits)
-
-    model.__dict__["stream_logits"] = scripted
+    streams = model.drafter
+    model.drafter = Scripted(continuation, prompt_length, accuracy, seed, beside=streams)
     try:
         yield
     finally:
-        del model.__dict__["stream_logits"]
+        model.drafter = streams

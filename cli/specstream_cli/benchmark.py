@@ -9,11 +9,11 @@ import typer
 from specstream_cli.arms import (
     BASELINE,
     DRAFT_MODEL,
+    LOOKUP,
     Arm,
     Workload,
     differences,
     judge,
-    lookup_arm,
     measure,
     row,
     stock_arm,
@@ -136,8 +136,8 @@ def benchmark(
             to_stderr(line)
 
     with answer() as out, progress_bar(quiet=quiet) as progress:
-        from specstream_mlx.calibration import machine
         from specstream_mlx.models.load import model_directory
+        from specstream_mlx.target import machine
 
         document: dict[str, Any] = {
             "benchmark": "costs of random weights" if random_weights else "side by side",
@@ -199,8 +199,8 @@ def load_arms(
     from mlx.utils import tree_flatten
 
     from specstream_mlx import DraftOptions, load
-    from specstream_mlx.calibration.store import calibration_key
     from specstream_mlx.engine.exactness import plain_model
+    from specstream_mlx.models.identity import calibration_key
     from specstream_mlx.models.load import model_directory
 
     path = model_directory(name, revision, trust_remote_code=trust_remote_code)
@@ -223,7 +223,8 @@ def load_arms(
         )
         arms.append(stream_arm(mode, target, tokenizer, our_bytes, max_tokens, draft=mode, draft_options=options))
     if prompt_lookup:
-        arms.append(lookup_arm(target, tokenizer, our_bytes, max_tokens, num_draft_tokens))
+        more = {"drafter": "prompt-lookup", "num_draft_tokens": num_draft_tokens, "draft": "chain"}
+        arms.append(stream_arm(LOOKUP, target, tokenizer, our_bytes, max_tokens, **more))
     if draft_model is not None:
         try:
             second, _, *_ = mlx_lm.load(draft_model)

@@ -48,9 +48,9 @@ def calibrate(
     with answer() as out:
         from specstream_mlx import load
         from specstream_mlx.calibration.measure import find_samples, measure
-        from specstream_mlx.calibration.store import save
         from specstream_mlx.formats.prompts import encode_prompt, read_prompts
         from specstream_mlx.models.load import model_directory
+        from specstream_mlx.planning.store import save
 
         directory = model_directory(model, revision, trust_remote_code=trust_remote_code)
         file = prompts_file if prompts_file is not None else find_samples(directory)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
@@ -13,9 +14,19 @@ from specstream_mlx.errors import UsageError
 
 Progress = Callable[[str, int, int], None]
 
+FIRST_LINE_AFTER = 2.0
+"""Seconds of work without a word before a log gets its first line of progress."""
+LINE_EVERY = 10.0
+"""Least seconds between a line on standard error and the next line of progress in a log."""
+
+clock = time.monotonic
+_last_line: float | None = None
+
 
 def to_stderr(line: str) -> None:
     """Write one line to standard error; a reader that went away is not an error."""
+    global _last_line
+    _last_line = clock()
     with contextlib.suppress(BrokenPipeError):
         print(line, file=sys.stderr, flush=True)
 
@@ -97,14 +108,58 @@ def is_terminal() -> bool:
     return sys.stderr.isatty()
 
 
+class ProgressLines:
+    """Where the work is, as lines for a log: after two seconds, then ten seconds after any other line.
+
+    A line is written when the work reports, so a step that takes longer says nothing meanwhile.
+    """
+
+    def __init__(self, *, in_bytes: bool = False) -> None:
+        self.in_bytes = in_bytes
+        self.begin = clock()
+        self.stages: dict[str, tuple[float, int]] = {}  # when a stage first reported, and how much was done then
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Note that ``done`` of ``total`` are done, and say so where it is time to."""
+        now = clock()
+        begin, already = self.stages.setdefault(stage, (now, done))
+        due = self.begin + FIRST_LINE_AFTER
+        if _last_line is not None and _last_line > self.begin:
+            due = _last_line + LINE_EVERY
+        if now < due:
+            return
+        amount = _bytes(done, total) if self.in_bytes else f"{done:,} of {total:,}"
+        left = (
+            f", {_duration((now - begin) * (total - done) / (done - already))} left" if already < done < total else ""
+        )
+        to_stderr(f"{stage}: {amount}{left}")
+
+
+def _bytes(done: int, total: int) -> str:
+    unit, size = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6)
+    return f"{done / size:.1f} of {total / size:.1f} {unit}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"about {seconds:.0f} s"
+    if seconds < 6000:
+        return f"about {seconds / 60:.0f} min"
+    return f"about {seconds / 3600:.1f} h"
+
+
 @contextlib.contextmanager
 def progress_bar(*, quiet: bool = False, in_bytes: bool = False) -> Iterator[Progress | None]:
-    """A ``progress(stage, done, total)`` that draws a bar and the time left on standard error, or None unwatched.
+    """A ``progress(stage, done, total)`` that shows on standard error how far the work is; None where ``quiet``.
 
-    ``in_bytes`` says that ``done`` and ``total`` are bytes.
+    On a terminal it draws a bar, elsewhere it writes a line now and then. ``in_bytes``: ``done`` and ``total`` are
+    bytes.
     """
-    if quiet or not is_terminal():
+    if quiet:
         yield None
+        return
+    if not is_terminal():
+        yield ProgressLines(in_bytes=in_bytes)
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn

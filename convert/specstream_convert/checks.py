@@ -6,15 +6,15 @@ import mlx.core as mx
 
 from specstream_convert.adapter.peft_config import PeftConfig, layer_of
 from specstream_convert.base.model import Base
-from specstream_convert.changes.lora import Lora
+from specstream_convert.changes.kinds import Lora
 from specstream_convert.changes.mapping import FineTune
-from specstream_convert.files.safetensors_io import mlx_dtype
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.messages import escaped, listing
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.formats.config import BASE_FIELDS, StreamConfig
 from specstream_mlx.formats.fingerprint import fingerprint as mark_of
 from specstream_mlx.formats.fingerprint import is_marked
+from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.formats.safetensors import mlx_dtype
 
 OTHER_BASE = "give the base it was trained on with --hf-path"
 
@@ -58,7 +58,7 @@ def check_base_matches(config: StreamConfig, where: Any, base: Base, vocab_size:
     mark = recorded.get("fingerprint")
     if mark is not None and not problems:
         tensor, digest = (mark.get("tensor"), mark.get("sha256")) if isinstance(mark, dict) else (None, None)
-        named = base.layout.name(tensor) if isinstance(tensor, str) else ""
+        named = base.hugging_face.name(tensor) if isinstance(tensor, str) else ""
         if not isinstance(digest, str) or named not in base.tensors:
             problems.append(
                 f"{where}: base_model.fingerprint names no tensor of the base with its sha256; correct it or remove it"
@@ -74,7 +74,7 @@ def check_base_matches(config: StreamConfig, where: Any, base: Base, vocab_size:
 
 def check_coverage(peft: PeftConfig, items: tuple[Lora, ...], base: Base, config: StreamConfig | None) -> None:
     """Refuse an adapter that lacks modules its own configuration asks for; a partial save looks fluent and is wrong."""
-    expected = peft.expected_modules([*base.linear, *base.embeddings, *([base.layout.head] if base.tied else [])])
+    expected = peft.expected_modules([*base.linear, *base.embeddings, *([base.family.HEAD] if base.tied else [])])
     if expected is None or not items:
         return
     missing = expected - {item.module for item in items}
@@ -82,7 +82,7 @@ def check_coverage(peft: PeftConfig, items: tuple[Lora, ...], base: Base, config
         first = base.num_layers - config.num_stream_layers
         missing = {name for name in missing if (layer := layer_of(name)) is not None and layer >= first}
     if missing:
-        file = items[0].factors.a.file.path
+        file = items[0].a.file.path
         raise InvalidInputError(
             listing(
                 f"{file}: no LoRA for {name}, which target_modules of adapter_config.json covers; the save is "
@@ -125,7 +125,7 @@ def lossless_problems(items: tuple[Lora, ...], config: StreamConfig, num_layers:
         layer = layer_of(item.module)
         if layer is None or layer < first:
             problems.append(
-                f"{item.factors.a.place}: mode lossless allows LoRA only in layers {first} to "
+                f"{item.a.place}: mode lossless allows LoRA only in layers {first} to "
                 f"{num_layers - 1}; this one would change the main stream, retrain without it or use mode shared"
             )
         elif item.magnitude is not None:

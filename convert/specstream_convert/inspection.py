@@ -23,16 +23,16 @@ from specstream_convert.adapter.streams import (
     read_stream_config,
 )
 from specstream_convert.base.model import open_base
-from specstream_convert.changes.kinds import Factors
-from specstream_convert.changes.lora import Lora, check_effect
+from specstream_convert.changes.kinds import Lora
+from specstream_convert.changes.lora import check_effect
 from specstream_convert.checks import check_base_matches, lossless_problems
-from specstream_convert.files.safetensors_io import TensorFile, open_tensors
-from specstream_convert.messages import escaped
 from specstream_convert.report import REPORT_NAME
 from specstream_mlx.errors import InvalidInputError, SpecStreamError
 from specstream_mlx.families import FAMILIES
 from specstream_mlx.families.decoder import DecoderFamily
 from specstream_mlx.formats.config import BASE_FIELDS, CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig, read_json
+from specstream_mlx.formats.messages import escaped
+from specstream_mlx.formats.safetensors import TensorFile, open_tensors
 
 MEDUSA_HEADS = 4  # of the paper's comparison; used where no number of streams is known
 TRAINER_FILES = ("trainer_state.json", "training_args.bin", "optimizer.pt")
@@ -236,21 +236,19 @@ class _Findings:
 
     def _peft_lora(self, adapter: Adapter) -> tuple[Lora, ...]:
         config = adapter.config
-        items = tuple(
-            Lora(pair.module, Factors(pair.a, pair.b, config.scale_of(pair.module))) for pair in adapter.pairs
-        )
+        items = adapter.loras
         self.fields["lora"] = {
-            "ranks": sorted({pair.rank for pair in adapter.pairs}),
-            "scales": sorted({item.factors.scale for item in items}),
+            "ranks": sorted({item.rank for item in items}),
+            "scales": sorted({item.scale for item in items}),
             "num_modules": len(items),
         }
-        self.fields["num_lora_parameters"] = sum(pair.rank * sum(pair.shape) for pair in adapter.pairs)
+        self.fields["num_lora_parameters"] = sum(item.rank * sum(item.shape) for item in items)
         self.fields["base"] = {"name_or_path": config.base_model}
         self.problems += [
-            f"{pair.a.place}: rank {pair.rank}, but {ADAPTER_CONFIG} says {config.rank_of(pair.module)}, so its scale "
+            f"{item.a.place}: rank {item.rank}, but {ADAPTER_CONFIG} says {config.rank_of(item.module)}, so its scale "
             "is not known; correct rank_pattern"
-            for pair in adapter.pairs
-            if pair.rank != config.rank_of(pair.module)
+            for item in items
+            if item.rank != config.rank_of(item.module)
         ]
         self.notes += self.attempt(lambda: check_effect(items)) or []
         self.notes += config.notes

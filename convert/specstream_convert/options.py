@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from specstream_convert.messages import escaped
 from specstream_mlx.errors import UsageError
+from specstream_mlx.formats.messages import escaped
 from specstream_mlx.formats.places import is_repository_id
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 
 from specstream_convert.files.pickles import Pickles
-from specstream_convert.files.safetensors_io import sha256_file
 from specstream_convert.options import ConvertOptions
 from specstream_convert.plan import Plan, lora_summary, make_plan
 from specstream_convert.report import REPORT_NAME, ConversionReport
@@ -23,6 +22,7 @@ from specstream_convert.writing.output import OutputDirectory, write_json
 from specstream_convert.writing.write import write_output
 from specstream_mlx.errors import UsageError
 from specstream_mlx.formats.config import CONFIG_NAME, PREFIX
+from specstream_mlx.formats.fingerprint import sha256_file
 from specstream_mlx.formats.upload import check_upload, upload
 
 CACHE_BYTES = 1 << 26

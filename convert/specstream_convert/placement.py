@@ -9,10 +9,10 @@ from typing import Any
 from specstream_convert.base.model import Base
 from specstream_convert.changes.lora import LoraSet
 from specstream_convert.changes.mapping import FineTune
-from specstream_convert.messages import listing
 from specstream_convert.options import ConvertOptions
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.formats.config import StreamConfig
+from specstream_mlx.formats.messages import listing
 
 FULL_PRECISION = "give the full-precision base with --hf-path, or --dequantize"
 
@@ -90,9 +90,9 @@ def _whole_model_only(fine_tune: FineTune, base: Base) -> list[str]:
         for name, changes in fine_tune.others.items()
     ]
     if fine_tune.untied and not problems:
-        sides = (base.layout.embedding, base.layout.head)
+        sides = (base.family.EMBEDDING, base.family.HEAD)
         problems = [
-            f"{item.factors.a.place}: unties the LM head, which an adapter without its base cannot hold"
+            f"{item.a.place}: unties the LM head, which an adapter without its base cannot hold"
             for item in fine_tune.loras
             if item.module in sides
         ]

@@ -25,15 +25,13 @@ from specstream_convert.adapter.streams import (
 )
 from specstream_convert.base.dequantize import REQUANTIZED, DequantizedTensor, dequantized
 from specstream_convert.base.model import Base, open_base, resolve_base
-from specstream_convert.changes.kinds import AddLowRank, AddScaled, Replace, Rescale, SetRows
+from specstream_convert.changes.kinds import AddScaled, Lora, Replace, Rescale, SetRows
 from specstream_convert.changes.lora import LoraSet, check_effect
 from specstream_convert.changes.mapping import FineTune, map_adapter
 from specstream_convert.changes.recompute import check_asked_for, with_initials
 from specstream_convert.checks import check_base_matches, check_coverage, check_lossless, check_lossless_settings
 from specstream_convert.files.pickles import Pickles
-from specstream_convert.files.safetensors_io import open_tensors
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.messages import escaped
 from specstream_convert.options import DTYPES, ConvertOptions
 from specstream_convert.placement import choose_placement
 from specstream_convert.report import TensorFate
@@ -43,6 +41,8 @@ from specstream_convert.writing.outputs import OutputTensor, plan_outputs
 from specstream_convert.writing.quantized import Quantized, plan_quantization
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.formats.config import CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig
+from specstream_mlx.formats.messages import escaped
+from specstream_mlx.formats.safetensors import open_tensors
 
 ADAPTERS = "adapters/adapters.safetensors"
 
@@ -295,7 +295,7 @@ def _adapter_fates(fine_tune: FineTune, placement: str) -> list[TensorFate]:
     """What becomes of the adapter's tensors; a tensor that changes both sides of a tie has two fates."""
     fates = []
     for item in fine_tune.loras:
-        parts = {"lora_a": item.factors.a, "lora_b": item.factors.b, "m": item.magnitude}
+        parts = {"lora_a": item.a, "lora_b": item.b, "m": item.magnitude}
         for part, tensor in parts.items():
             if tensor is None:
                 continue
@@ -334,7 +334,7 @@ def _what(output: OutputTensor) -> str:
     words = {
         Replace: "replaced by the adapter's",
         SetRows: "rows replaced by the adapter's",
-        AddLowRank: "merged with LoRA",
+        Lora: "merged with LoRA",
         Rescale: "rescaled by DoRA",
         AddScaled: "added to",
     }
@@ -356,6 +356,6 @@ def lora_summary(plan: Plan) -> dict[str, Any] | None:
         "num_modules": len(plan.loras.items),
         "use_rslora": plan.adapter.config.use_rslora,
         "use_dora": plan.loras.dora,
-        "ranks": sorted({item.factors.rank for item in plan.loras.items}),
-        "scales": sorted({item.factors.scale for item in plan.loras.items}),
+        "ranks": sorted({item.rank for item in plan.loras.items}),
+        "scales": sorted({item.scale for item in plan.loras.items}),
     }

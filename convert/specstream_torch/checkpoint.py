@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from specstream_mlx.formats.atomic import replaced_directory
 
-from .families import decoder_of
+from .decoder import decoder_of
 from .modeling import attach_streams, causal_lm, stream_module
 from .streams import SpecStream, StreamConfig
 
@@ -75,7 +75,8 @@ def add_lora(
     """
     targets = list(target_modules) if target_modules is not None else linear_modules(model)
     attach_streams(model, config)
-    num_layers = causal_lm(model).config.num_hidden_layers
+    decoder = decoder_of(causal_lm(model))
+    num_layers = len(decoder.layers)
     layers = None
     if config.mode == "lossless":
         layers = list(range(num_layers - config.num_stream_layers, num_layers))
@@ -85,11 +86,11 @@ def add_lora(
         lora_dropout=dropout,
         target_modules=targets,
         layers_to_transform=layers,
-        layers_pattern=decoder_of(causal_lm(model)).layers_name if layers is not None else None,
+        layers_pattern=decoder.layers_name if layers is not None else None,
         modules_to_save=["specstream"],
         task_type="CAUSAL_LM",
         use_rslora=use_rslora,
-        fan_in_fan_out=causal_lm(model).config.model_type == "gpt2",
+        fan_in_fan_out=decoder.conv1d,
     )
     with _upstream_deprecation_ignored():
         return get_peft_model(model, lora)

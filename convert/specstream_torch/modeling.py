@@ -21,15 +21,19 @@ anchor: row ``a * gamma + (j - 1)``. ``M_t^N`` predicts token ``t + 1``, ``S_{t,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
-from .families import FAMILIES, Decoder, decoder_of
+from specstream_mlx.families import CONVERTED
+
+from .decoder import Decoder, decoder_of
 from .streams import SpecStream, StreamConfig, rotate_values
 
 NO_ANCHOR = -1
@@ -57,8 +61,8 @@ class StreamLogits:
 def attach_streams(model: nn.Module, config: StreamConfig) -> nn.Module:
     """Give a Hugging Face causal LM its ``specstream`` module, in place, and return the model."""
     base = model.config
-    if base.model_type not in FAMILIES:
-        raise ValueError(f"model type {base.model_type!r} is not supported, expected one of {', '.join(FAMILIES)}")
+    if base.model_type not in CONVERTED:
+        raise ValueError(f"model type {base.model_type!r} is not supported, expected one of {', '.join(CONVERTED)}")
     if config.num_stream_layers > base.num_hidden_layers:
         raise ValueError(
             f"num_stream_layers is {config.num_stream_layers} but the model has {base.num_hidden_layers} layers"
@@ -168,12 +172,8 @@ def forward_hidden(model: nn.Module, input_ids: torch.Tensor, anchors: torch.Ten
         for index, layer in enumerate(decoder.layers):
             if index == first_stream_layer:
                 trunk = hidden
-            hidden = layer(
-                hidden,
-                attention_mask=causal,
-                past_key_values=keys_values if index >= first_stream_layer else None,
-                **rotary,
-            )
+            cache = cache_argument(layer, keys_values if index >= first_stream_layer else None)
+            hidden = layer(hidden, attention_mask=causal, **cache, **rotary)
         main = decoder.norm(hidden)
 
     keys_values.append = True
@@ -190,12 +190,7 @@ def forward_hidden(model: nn.Module, input_ids: torch.Tensor, anchors: torch.Ten
             angles = config.epsilon * j.repeat(anchors.shape[1])
             stack.enter_context(_rotated_values(base.config, decoder, top_layers, angles))
         for layer in top_layers:
-            streams = layer(
-                streams,
-                attention_mask=mask,
-                past_key_values=keys_values,
-                **rotary,
-            )
+            streams = layer(streams, attention_mask=mask, **cache_argument(layer, keys_values), **rotary)
     streams = decoder.norm(streams).view(batch, anchors.shape[1], config.gamma, -1)
     return StreamHidden(main=main, streams=streams, trunk=trunk)
 
@@ -211,6 +206,24 @@ def _rotary(decoder: Decoder, hidden: torch.Tensor, positions: torch.Tensor) -> 
     if decoder.rotary is None:
         return {}
     return {"position_ids": positions, "position_embeddings": decoder.rotary(hidden, position_ids=positions)}
+
+
+def cache_argument(layer: nn.Module, cache: Any) -> dict[str, Any]:
+    """The KV cache as the argument that a decoder layer of the installed transformers takes it by.
+
+    Newer releases call it ``cache``, older ones ``past_key_values``; a wrong name would be dropped in ``**kwargs``.
+
+    Raises:
+        TypeError: the layer has neither.
+    """
+    parameters = inspect.signature(layer.forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in parameters:
+            return {name: cache}
+    raise TypeError(
+        f"{type(layer).__name__} of transformers {transformers.__version__} takes its KV cache neither as 'cache' nor "
+        "as 'past_key_values'; install a release of transformers that this version of specstream-mlx was tested with"
+    )
 
 
 def _check_runnable(base: Any, decoder: Decoder, length: int) -> None:

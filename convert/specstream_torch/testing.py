@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from specstream_mlx.families import CONVERTED
+
 from .checkpoint import add_lora, load_base, save_checkpoint
-from .families import FAMILIES as MODEL_TYPES
 from .modeling import stream_module
 from .streams import MODES, STREAM_POSITIONS, StreamConfig
 
@@ -27,7 +28,7 @@ OPT_VARIANTS: dict[str, dict[str, Any]] = {
     "opt-post-norm": {"do_layer_norm_before": False},
     "opt-projected": {"do_layer_norm_before": False, "word_embed_proj_dim": 24},
 }
-FAMILIES = (*MODEL_TYPES, *OPT_VARIANTS)
+FAMILIES = (*CONVERTED, *OPT_VARIANTS)
 STREAM_INITS = ("identity", "low_rank", "low_rank_residual")
 
 

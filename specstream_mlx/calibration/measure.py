@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from specstream_mlx.calibration.acceptance import measure_acceptance
-from specstream_mlx.calibration.costs import measure_costs, usable_contexts
-from specstream_mlx.calibration.store import calibration_key
+from specstream_mlx.calibration.costs import CONTEXTS, measure_costs, usable_contexts
+from specstream_mlx.drafters.protocol import Drafter
 from specstream_mlx.errors import UsageError
+from specstream_mlx.models.identity import calibration_key
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.planning.calibration import Calibration
 
@@ -21,6 +22,7 @@ def measure(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]] | None = None,
     *,
+    drafter: Drafter | None = None,
     text: str | None = None,
     contexts: Sequence[int] | None = None,
     repeats: int = 7,
@@ -30,7 +32,8 @@ def measure(
     """Measure costs and acceptance; nothing is stored.
 
     Args:
-        model: with streams.
+        model: with streams, or beside another drafter.
+        drafter: whose plan to make; None: the streams.
         prompts: ids to measure acceptance on; None: text that the model samples from nothing.
         text: says what the prompts are, for the record.
         contexts: lengths of context to time passes at; None: a few that fit the model.
@@ -38,20 +41,23 @@ def measure(
     Raises:
         UsageError: the model has no streams.
     """
-    if model.gamma == 0:
+    drafter = drafter or model.drafter
+    if drafter is None:
         raise UsageError("this model has no streams, so there is no draft to plan; convert one with streams")
     stop_tokens = sorted(tokenizer.eos_token_ids)
     if prompts:
-        counts = measure_acceptance(model, prompts, max_tokens=max_tokens, stop_tokens=stop_tokens, progress=progress)
+        counts = measure_acceptance(
+            model, prompts, drafter, max_tokens=max_tokens, stop_tokens=stop_tokens, progress=progress
+        )
     else:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else stop_tokens[0]
         counts = measure_acceptance(
-            model, [[first]] * OWN_SAMPLES, max_tokens=OWN_SAMPLE_TOKENS, temperature=1.0, progress=progress
+            model, [[first]] * OWN_SAMPLES, drafter, max_tokens=OWN_SAMPLE_TOKENS, temperature=1.0, progress=progress
         )
-    lengths = usable_contexts(model, contexts) if contexts else usable_contexts(model)
-    costs = measure_costs(model, lengths, repeats=repeats, progress=progress)
+    lengths = usable_contexts(model, contexts or CONTEXTS, drafter.max_depth)
+    costs = measure_costs(model, lengths, drafter, repeats=repeats, progress=progress)
     anchors = tuple(int(count) for count in counts.trials)
-    return Calibration(calibration_key(model), tuple(costs), counts.rates(), anchors, text or OWN_TEXT)
+    return Calibration(calibration_key(model, drafter.name), tuple(costs), counts.rates(), anchors, text or OWN_TEXT)
 
 
 def find_samples(directory: Path) -> Path | None:

@@ -1,23 +1,29 @@
-"""Text from a prompt, in mlx-lm's manner: the loop's tokens decoded, stopped and counted."""
+"""Text from a prompt, in mlx-lm's manner: the engine's tokens decoded, stopped and counted."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, generation_stream, wired_limit
+from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from specstream_mlx.drafters.choice import choose_drafter
+from specstream_mlx.drafters.protocol import Drafter, with_pruning
 from specstream_mlx.engine import arguments
 from specstream_mlx.engine.sampling import LogitsProcessor, Sampler, TargetSampler
-from specstream_mlx.engine.single import Loop, generate_tokens, prefill
+from specstream_mlx.engine.session import Outcome, Session, prefill
+from specstream_mlx.engine.single import passes
+from specstream_mlx.engine.steering import steer
+from specstream_mlx.engine.text import Text
+from specstream_mlx.engine.wired import wired
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.formats.prompts import prompt_ids
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.options import DraftMode, DraftOptions, DraftReport
-from specstream_mlx.planning.control import steer
 from specstream_mlx.target.caches import CacheGrowth, check_caches
+from specstream_mlx.target.target import Target
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class GenerationResponse:
         prompt_tps, generation_tps: tokens per second.
         tokens_per_pass: the paper's call reduction ratio.
         peak_memory: GB.
+        outcome: the pass itself: what was drafted and what of it was accepted.
     """
 
     text: str
@@ -47,6 +54,32 @@ class GenerationResponse:
     accepted_by_depth: list[int]
     peak_memory: float
     draft: DraftReport
+    outcome: Outcome
+
+    @property
+    def token(self) -> int:
+        """The last id."""
+        return self.tokens[-1]
+
+    @property
+    def logprobs(self) -> mx.array:
+        """(V,) log-probabilities that the last id was drawn from, computed when asked for."""
+        return self.outcome.drawn.logprobs(self.outcome.accepted.nodes[len(self.tokens) - 1])
+
+    @property
+    def from_draft(self) -> bool:
+        """Whether the last id was drafted. A pass ends with a token of the target's own, unless the text ends first."""
+        return len(self.tokens) < len(self.outcome.tokens)
+
+    @property
+    def drafted(self) -> list[list[int]]:
+        """The ids of each path that was drafted, from below the root to a leaf."""
+        return self.outcome.drafted_paths
+
+    @property
+    def accepted(self) -> list[int]:
+        """The drafted ids that were accepted and count."""
+        return self.tokens[: self.outcome.accepted.num_drafts]
 
 
 def stream_generate(
@@ -60,6 +93,9 @@ def stream_generate(
     draft: DraftMode = "auto",
     seed: int | None = None,
     prompt_cache: list[Any] | None = None,
+    drafter: str | Drafter | None = None,
+    draft_model: Target | None = None,
+    num_draft_tokens: int | None = None,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START,
@@ -70,7 +106,11 @@ def stream_generate(
     prefill_step_size: int = 2048,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[GenerationResponse, None, None]:
-    """Generate text, one response per pass; the tokens are those of plain decoding whatever ``draft`` says.
+    """Generate text, one response per pass; the tokens are those of plain decoding whatever is drafted.
+
+    One model may serve several generators at once, in one thread or in several, and a generator may be asked for its
+    next response in another thread than before, one thread at a time. A generation keeps the adapter that was in use
+    when it began.
 
     Args:
         model: from ``load``.
@@ -84,9 +124,13 @@ def stream_generate(
         seed: makes sampled text repeatable; equal to mlx-lm's text after ``mx.random.seed(seed)``.
         prompt_cache: caches of an earlier call, changed in place; ``prompt`` then holds the new tokens only, and a
             text gets no beginning-of-text token.
+        drafter: who drafts: "streams", "two-model", "prompt-lookup" or "none", or a drafter of one's own; None:
+            "two-model" where a draft model is given, else the streams of the model, if it has any.
+        draft_model: the second model of "two-model", from ``load``.
+        num_draft_tokens: how far ahead "two-model" (4) and "prompt-lookup" (10) guess.
         kv_bits, kv_group_size, quantized_kv_start: quantise the cache from so many tokens on, as mlx-lm does.
         max_kv_size: most tokens that the cache holds; longer texts forget, and decode plainly from there.
-        draft_options: a tree, an insertion or a pruning threshold of one's own.
+        draft_options: a tree, a way to draft or a pruning threshold of one's own.
         stop: a string, or strings, that end the text; the text stops before them.
         continues_text: the new text follows the prompt's in one text, so a space at its beginning stays, which mlx-lm
             drops.
@@ -106,92 +150,79 @@ def stream_generate(
     sampler, logits_processors = arguments.sampler(sampler), arguments.logits_processors(logits_processors)
     seed, stop = arguments.seed(seed), arguments.stop(stop)
     arguments.callback("prompt_progress_callback", prompt_progress_callback)
-    vocab_size = model.args.vocab_size
-    plan, control = steer(draft, model, draft_options or DraftOptions())
-    if plan.prune_threshold is not None:
-        model.check_pruning(plan.insertion)
+    options = draft_options or DraftOptions()
+    if drafter is None or isinstance(drafter, str):
+        drafter = choose_drafter(drafter, model.drafter, draft_model, num_draft_tokens)
+    plan, control = steer(draft, model, drafter, options)
+    if plan.drafts and options.prune_threshold is not None:
+        drafter = with_pruning(drafter, options.prune_threshold, plan.way)
     growth = CacheGrowth(kv_bits, kv_group_size, quantized_kv_start, max_kv_size)
     if prompt_cache is not None:
         check_caches(prompt_cache)
     begins = prompt_cache is None or prompt_cache[0].offset == 0
-    ids = prompt_ids(tokenizer, prompt, vocab_size, begins=begins)
+    ids = prompt_ids(tokenizer, prompt, model.args.vocab_size, begins=begins)
     caches = growth.make_caches(model, len(ids) - 1) if prompt_cache is None else prompt_cache
     check_context(model, caches[0].offset, len(ids))
     max_tokens = model.tokens_within_context(max_tokens, caches[0].offset + len(ids))
     growth.check(model, prompt_cache, len(ids) + max_tokens if max_tokens > 0 else None)
-    loop = Loop(
+    stop_tokens = set(tokenizer.eos_token_ids)
+    session = Session(
         model,
+        drafter,
         caches,
         plan,
         control,
         TargetSampler(
-            sampler, logits_processors, vocab_size, seed, max_tokens=max_tokens, stop_tokens=tokenizer.eos_token_ids
+            sampler, logits_processors, model.args.vocab_size, seed, max_tokens=max_tokens, stop_tokens=stop_tokens
         ),
-        history=[] if logits_processors else None,
-        keeps_cache=prompt_cache is not None,
+        max_tokens=max_tokens,
+        stop_tokens=stop_tokens,
         growth=growth,
+        mount=model.mounted,
+        keeps_cache=prompt_cache is not None,
+        keeps_history=bool(logits_processors),
     )
-    stop_tokens = set(tokenizer.eos_token_ids)
-    detokenizer = tokenizer.detokenizer
-    if continues_text:  # behind a token, a space is not the beginning of a text
-        detokenizer.add_token(ids[-1])
-        _ = detokenizer.last_segment
-    text = _StopText(stop)
-    with wired_limit(model, [generation_stream]):
-        started = time.perf_counter()
-        passes = generate_tokens(
-            ids,
-            loop,
-            max_tokens=max_tokens,
-            stop_tokens=stop_tokens,
-            prefill_step_size=prefill_step_size,
-            progress=prompt_progress_callback,
-        )
-        prompt_seconds = 0.0
-        num_tokens = 0
+    report = plan.report(drafter.name if drafter is not None else "none")
+    with wired(model):
+        outcomes = passes(session, ids, prefill_step_size, prompt_progress_callback)
         try:
-            for tokens in passes:
-                if not prompt_seconds:
-                    prompt_seconds = time.perf_counter() - started
-                    started = time.perf_counter()
-                finish_reason = None
-                kept = []
-                for token in tokens:
-                    kept.append(token)
-                    num_tokens += 1
-                    if token in stop_tokens:
-                        finish_reason = "stop"
-                        break
-                    detokenizer.add_token(token)
-                    if text.feed(detokenizer.last_segment):
-                        finish_reason = "stop"
-                        break
-                    if num_tokens == max_tokens:
-                        finish_reason = "length"
-                if finish_reason is not None:
-                    detokenizer.finalize()
-                    text.feed(detokenizer.last_segment)
-                statistics = loop.statistics
-                yield GenerationResponse(
-                    text=text.take(final=finish_reason is not None),
-                    tokens=kept,
-                    finish_reason=finish_reason,
-                    prompt_tokens=len(ids),
-                    prompt_tps=len(ids) / prompt_seconds,
-                    generation_tokens=num_tokens,
-                    generation_tps=num_tokens / max(time.perf_counter() - started, 1e-9),
-                    target_passes=statistics.target_passes,
-                    stream_passes=statistics.stream_passes,
-                    tokens_per_pass=num_tokens / statistics.target_passes,
-                    drafted_by_depth=list(statistics.drafted_by_depth),
-                    accepted_by_depth=list(statistics.accepted_by_depth),
-                    peak_memory=mx.get_peak_memory() / 1e9,
-                    draft=plan.report(),
-                )
-                if finish_reason is not None:
-                    return
+            text = Text(tokenizer, stop, max_tokens, behind=ids[-1] if continues_text else None)
+            yield from _responses(session, outcomes, text, len(ids), report)
         finally:
-            passes.close()
+            outcomes.close()
+
+
+def _responses(
+    session: Session, outcomes: Iterable[Outcome], text: Text, prompt_tokens: int, report: DraftReport
+) -> Generator[GenerationResponse, None, None]:
+    """What users are told of each pass."""
+    started = time.perf_counter()
+    prompt_seconds = 0.0
+    for outcome in outcomes:
+        if not prompt_seconds:
+            prompt_seconds = time.perf_counter() - started
+            started = time.perf_counter()
+        tokens, segment = text.take(outcome.tokens)
+        statistics = session.statistics
+        yield GenerationResponse(
+            text=segment,
+            tokens=tokens,
+            finish_reason=text.finish_reason,
+            prompt_tokens=prompt_tokens,
+            prompt_tps=prompt_tokens / prompt_seconds,
+            generation_tokens=text.num_tokens,
+            generation_tps=text.num_tokens / max(time.perf_counter() - started, 1e-9),
+            target_passes=statistics.target_passes,
+            stream_passes=session.state.own_passes,
+            tokens_per_pass=text.num_tokens / statistics.target_passes,
+            drafted_by_depth=list(statistics.drafted_by_depth),
+            accepted_by_depth=list(statistics.accepted_by_depth),
+            peak_memory=mx.get_peak_memory() / 1e9,
+            draft=report,
+            outcome=outcome,
+        )
+        if text.finish_reason is not None:
+            return
 
 
 def generate(
@@ -214,7 +245,7 @@ def generate(
 
 
 def cache_tokens(
-    model: SpecStreamModel,
+    model: Target,
     tokens: list[int],
     growth: CacheGrowth,
     *,
@@ -234,38 +265,6 @@ def cache_tokens(
         prefill(model, part, caches, prefill_step_size, progress, len(tokens), growth)
         progress = None
     return caches
-
-
-class _StopText:
-    """Text on its way out, holding back what may be the beginning of a stop string."""
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
-        self._held = ""
-        self._stopped = False
-
-    def feed(self, segment: str) -> bool:
-        """Add decoded text; True once a stop string is complete, after which more text is ignored."""
-        if self._stopped:
-            return True
-        self._held += segment
-        found = [self._held.find(text) for text in self._stop]
-        hits = [index for index in found if index >= 0]
-        if hits:
-            self._held = self._held[: min(hits)]
-            self._stopped = True
-        return self._stopped
-
-    def take(self, final: bool) -> str:
-        """The text that is certain by now; all that is held when ``final``."""
-        keep = 0
-        if not final:
-            keep = max(
-                (n for text in self._stop for n in range(1, len(text)) if self._held.endswith(text[:n])), default=0
-            )
-        cut = len(self._held) - keep
-        ready, self._held = self._held[:cut], self._held[cut:]
-        return ready
 
 
 def check_context(model: SpecStreamModel, cached: int, new: int) -> None:

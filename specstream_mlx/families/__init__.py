@@ -1,75 +1,42 @@
-"""What a model family needs beyond stock mlx-lm blocks.
+"""What a model family needs beyond stock mlx-lm blocks; one file a family, or a few that hardly differ.
 
-The runtime drives the layers itself and needs four parts of a model: embedding, layers, final norm, LM head. Here is
-where each family's parts are found. A family whose embedding is scaled or whose logits are capped gets its own class.
-Windows and rotary embeddings need no word here: the caches that mlx-lm makes tell the former, and the seam wraps the
-latter whatever they are. docs/families.md says how each family is verified.
+The runtime drives the layers itself and needs four parts of a model: embedding, layers, final norm, LM head. A
+family's file says where they are, in mlx-lm and in Hugging Face files, which scales and caps lie around the layers, and
+what `convert` must check. Windows and rotary embeddings need no word there: the caches that mlx-lm makes tell the
+former, and the seam wraps the latter whatever they are. docs/families.md says how each family is verified.
+
+A file of this directory is a family's when it has a class with ``MODEL_TYPES``; there is no other list. Nothing here
+imports MLX until a model is run, because the PyTorch method reads the same names.
 """
 
-from collections.abc import Mapping
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlx_lm.utils import _get_classes
-
 from specstream_mlx.errors import UnsupportedError
-from specstream_mlx.families import opt
 from specstream_mlx.families.decoder import DecoderFamily
-from specstream_mlx.families.learned_positions import GPT2Family, OPTFamily
-from specstream_mlx.families.variants import (
-    CohereFamily,
-    Gemma2Family,
-    Gemma3Family,
-    Gemma3VisionFamily,
-    GemmaFamily,
-    GPTNeoXFamily,
-    GraniteFamily,
-    PhiFamily,
-)
+from specstream_mlx.families.hugging_face import HuggingFace
+from specstream_mlx.families.recurrent import RECURRENT
 
-_LLAMA_SHAPED = (
-    "glm",
-    "glm4",
-    "gpt_oss",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "olmo3",
-    "phi3",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "seed_oss",
-    "smollm3",
-    "stablelm",
-    "starcoder2",
-)
-FAMILIES: dict[str, type[DecoderFamily]] = {
-    **dict.fromkeys(_LLAMA_SHAPED, DecoderFamily),
-    "cohere": CohereFamily,
-    "cohere2": CohereFamily,
-    "gemma": GemmaFamily,
-    "gemma2": Gemma2Family,
-    "gemma3": Gemma3VisionFamily,
-    "gemma3_text": Gemma3Family,
-    "gpt2": GPT2Family,
-    "gpt_neox": GPTNeoXFamily,
-    "granite": GraniteFamily,
-    "opt": OPTFamily,
-    "phi": PhiFamily,
+
+def _found() -> Iterator[tuple[str, type[DecoderFamily]]]:
+    for file in sorted(pkgutil.iter_modules(__path__, f"{__name__}."), key=lambda file: file.name):
+        if file.ispkg:  # models that families name
+            continue
+        for value in vars(importlib.import_module(file.name)).values():
+            if isinstance(value, type) and issubclass(value, DecoderFamily) and value.__module__ == file.name:
+                yield from ((model_type, value) for model_type in vars(value).get("MODEL_TYPES", ()))
+
+
+FAMILIES: dict[str, type[DecoderFamily]] = {}
+for _model_type, _family in _found():
+    assert _model_type not in FAMILIES, f"two classes run {_model_type}"
+    FAMILIES[_model_type] = _family
+# The families whose PyTorch fine-tunes are converted.
+CONVERTED: dict[str, HuggingFace] = {
+    name: family.HUGGING_FACE for name, family in sorted(FAMILIES.items()) if family.HUGGING_FACE is not None
 }
-# Known to mlx-lm, and impossible here: what these keep of the past cannot be taken back token by token.
-RECURRENT = frozenset(
-    (
-        "baichuan_m1", "bailing_hybrid", "bailing_moe_linear", "bailing_moe_v3", "falcon_h1", "falcon_mamba", "gear",
-        "granitemoehybrid", "jamba", "kimi_k3", "kimi_linear", "lfm2", "lfm2-vl", "lfm2_moe", "longcat_flash_ngram",
-        "mamba", "mamba2", "nemotron_h", "olmo_hybrid", "plamo2", "prism_hadamard_qwen35", "qwen3_5", "qwen3_5_moe",
-        "qwen3_next", "recurrent_gemma", "rwkv7",
-    )
-)  # fmt: skip
-# The models that are written here because mlx-lm has none.
-OURS: dict[str, tuple[type[Any], type[Any]]] = {"opt": (opt.Model, opt.ModelArgs)}
 
 
 def check_supported(model_type: object, where: str = "model_type") -> None:
@@ -105,5 +72,11 @@ def model_classes(config: Mapping[str, Any]) -> tuple[type[Any], type[Any]]:
     Raises:
         ValueError: mlx-lm has no such model.
     """
-    classes: tuple[type[Any], type[Any]] = OURS.get(config["model_type"]) or _get_classes(dict(config))
+    family = FAMILIES.get(config["model_type"])
+    if family is not None and family.MODEL is not None:
+        ours = importlib.import_module(family.MODEL)
+        return ours.Model, ours.ModelArgs
+    from mlx_lm.utils import _get_classes
+
+    classes: tuple[type[Any], type[Any]] = _get_classes(dict(config))
     return classes

@@ -1,11 +1,20 @@
-"""What the runtime asks of a model family, answered for llama-shaped models."""
+"""What the runtime asks of a model family, answered for llama-shaped models.
+
+A module of a family imports MLX only inside functions: the PyTorch method reads the same names without it.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+
+from specstream_mlx.families.hugging_face import HuggingFace
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 Positions = npt.NDArray[np.int32]
 
@@ -14,26 +23,32 @@ class DecoderFamily:
     """Where the parts of a model are found; the paths are llama's, and most families share them.
 
     Attributes:
+        MODEL_TYPES: the ``model_type`` of ``config.json`` that this class runs.
+        MODEL: module of the model, where mlx-lm has none.
         EMBEDDING, LAYERS, NORM: paths of the token embedding, the list of blocks and the final norm.
         HEAD: path of the LM head; where a base has none, its embedding is the head.
+        POSITIONS: path of the table of learned positions, which is added to the token embedding; None without one.
         ATTENTION: name of a block's attention.
-        ROTARY: whether attention applies a rotary embedding. Without one, positions are learned and added to the
-            embedding of a token: there are no more of them than ``max_position_embeddings``, and ``stream_position``
-            has no effect, because a stream starts from a hidden state and never passes the embedding.
+        ROTARY: whether attention applies a rotary embedding; ``learned_positions`` has the others.
         SHARED_ATTENTION: whether blocks call mlx-lm's attention for all. One that is written out in the model wants
             masks as arrays and caches of floats, and mlx-lm cannot run texts of unequal length at once through it.
         SIZES: this family's names for the sizes that others call as in llama's ``config.json``.
+        HUGGING_FACE: the family in Hugging Face's form; None where fine-tunes of it are not converted.
         layers: the blocks, N of them.
     """
 
+    MODEL_TYPES: ClassVar[tuple[str, ...]] = ()
+    MODEL: ClassVar[str | None] = None
     EMBEDDING: ClassVar[str] = "model.embed_tokens"
     LAYERS: ClassVar[str] = "model.layers"
     NORM: ClassVar[str] = "model.norm"
     HEAD: ClassVar[str] = "lm_head"
+    POSITIONS: ClassVar[str | None] = None
     ATTENTION: ClassVar[str] = "self_attn"
     ROTARY: ClassVar[bool] = True
     SHARED_ATTENTION: ClassVar[bool] = True
     SIZES: ClassVar[Mapping[str, str]] = {}
+    HUGGING_FACE: ClassVar[HuggingFace | None] = None
 
     def __init__(self, base: Any) -> None:
         self._base = base
@@ -56,15 +71,33 @@ class DecoderFamily:
         owner, _, name = cls.HEAD.rpartition(".")
         return name in at(base, owner)
 
+    @classmethod
+    def embedding_scale(cls, args: Any) -> float | None:
+        """The factor of the token embedding, from the model's arguments or its configuration; None without one."""
+        return None
+
+    @classmethod
+    def scale_logits(cls, args: Any, logits: Any) -> Any:
+        """The scaled logits, from an array of MLX or of PyTorch."""
+        return logits
+
+    @classmethod
+    def logit_cap(cls, args: Any) -> float | None:
+        """The bound that ``cap * tanh(logits / cap)`` puts on the logits; None without one."""
+        return None
+
     @property
     def dtype(self) -> mx.Dtype:
         """The dtype in which hidden states enter the first block."""
+        import mlx.core as mx
+
         return self.embed(mx.zeros((1, 1), dtype=mx.int32), np.zeros(1, dtype=np.int32)).dtype
 
     def embed(self, tokens: mx.array, positions: Positions) -> mx.array:
         """(B, L) ids -> (B, L, D); ``positions`` (L,) are the rows' absolute positions, unused here."""
         hidden: mx.array = at(self._base, self.EMBEDDING)(tokens)
-        return hidden
+        scale = self.embedding_scale(self.args)
+        return hidden if scale is None else hidden * scale
 
     def norm(self, hidden: mx.array) -> mx.array:
         """The final norm, (B, L, D) -> (B, L, D)."""
@@ -76,7 +109,13 @@ class DecoderFamily:
         owner, _, name = self.HEAD.rpartition(".")
         module = at(self._base, owner)
         logits: mx.array = module[name](normed) if name in module else at(self._base, self.EMBEDDING).as_linear(normed)
-        return logits
+        logits = self.scale_logits(self.args, logits)
+        cap = self.logit_cap(self.args)
+        if cap is None:
+            return logits
+        import mlx.core as mx
+
+        return mx.tanh(logits / cap) * cap
 
     def over_heads(self, mask: mx.array) -> mx.array:
         """A mask of its own for every sequence, (B, L, S), in the shape that spreads over the heads of a block."""

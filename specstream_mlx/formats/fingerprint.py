@@ -1,16 +1,20 @@
-"""The mark of one tensor that tells bases of equal shape apart and knows a base again in another dtype.
+"""Digests: of a file, and the mark of one tensor, which tells bases of equal shape apart.
 
-A base is copied in F32, BF16 and F16, so the mark holds the digest of the tensor as it is and of its two roundings.
-The tensor at hand is the same one when the digests agree, or when one of the two is exactly the other one rounded.
-Two unequal tensors that merely round to the same values are not the same: nothing was rounded on the way.
+The mark knows a base again in another dtype. A base is copied in F32, BF16 and F16, so it holds the digest of the
+tensor as it is and of its two roundings. The tensor at hand is the same one when the digests agree, or when one of the
+two is exactly the other one rounded. Two unequal tensors that merely round to the same values are not the same: nothing was
+rounded on the way.
 """
 
 import hashlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+PIECE = 1 << 22  # bytes that are hashed together
 ROUNDED = {"sha256_bf16": mx.bfloat16, "sha256_f16": mx.float16}
 
 
@@ -39,3 +43,14 @@ def is_marked(mark: dict[str, Any], value: mx.array) -> bool:
         if ours == theirs and (ours == digest or theirs == recorded):
             return True
     return False
+
+
+def sha256_file(path: Path, done: Callable[[int], None] | None = None) -> str:
+    """The digest of a file, read in pieces; ``done`` is told the bytes of each."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            if done is not None:
+                done(len(piece))
+    return digest.hexdigest()

@@ -7,8 +7,7 @@ Everything is checked before anything is in use: each stream tensor by name and 
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import load_adapters
 
-from specstream_mlx.drafters.streams.parameters import StreamLoRALinear, Streams
-from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.drafters.streams.lora import StreamLoRALinear
+from specstream_mlx.drafters.streams.parameters import Streams
+from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families.decoder import DecoderFamily
 from specstream_mlx.formats.config import (
     BASE_SIZES,
@@ -30,27 +30,18 @@ from specstream_mlx.formats.config import (
     StreamConfig,
     read_json,
 )
-from specstream_mlx.formats.files import check_safetensors
 from specstream_mlx.formats.fingerprint import is_marked
 from specstream_mlx.formats.load_errors import load_error
+from specstream_mlx.formats.safetensors import FLOATS, check_safetensors
 from specstream_mlx.planning.times import PassTimes
-from specstream_mlx.target.tree_attention import PassContext
+from specstream_mlx.target.mounts import BARE, Mount, MountedLayer, put_layers
+from specstream_mlx.target.rotary import PassContext
 
 OWN = "own"  # the name of the streams that lie in a model's own directory
 LIVE_CONFIG = "adapter_config.json"
 LIVE_WEIGHTS = "adapters.safetensors"
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _IS_PEFT = "{}: a PEFT checkpoint; run specstream-mlx convert --adapter-only on it"
-_FLOATS = ("F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class AdaptedLayer:
-    """A layer of the base and the one with LoRA that takes its place; ``path`` is where, as in a tensor's name."""
-
-    path: str
-    bare: nn.Module
-    adapted: nn.Module
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,20 +50,20 @@ class Adapter:
 
     Attributes:
         stream_config, streams: both None for a LoRA without streams.
-        layers: what it puts in the places of the base's layers.
-        pass_times: what recent passes with it took.
+        mount: what it puts in the places of the base's layers.
+        pass_times: what recent passes with it took, by drafter.
     """
 
     stream_config: StreamConfig | None = None
     streams: Streams | None = None
-    layers: tuple[AdaptedLayer, ...] = ()
-    pass_times: PassTimes = field(default_factory=PassTimes)
+    mount: Mount = BARE
+    pass_times: defaultdict[str, PassTimes] = field(default_factory=lambda: defaultdict(PassTimes))
 
     @property
     def arrays(self) -> list[mx.array]:
         """Its own tensors, without the base's, which lie in the layers that it wraps."""
         streams = [] if self.streams is None else [value for _, value in tree_flatten(self.streams.parameters())]
-        held = (value for layer in self.layers for value in layer.adapted.values())
+        held = (value for layer in self.mount.layers for value in layer.adapted.values())
         return [*streams, *(value for value in held if isinstance(value, mx.array))]
 
     @property
@@ -83,64 +74,7 @@ class Adapter:
     @property
     def changes_text(self) -> bool:
         """Whether main rows run through its LoRA: it is a fine-tune. Otherwise the text is the base's."""
-        return any(not isinstance(layer.adapted, StreamLoRALinear) for layer in self.layers)
-
-
-class AdapterShelf:
-    """The adapters of one base that are in memory; one of them, or none, is in place.
-
-    Attributes:
-        resident: by name.
-        name: of the one in place; None: the bare base.
-    """
-
-    def __init__(self, base: nn.Module) -> None:
-        self.resident: dict[str, Adapter] = {}
-        self.name: str | None = None
-        self._base = base
-        self._in_place = Adapter()
-
-    def get(self, name: str) -> Adapter:
-        """The adapter of this name.
-
-        Raises:
-            UsageError: there is none.
-        """
-        if name not in self.resident:
-            loaded = ", ".join(map(repr, self.resident)) or "none"
-            raise UsageError(f"adapter {name!r} is not loaded; loaded: {loaded}")
-        return self.resident[name]
-
-    def put(self, name: str | None) -> Adapter:
-        """Put an adapter's layers, or with None the base's own, in place.
-
-        Raises:
-            UsageError: no adapter of this name is in memory; what was in place still is.
-        """
-        adapter = self.get(name) if name is not None else Adapter()
-        put_layers(self._base, [(layer.path, layer.bare) for layer in self._in_place.layers])
-        put_layers(self._base, [(layer.path, layer.adapted) for layer in adapter.layers])
-        self._in_place, self.name = adapter, name
-        return adapter
-
-    def check_free(self, name: str) -> None:
-        """Make sure that nothing is called so.
-
-        Raises:
-            UsageError: the name is taken.
-        """
-        if name in self.resident:
-            raise UsageError(f"adapter {name!r} is loaded already; give another name, or unload it first")
-
-    @contextmanager
-    def bare_base(self) -> Iterator[None]:
-        """Within the block no adapter is in place."""
-        before = self.name
-        self.put(None)
-        try:
-            yield
-        finally:
-            self.put(before)
+        return any(not isinstance(layer.adapted, StreamLoRALinear) for layer in self.mount.layers)
 
 
 def check_adapter_configuration(directory: Path) -> None:
@@ -196,22 +130,16 @@ def read_adapter(directory: Path, base: nn.Module, family: DecoderFamily, contex
                 "adapter"
             )
     config = streams = None
-    layers: tuple[AdaptedLayer, ...] = ()
+    layers: tuple[MountedLayer, ...] = ()
     if _has_streams(directory):
         config, streams, layers = _read_streams(directory, base, family, context)
         if config.mode == "lossless" and live is not None:
             raise InvalidInputError(f"{live}: a LoRA on all rows, and the streams beside it are lossless; remove one")
     if live is not None:
         layers = _read_live_lora(live, base)
-    adapter = Adapter(config, streams, layers)
+    adapter = Adapter(config, streams, Mount(layers))
     mx.eval(adapter.arrays)
     return adapter
-
-
-def put_layers(base: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> None:
-    """Put modules into a base, by path; no weight is touched or copied."""
-    if layers:
-        base.update_modules(tree_unflatten(list(layers)))
 
 
 def _has_streams(directory: Path) -> bool:
@@ -220,7 +148,7 @@ def _has_streams(directory: Path) -> bool:
 
 def _read_streams(
     directory: Path, base: nn.Module, family: DecoderFamily, context: PassContext
-) -> tuple[StreamConfig, Streams, tuple[AdaptedLayer, ...]]:
+) -> tuple[StreamConfig, Streams, tuple[MountedLayer, ...]]:
     """Streams, and in lossless mode the LoRA of their rows."""
     config_file, weights_file = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     stream_config = StreamConfig.from_dict(read_json(config_file), str(config_file))
@@ -247,14 +175,14 @@ def _read_tensors(path: Path, config: StreamConfig, hidden_size: int) -> dict[st
     found = check_safetensors(path)
     expected = {PREFIX + name: shape for name, shape in config.tensor_shapes(hidden_size).items()}
     problems = [f"{path}:{name}: missing" for name in expected if name not in found]
-    for name, (dtype, shape) in found.items():
+    for name, info in found.items():
         lora = name.startswith(LORA_PREFIX) and config.mode == "lossless"
         if name not in expected and not lora:
             problems.append(f"{path}:{name}: not expected by {CONFIG_NAME}")
-        elif dtype not in _FLOATS:
-            problems.append(f"{path}:{name}: dtype {dtype}, expected one of {', '.join(_FLOATS)}")
-        elif not lora and shape != expected[name]:
-            problems.append(f"{path}:{name}: shape {shape}, {CONFIG_NAME} and the base need {expected[name]}")
+        elif info.dtype not in FLOATS:
+            problems.append(f"{path}:{name}: dtype {info.dtype}, expected one of {', '.join(FLOATS)}")
+        elif not lora and info.shape != expected[name]:
+            problems.append(f"{path}:{name}: shape {info.shape}, {CONFIG_NAME} and the base need {expected[name]}")
     if problems:
         raise InvalidInputError("\n".join(problems))
     tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
@@ -301,7 +229,7 @@ def _stream_lora(
     stream_config: StreamConfig,
     context: PassContext,
     where: Path,
-) -> tuple[AdaptedLayer, ...]:
+) -> tuple[MountedLayer, ...]:
     """The linear layers that a lossless checkpoint has LoRA for, main rows running the base's alone."""
     scale = (stream_config.lora or {}).get("scale")
     if isinstance(scale, bool) or not isinstance(scale, int | float):
@@ -327,14 +255,14 @@ def _stream_lora(
             problems.append(f"{where}:{LORA_PREFIX}{path}: shapes {a.shape} and {b.shape} do not fit {_dims(linear)}")
         else:
             adapted = StreamLoRALinear(linear, a, b, float(scale), context).eval()
-            layers.append(AdaptedLayer(path, linear, adapted))
+            layers.append(MountedLayer(path, linear, adapted))
     problems += [f"{where}:{name}: unknown LoRA tensor" for name in lora]
     if problems:
         raise InvalidInputError("\n".join(problems))
     return tuple(layers)
 
 
-def _read_live_lora(directory: Path, base: nn.Module) -> tuple[AdaptedLayer, ...]:
+def _read_live_lora(directory: Path, base: nn.Module) -> tuple[MountedLayer, ...]:
     """The layers that mlx-lm's own loader makes of a LoRA in its format; the base gets its own back."""
     config_file, weights_file = directory / LIVE_CONFIG, directory / LIVE_WEIGHTS
     kind = read_json(config_file).get("fine_tune_type", "lora")
@@ -352,9 +280,9 @@ def _read_live_lora(directory: Path, base: nn.Module) -> tuple[AdaptedLayer, ...
         raise InvalidInputError("\n".join(f"{weights_file}:{name}: holds NaN or infinite values" for name in bad))
     before = dict(base.named_modules())
 
-    def replaced() -> list[AdaptedLayer]:
+    def replaced() -> list[MountedLayer]:
         after = base.named_modules()
-        return [AdaptedLayer(path, before[path], new) for path, new in after if before.get(path, new) is not new]
+        return [MountedLayer(path, before[path], new) for path, new in after if before.get(path, new) is not new]
 
     try:
         load_adapters(base, str(directory))

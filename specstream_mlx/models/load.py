@@ -17,10 +17,10 @@ from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.families import FAMILIES, check_supported, model_classes
 from specstream_mlx.families.rope_parameters import lifted
 from specstream_mlx.formats.config import read_json
-from specstream_mlx.formats.files import check_safetensors
 from specstream_mlx.formats.load_errors import load_error
 from specstream_mlx.formats.notes import note
 from specstream_mlx.formats.places import resolve
+from specstream_mlx.formats.safetensors import check_safetensors
 from specstream_mlx.formats.tokenizers import open_tokenizer
 from specstream_mlx.models.adapters import OWN, has_adapter
 from specstream_mlx.models.head import HeadTensors

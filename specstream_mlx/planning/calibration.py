@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 from specstream_mlx.errors import InvalidInputError
-from specstream_mlx.options import Insertion
 from specstream_mlx.planning.planner import Candidates, Curve, PassCosts, Plan, candidate_trees, solve
 from specstream_mlx.planning.tabulated import TabulatedCosts
 from specstream_mlx.target.tree import DraftTree
@@ -51,20 +50,20 @@ class Calibration:
         return Candidates(trees or [DraftTree.chain(1)], len(self.rates[0]))
 
     @cached_property
-    def _tables(self) -> dict[Insertion | None, TabulatedCosts]:
+    def _tables(self) -> dict[str | None, TabulatedCosts]:
         return {}
 
-    def tabulated(self, insertion: Insertion | None = None) -> TabulatedCosts:
+    def tabulated(self, insertion: str | None = None) -> TabulatedCosts:
         """The costs of the candidates; ``insertion``: the only one to use."""
         if insertion not in self._tables:
             self._tables[insertion] = TabulatedCosts(self.candidates.trees, self.costs, insertion)
         return self._tables[insertion]
 
     @cached_property
-    def _plans(self) -> dict[tuple[int, Insertion | None, bool], Plan]:
+    def _plans(self) -> dict[tuple[int, str | None, bool], Plan]:
         return {}
 
-    def plan(self, context: int = 0, insertion: Insertion | None = None, *, drafting: bool = False) -> Plan:
+    def plan(self, context: int = 0, insertion: str | None = None, *, drafting: bool = False) -> Plan:
         """The plan at the measured length of context nearest to ``context``; see ``solve``."""
         length, costs = min(self.costs, key=lambda entry: abs(entry[0] - context))
         asked = (length, insertion, drafting)

@@ -6,19 +6,12 @@ passes, then a short probe; every failed probe doubles the next pause, so what p
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
 
-from specstream_mlx.calibration.store import find
-from specstream_mlx.errors import InvalidInputError
-from specstream_mlx.models.model import SpecStreamModel
-from specstream_mlx.options import DraftMode, DraftOptions, Insertion
-from specstream_mlx.planning.plan import DraftPlan, assumed_rates, make_plan
-from specstream_mlx.planning.planner import Candidates, FloatArray, Rates, candidate_trees
-from specstream_mlx.planning.tabulated import TabulatedCosts
+from specstream_mlx.planning.planner import Candidates, FloatArray, Rates
 from specstream_mlx.planning.times import PassTimes
 from specstream_mlx.target.tree import DraftTree
 
@@ -36,8 +29,12 @@ class Costs(Protocol):
         ``ends``: (C,) how often the text ends at the leaf of every tree.
         """
 
-    def insertion(self, tree: int, context: int, end: float) -> Insertion:
-        """How streams are best inserted in a pass over a tree at whose leaf the text ends so often."""
+    def insertion(self, tree: int, context: int, end: float) -> str:
+        """The best way to draft in a pass over a tree at whose leaf the text ends so often."""
+
+    @property
+    def wants_times(self) -> bool:
+        """Whether there are too few times of passes to judge by."""
 
     @property
     def wants_plain_passes(self) -> bool:
@@ -55,21 +52,26 @@ class LearnedCosts:
     ENOUGH = 7  # passes to judge by
     LEAF_FROM = 0.25  # leaf insertion costs less than a stream pass, by more than this on most machines
 
-    def __init__(self, tree: DraftTree, insertion: Insertion | None, times: PassTimes) -> None:
-        """``insertion``: the only one to use."""
+    def __init__(self, tree: DraftTree, insertion: str | None, times: PassTimes) -> None:
+        """``insertion``: the only way to draft; None: the better one of leaf and deferred insertion."""
         self._insertion = insertion
         self._drafted = times.of(tree, insertion)
         self._plain = times.plain
 
     def at(self, context: int, ends: FloatArray) -> tuple[FloatArray, float]:
         """As ``Costs``, whatever the context and the ends."""
-        if min(len(self._drafted), len(self._plain)) < self.ENOUGH:
+        if self.wants_times:
             return np.array([self.ASSUMED]), 1.0
         return np.array([median(self._drafted)]), median(self._plain)
 
-    def insertion(self, tree: int, context: int, end: float) -> Insertion:
+    def insertion(self, tree: int, context: int, end: float) -> str:
         """Leaf insertion where the text ends at the leaf now and then."""
         return self._insertion or ("leaf" if end >= self.LEAF_FROM else "deferred")
+
+    @property
+    def wants_times(self) -> bool:
+        """As ``Costs``."""
+        return min(len(self._drafted), len(self._plain)) < self.ENOUGH
 
     @property
     def wants_plain_passes(self) -> bool:
@@ -154,7 +156,7 @@ class Control:
         self._acceptance = Acceptance(rates)
         self._costs = costs
         self._current: int | None = None
-        self._chosen: tuple[DraftTree, Insertion] | None = None
+        self._chosen: tuple[DraftTree, str] | None = None
         self._pause = self.FIRST_PAUSE
         self._plain_left = 0
         self._probe_left = self.PROBE if costs.begins_with_probe else 0
@@ -162,11 +164,16 @@ class Control:
         self._until_review = 0
 
     @property
+    def wants_times(self) -> bool:
+        """Whether passes should be made so that their times can be told."""
+        return self._costs.wants_times
+
+    @property
     def stays_plain(self) -> bool:
         """Whether the pass after the next one is plain too."""
         return self._plain_left > 1
 
-    def choose(self, context: int) -> tuple[DraftTree, Insertion] | None:
+    def choose(self, context: int) -> tuple[DraftTree, str] | None:
         """How to draft the next pass, which follows ``context`` cached rows; None is plain decoding."""
         if self._plain_left:
             return None
@@ -208,41 +215,3 @@ class Control:
             self._costs.observe(None, seconds)
         elif self._current is not None and self._candidates.trees[self._current] == tree:
             self._costs.observe(self._current, seconds)
-
-
-def steer(mode: DraftMode, model: SpecStreamModel, options: DraftOptions) -> tuple[DraftPlan, Control | None]:
-    """The plan for a generation, from what the user asked for and what was measured, and its control in ``auto``.
-
-    A stored calibration that cannot be used is left aside, and the plan's note says why.
-
-    Raises:
-        UsageError: as ``make_plan``.
-    """
-    plan = make_plan(mode, model.gamma, options, model.args.vocab_size)
-    if mode not in ("auto", "tree") or model.gamma == 0:
-        return plan, None
-    calibration, note = options.calibration, None
-    if calibration == "stored":
-        try:
-            calibration = find(model)
-        except InvalidInputError as error:
-            calibration, note = None, f"{error}; going on without it"
-    if calibration is not None and plan.source == "default":
-        planned = calibration.plan(0, options.insertion, drafting=mode == "tree")
-        plan = replace(
-            plan, tree=planned.tree, budget=planned.tree.size - 1, insertion=planned.insertion, source="calibrated"
-        )
-    plan = replace(plan, note=note)
-    if mode == "tree":
-        return plan, None
-    rates = calibration.rates if calibration is not None else assumed_rates(model.gamma)
-    if calibration is None or plan.source == "user":
-        tree = plan.tree or candidate_trees(rates, plan.budget + 1)[-1]
-        candidates = Candidates([tree], len(rates[0]))
-    else:
-        candidates = calibration.candidates
-    if calibration is None:
-        return plan, Control(candidates, rates, LearnedCosts(tree, options.insertion, model.pass_times))
-    if candidates is calibration.candidates:
-        return plan, Control(candidates, rates, calibration.tabulated(options.insertion))
-    return plan, Control(candidates, rates, TabulatedCosts(candidates.trees, calibration.costs, options.insertion))

@@ -1,11 +1,9 @@
-"""The draft plan: which tree to verify next, from which stream guesses, and how the streams are inserted."""
+"""The draft plan: the tree and the way to draft that a generation begins with."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, get_args
-
-import mlx.core as mx
 
 from specstream_mlx.errors import UsageError
 from specstream_mlx.options import DraftMode, DraftOptions, DraftReport, Insertion
@@ -29,71 +27,37 @@ class DraftPlan:
     gamma: int
     tree: DraftTree | None
     budget: int
-    insertion: Insertion = "leaf"
-    prune_threshold: float | None = None
+    way: str = "leaf"
     source: Literal["default", "user", "calibrated"] = "default"
     note: str | None = None
 
     @property
     def drafts(self) -> bool:
-        """Whether streams may be used at all."""
+        """Whether anything may be drafted at all."""
         return self.gamma > 0 and self.mode != "off"
 
-    def report(self) -> DraftReport:
+    def report(self, drafter: str = "none") -> DraftReport:
         """The plan in the terms of ``generate --json``."""
-        return DraftReport(self.mode, self.gamma, self.budget, self.insertion, self.source, self.note)
-
-    def draft(
-        self, root: mx.array, stream_logits: mx.array, tree: DraftTree | None, max_depth: int | None = None
-    ) -> tuple[DraftTree, mx.array]:
-        """The next tree and its tokens.
-
-        Args:
-            root: (1,) the newest token.
-            stream_logits: (gamma, V) from the node that the root followed; row ``g - 1`` fills depth ``g``.
-            tree: the tree to fill; None: the ``budget`` likeliest paths under the streams' own probabilities.
-            max_depth: deepest guess of use, when fewer tokens than that are still wanted.
-
-        Returns:
-            The tree, and (T,) ids of its nodes; a given tree reads nothing back from the device.
-        """
-        if tree is not None:
-            tree = tree if max_depth is None else tree.truncate(max_depth)
-            candidates = top_candidates(stream_logits, max(tree.widths, default=0))
-        else:
-            depth = min(self.gamma, self.gamma if max_depth is None else max_depth)
-            candidates = top_candidates(stream_logits, min(self.budget, stream_logits.shape[-1]))
-            logprobs = stream_logits - mx.logsumexp(stream_logits, axis=-1, keepdims=True)
-            ranked = mx.take_along_axis(logprobs, candidates, axis=-1)[:depth].astype(mx.float32)
-            tree = DraftTree.best_first(ranked.tolist(), self.budget)  # type: ignore[arg-type]
-        if tree.size == 1:
-            return tree, root
-        drafted = candidates[: tree.max_depth, 0] if tree.is_chain else candidates[_places(tree)]
-        return tree, mx.concatenate([root.astype(drafted.dtype), drafted])
+        insertion = self.way if self.way in get_args(Insertion) else None
+        return DraftReport(self.mode, self.gamma, self.budget, insertion, self.source, self.note, drafter)
 
 
-@lru_cache(maxsize=256)
-def _places(tree: DraftTree) -> tuple[mx.array, mx.array]:
-    """Stream and rank of every drafted node, (T - 1,) each."""
-    places = mx.array(tree.depths[1:]) - 1, mx.array(tree.ranks[1:])
-    mx.eval(places)
-    return places
+def make_plan(
+    mode: DraftMode,
+    gamma: int,
+    options: DraftOptions | None = None,
+    vocab_size: int = 1 << 30,
+    *,
+    ways: Sequence[str] = get_args(Insertion),
+) -> DraftPlan:
+    """Resolve what the user asked for against what the drafter can do.
 
-
-def top_candidates(stream_logits: mx.array, count: int) -> mx.array:
-    """The ``count`` likeliest tokens of every stream in falling order, (gamma, V) -> (gamma, count) ids."""
-    if count <= 1:
-        return mx.argmax(stream_logits, axis=-1, keepdims=True)
-    top = mx.argpartition(-stream_logits, kth=count - 1, axis=-1)[:, :count]
-    order = mx.argsort(-mx.take_along_axis(stream_logits, top, axis=-1), axis=-1)
-    return mx.take_along_axis(top, order, axis=-1)
-
-
-def make_plan(mode: DraftMode, gamma: int, options: DraftOptions | None = None, vocab_size: int = 1 << 30) -> DraftPlan:
-    """Resolve what the user asked for against the model's number of streams.
+    Args:
+        gamma: how far ahead the drafter can guess; 0: there is no drafter.
+        ways: the drafter's ways to draft.
 
     Raises:
-        UsageError: unknown mode, a tree that the streams cannot fill, options that contradict the mode.
+        UsageError: unknown mode, a tree that the drafter cannot fill, options that contradict the mode.
     """
     options = options or DraftOptions()
     if mode not in get_args(DraftMode):
@@ -106,9 +70,11 @@ def make_plan(mode: DraftMode, gamma: int, options: DraftOptions | None = None, 
         raise UsageError(f"draft {mode!r} needs streams and this model has none; use draft 'off' or a converted model")
     if mode in ("off", "chain") and options.tree is not None:
         raise UsageError(f"tree {options.tree!r} goes with draft 'tree' or 'auto', not {mode!r}")
-    insertion = options.insertion or "leaf"
+    if gamma and options.insertion not in (None, *ways):
+        raise UsageError(f"insertion {options.insertion!r} goes with the drafter 'streams' alone; leave it out")
+    way = options.insertion or ways[0]
     if mode == "off" or gamma == 0:
-        return DraftPlan(mode, gamma, DraftTree.chain(0), 0, insertion)
+        return DraftPlan(mode, gamma, DraftTree.chain(0), 0, way)
     source: Literal["default", "user"] = "default" if options.tree is None else "user"
     if options.tree is not None:
         tree, budget = _parse_tree(options.tree, gamma, vocab_size)
@@ -116,7 +82,7 @@ def make_plan(mode: DraftMode, gamma: int, options: DraftOptions | None = None, 
         # Without measured costs, auto takes the cheapest rows: the chain needs no mask and moves nothing on commit.
         tree = default_tree(gamma) if mode == "tree" else DraftTree.chain(gamma)
         budget = tree.size - 1
-    return DraftPlan(mode, gamma, tree, budget, insertion, options.prune_threshold, source)
+    return DraftPlan(mode, gamma, tree, budget, way, source)
 
 
 def default_tree(gamma: int, nodes: int = DEFAULT_NODES) -> DraftTree:
@@ -147,7 +113,7 @@ def _parse_tree(text: str, gamma: int, vocab_size: int) -> tuple[DraftTree | Non
         return None, numbers[0]
     depth = numbers[0] if kind == "chain" else len(numbers)
     if depth > gamma:
-        raise UsageError(f"tree is {text!r}: depth {depth} exceeds gamma, this model has {gamma} streams")
+        raise UsageError(f"tree is {text!r}: depth {depth} exceeds gamma, this drafter guesses {gamma} tokens ahead")
     if max(numbers) > vocab_size and kind == "cartesian":
         raise UsageError(f"tree is {text!r}: more candidates than the {vocab_size} tokens of the vocabulary")
     tree = DraftTree.chain(depth) if kind == "chain" else DraftTree.cartesian(numbers)

@@ -71,7 +71,7 @@ class PassCosts:
         """A pass for streams alone."""
         return max(self.deferred.at(num_streams + 1) - self.chain.at(num_streams + 1), 0.0)
 
-    def of(self, tree: DraftTree, insertion: Insertion, end: float) -> float:
+    def of(self, tree: DraftTree, insertion: str, end: float) -> float:
         """A whole pass over ``tree``, the streams for the next tree included.
 
         Args:
@@ -80,7 +80,7 @@ class PassCosts:
         at_leaf, more = self.at_leaf(tree, insertion)
         return at_leaf + (1 - end) * more
 
-    def at_leaf(self, tree: DraftTree, insertion: Insertion) -> tuple[float, float]:
+    def at_leaf(self, tree: DraftTree, insertion: str) -> tuple[float, float]:
         """A whole pass over ``tree`` where the text ends at its leaf, and what more it costs elsewhere."""
         if insertion == "parallel":
             return self.parallel.at(tree.size), 0.0
@@ -92,7 +92,7 @@ class PassCosts:
         with_leaf = verification + self.leaf.at(rows) - self.chain.at(rows)
         return max(with_leaf, min(verification, self.leaf.at(rows))), streams
 
-    def best_of(self, tree: DraftTree, end: float, insertion: Insertion | None = None) -> tuple[float, Insertion]:
+    def best_of(self, tree: DraftTree, end: float, insertion: str | None = None) -> tuple[float, str]:
         """A pass with the cheapest insertion, or with the given one."""
         ways = get_args(Insertion) if insertion is None else (insertion,)
         return min(((self.of(tree, way, end), way) for way in ways), key=lambda found: found[0])
@@ -140,7 +140,7 @@ class Plan:
     """The planner's answer; a tree of the root alone is plain decoding."""
 
     tree: DraftTree
-    insertion: Insertion
+    insertion: str
     tokens: float
     seconds: float
     plain_seconds: float
@@ -195,7 +195,7 @@ def solve(
     rates: Rates,
     max_rows: int | None = None,
     *,
-    insertion: Insertion | None = None,
+    insertion: str | None = None,
     drafting: bool = False,
 ) -> Plan:
     """The plan of most expected tokens per second.

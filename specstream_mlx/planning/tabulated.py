@@ -14,10 +14,11 @@ class TabulatedCosts:
     """Calibrated costs at a few lengths of context, straight lines between them."""
 
     wants_plain_passes = False
+    wants_times = False
     begins_with_probe = False
 
     def __init__(
-        self, trees: Sequence[DraftTree], table: Sequence[tuple[int, PassCosts]], insertion: Insertion | None = None
+        self, trees: Sequence[DraftTree], table: Sequence[tuple[int, PassCosts]], insertion: str | None = None
     ) -> None:
         """``table``: rising lengths of context with their costs; ``insertion``: the only one to use."""
         self._contexts = [context for context, _ in table]
@@ -36,7 +37,7 @@ class TabulatedCosts:
             plain = plain + part * (self._plain[below + 1] - plain)
         return costs, float(plain)
 
-    def insertion(self, tree: int, context: int, end: float) -> Insertion:
+    def insertion(self, tree: int, context: int, end: float) -> str:
         """As ``control.Costs``, by the nearest measured length."""
         below, part = self._place(context)
         nearest = below + (part > 0.5)

@@ -17,8 +17,8 @@ from mlx_lm.models.cache import load_prompt_cache as load_stock
 from mlx_lm.models.cache import save_prompt_cache as save_stock
 
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
-from specstream_mlx.formats.files import check_safetensors
 from specstream_mlx.formats.places import Repository, locate
+from specstream_mlx.formats.safetensors import check_safetensors
 from specstream_mlx.target.caches import SUPPORTED, LayerLayout, arrays_of, check_caches, layout, refusal
 
 SUFFIX = ".safetensors"  # mlx tells formats apart by it

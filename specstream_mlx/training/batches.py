@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from specstream_mlx.training.forward import IntArray
-
+IntArray = npt.NDArray[np.int32]
 IGNORE = -1
 """A target that does not exist: before the answer, past its end, or of an anchor that fills up a table."""
 _PAD_ROWS = 16  # rows come in few lengths, so that freed memory is used again

@@ -23,7 +23,7 @@ from specstream_mlx.formats import prompts
 from specstream_mlx.formats.chat_template import ChatTemplate
 from specstream_mlx.formats.jsonl import read_jsonl, text_lines
 from specstream_mlx.models.model import SpecStreamModel
-from specstream_mlx.target.tree_attention import runs_batches
+from specstream_mlx.target.rotary import runs_batches
 from specstream_mlx.training.batches import Example, mixed_seed
 from specstream_mlx.training.datasets import Dataset, hold_out, plain_prompt
 from specstream_mlx.training.settings import flag
@@ -165,7 +165,8 @@ def own_answers(
             if not all(one in recorded for one in asked):
                 room = [key(prompt, sample)["max_tokens"] for prompt in group]
                 seed = mixed_seed(settings.seed, sample * len(order) + start)
-                made = _answer(model, tokenizer, group, room, settings.temp if sample else 0.0, seed)
+                told = None if progress is None else partial(_tell, progress, len(answers), total)
+                made = _answer(model, tokenizer, group, room, settings.temp if sample else 0.0, seed, told)
                 new = dict(zip(asked, made, strict=True))
                 _append(file, key, new)
                 recorded |= new
@@ -200,11 +201,17 @@ def base_identity(path: Path, base_model: Mapping[str, Any]) -> str:
 
 
 def _answer(
-    model: SpecStreamModel, tokenizer: Any, prompts: Sequence[Prompt], room: list[int], temp: float, seed: int
+    model: SpecStreamModel,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    room: list[int],
+    temp: float,
+    seed: int,
+    told: Callable[[int], None] | None = None,
 ) -> list[tuple[int, ...]]:
     """Answers with their end-of-text token, unless they were cut; one batch on mlx-lm's batched generation.
 
-    Where mlx-lm cannot run batches, one prompt after another.
+    Where mlx-lm cannot run batches, one prompt after another. ``told`` hears how many answers have ended.
     """
     mx.random.seed(seed)
     sampler = make_sampler(temp) if temp else None
@@ -216,12 +223,21 @@ def _answer(
     try:
         ids = generator.insert([list(prompt) for prompt in prompts], room)
         answers: dict[int, list[int]] = {uid: [] for uid in ids}
+        ended = 0
         while responses := generator.next_generated():
             for response in responses:
                 answers[response.uid].append(response.token)
+                ended += response.finish_reason is not None
+            if told is not None:
+                told(ended)
     finally:
         generator.close()
     return [tuple(answers[uid]) for uid in ids]
+
+
+def _tell(progress: Callable[[int, int], None], before: int, total: int, ended: int) -> None:
+    """Report a batch that is not done: ``ended`` of its answers, after ``before`` others."""
+    progress(before + ended, total)
 
 
 def _key(

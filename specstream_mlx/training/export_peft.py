@@ -5,34 +5,15 @@ the merged product, not the factors.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
 from specstream_mlx.errors import UnsupportedError
-from specstream_mlx.families import FAMILIES
+from specstream_mlx.families import CONVERTED, FAMILIES
 from specstream_mlx.formats.config import CONFIG_NAME, LORA_PREFIX, PREFIX, StreamConfig
-from specstream_mlx.training.output import replaced_directory, save_tensors, write_json
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where transformers keeps a family: its name for mlx-lm's ``model``, and whether its layers are Conv1D."""
-
-    root: str = "model"
-    conv1d: bool = False
-
-
-_PLACES = {
-    "llama": _Place(),
-    "mistral": _Place(),
-    "phi3": _Place(),
-    "qwen2": _Place(),
-    "qwen3": _Place(),
-    "opt": _Place(),
-    "gpt2": _Place("transformer", conv1d=True),
-}
+from specstream_mlx.formats.tensor_writer import save_tensors
+from specstream_mlx.training.output import replaced_directory, write_json
 
 
 def check_peft(model_type: str) -> None:
@@ -41,10 +22,10 @@ def check_peft(model_type: str) -> None:
     Raises:
         UnsupportedError: no converter brings it back, so nothing would prove the names.
     """
-    if model_type not in _PLACES:
+    if model_type not in CONVERTED:
         raise UnsupportedError(
             f"--export-peft: fine-tunes of {model_type!r} have no PyTorch form that `convert` reads; supported: "
-            f"{', '.join(_PLACES)}"
+            f"{', '.join(CONVERTED)}"
         )
 
 
@@ -67,7 +48,7 @@ def export_peft(
     model_type = str(config.base_model.get("model_type"))
     check_peft(model_type)
     assert config.lora is not None
-    place, blocks = _PLACES[model_type], FAMILIES[model_type].LAYERS
+    theirs, blocks = CONVERTED[model_type], FAMILIES[model_type].LAYERS
     renamed, modules, targets, layers = {}, set(), set(), set()
     for name, value in tensors.items():
         if name.startswith(PREFIX):
@@ -77,9 +58,9 @@ def export_peft(
         index, _, within = path.removeprefix(blocks + ".").partition(".")
         targets.add(within)
         layers.add(int(index))
-        theirs = place.root + path.removeprefix("model")
-        modules.add(theirs)
-        renamed[f"base_model.model.{theirs}.lora_{leaf[-1].upper()}.weight"] = value.T
+        place = theirs.path(path)
+        modules.add(place)
+        renamed[f"base_model.model.{place}.lora_{leaf[-1].upper()}.weight"] = value.T
     everywhere = len(modules) == len(targets) * len(layers)  # else every module is named by its whole path
     all_layers = len(layers) == num_layers or not everywhere
     adapter_config = {
@@ -90,7 +71,7 @@ def export_peft(
         "lora_alpha": config.lora["scale"] * config.lora["rank"],
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": place.conv1d,
+        "fan_in_fan_out": theirs.conv1d is not None,
         "inference_mode": True,
         "init_lora_weights": True,
         "target_modules": sorted(targets if everywhere else modules),

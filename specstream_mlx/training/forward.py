@@ -20,12 +20,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
+from specstream_mlx.drafters.streams.value_rotation import ValueRotation
 from specstream_mlx.models.model import SpecStreamModel
-from specstream_mlx.target.tree_attention import BoolMatrix, ValueRotation, within
+from specstream_mlx.target.masks import BoolMatrix, within
+from specstream_mlx.training.batches import IntArray
 
-IntArray = npt.NDArray[np.int32]
 KeysValues = list[tuple[mx.array, mx.array]]
 
 

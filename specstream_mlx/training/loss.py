@@ -27,9 +27,10 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
 
+from specstream_mlx.drafters.streams.drafter import StreamsDrafter
 from specstream_mlx.models.model import SpecStreamModel
-from specstream_mlx.training.batches import IGNORE, AnchorChunk, Batch, anchor_chunks
-from specstream_mlx.training.forward import IntArray, MainPass, forward_main, forward_streams
+from specstream_mlx.training.batches import IGNORE, AnchorChunk, Batch, IntArray, anchor_chunks
+from specstream_mlx.training.forward import MainPass, forward_main, forward_streams
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -241,7 +242,8 @@ def _pieces(
         return model.family.head(model.family.norm(_rows(main.hidden, rows)))
 
     def early_exit_logits(main: MainPass, rows: IntArray) -> mx.array:
-        return model.early_exit_logits(_rows(mx.stop_gradient(main.trunk), rows)[None])
+        assert isinstance(model.drafter, StreamsDrafter)
+        return model.drafter.early_exit_logits(model, _rows(mx.stop_gradient(main.trunk), rows)[None])
 
     if weights.main:
         yield from _next_token_pieces("main", main_logits, batch, weights.main, rows_per_chunk)

@@ -6,16 +6,13 @@ disk or a lost process leaves what was there before (``specstream_mlx.formats.at
 
 import contextlib
 import json
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.formats import atomic
@@ -27,8 +24,9 @@ from specstream_mlx.formats.config import (
     StreamConfig,
     read_json,
 )
-from specstream_mlx.formats.files import check_safetensors
 from specstream_mlx.formats.fingerprint import fingerprint
+from specstream_mlx.formats.safetensors import check_safetensors
+from specstream_mlx.formats.tensor_writer import save_tensors
 from specstream_mlx.models.model import SpecStreamModel
 
 ADAPTERS = "adapters/adapters.safetensors"
@@ -112,15 +110,6 @@ def read_adapter(directory: Path) -> tuple[StreamConfig, dict[str, mx.array]]:
     if bad:
         raise InvalidInputError("\n".join(f"{directory}:{name}: holds NaN or infinite values" for name in bad))
     return config, tensors
-
-
-def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; unlike ``mx.save_safetensors`` this fails when the disk is full."""
-    arrays = {name: np.ascontiguousarray(np.array(value)) for name, value in tensors.items()}
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(arrays, path, metadata=dict(metadata or {"format": "mlx"}))
-    path.chmod(mode)  # safetensors writes what its owner alone may read
 
 
 def write_json(path: Path, value: Any) -> None:

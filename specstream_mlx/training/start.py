@@ -10,11 +10,11 @@ from typing import Any
 
 from mlx_lm.tuner.lora import LoRALinear
 
-from specstream_mlx.drafters.streams.parameters import StreamLoRALinear
+from specstream_mlx.drafters.streams.lora import StreamLoRALinear
 from specstream_mlx.errors import InvalidInputError, SpecStreamError, UnsupportedError, UsageError
 from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME, StreamConfig, read_json
-from specstream_mlx.models.adapters import AdaptedLayer
 from specstream_mlx.models.model import SpecStreamModel
+from specstream_mlx.target.mounts import MountedLayer
 from specstream_mlx.training.output import ADAPTERS, read_adapter
 from specstream_mlx.training.settings import TrainSettings, flag
 from specstream_mlx.training.trainable import lora_modules
@@ -94,7 +94,7 @@ def settings_with_its_lora(
         name = model.load_adapter(adapter, _NAME)
     except SpecStreamError as error:
         raise _in_one_line(error) from error
-    config, layers = model.adapters[name].stream_config, model.adapters[name].layers
+    config, layers = model.adapters[name].stream_config, model.adapters[name].mount.layers
     model.unload_adapter(name)
     assert config is not None
     ours = chosen.stream_config(len(model.layers), config.base_model)
@@ -162,11 +162,11 @@ def _in_one_line(error: SpecStreamError) -> SpecStreamError:
     return type(error)(f"--resume-adapter-file: {first}{more}")
 
 
-def _is_lora(layer: AdaptedLayer) -> bool:
+def _is_lora(layer: MountedLayer) -> bool:
     return type(layer.adapted) in (LoRALinear, StreamLoRALinear)
 
 
-def _rank_and_scale(layer: AdaptedLayer, config: StreamConfig) -> tuple[int, float]:
+def _rank_and_scale(layer: MountedLayer, config: StreamConfig) -> tuple[int, float]:
     scale = layer.adapted.scale if isinstance(layer.adapted, LoRALinear) else (config.lora or {})["scale"]
     return layer.adapted.lora_a.shape[1], float(scale)
 

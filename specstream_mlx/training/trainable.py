@@ -10,11 +10,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
-from specstream_mlx.drafters.streams.parameters import StreamLoRALinear, Streams
+from specstream_mlx.drafters.streams.lora import StreamLoRALinear
+from specstream_mlx.drafters.streams.parameters import Streams
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.formats.config import LORA_PREFIX, PREFIX, StreamConfig
-from specstream_mlx.models.adapters import AdaptedLayer, Adapter
+from specstream_mlx.models.adapters import Adapter
 from specstream_mlx.models.model import SpecStreamModel
+from specstream_mlx.target.mounts import Mount, MountedLayer
 from specstream_mlx.training.batches import mixed_seed
 
 TRAINED = "trained"  # the name of the adapter that is being trained
@@ -78,8 +80,8 @@ def attach(
             lora = LoRALinear.from_base(linear, r=rank, dropout=0.0, scale=scale)
         bound = 1 / math.sqrt(_columns(linear))
         lora.lora_a = mx.random.uniform(-bound, bound, (_columns(linear), rank), key=_key(seed, name))
-        layers.append(AdaptedLayer(name, linear, lora))
-    model.add_adapter(TRAINED, Adapter(config, streams, tuple(layers)))
+        layers.append(MountedLayer(name, linear, lora))
+    model.add_adapter(TRAINED, Adapter(config, streams, Mount(tuple(layers))))
     model.use_adapter(TRAINED)
     train_streams_and_lora(model)
 

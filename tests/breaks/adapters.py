@@ -34,7 +34,7 @@ BREAKS = (
     ),
     Break(
         "the key of a calibration overlooks a LoRA",
-        "specstream_mlx/calibration/store.py",
+        "specstream_mlx/planning/store.py",
         'name.rsplit(".", 1)[-1].startswith("lora_")',
         "False",
         ADAPTERS + "test_a_stored_calibration_belongs",

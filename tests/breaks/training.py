@@ -63,8 +63,8 @@ BREAKS = (
     Break(
         "GPT-2 is exported under mlx-lm's names",
         "specstream_mlx/training/export_peft.py",
-        'theirs = place.root + path.removeprefix("model")',
-        "theirs = path",
+        "place = theirs.path(path)",
+        "place = path",
         PEFT + "peft_loads and gpt2",
     ),
     Break(
@@ -84,7 +84,7 @@ BREAKS = (
     Break(
         "Conv1D is exported as a linear layer",
         "specstream_mlx/training/export_peft.py",
-        '"fan_in_fan_out": place.conv1d',
+        '"fan_in_fan_out": theirs.conv1d is not None',
         '"fan_in_fan_out": False',
         PEFT + "peft_loads and gpt2",
     ),

@@ -192,6 +192,26 @@ def test_generation_config_is_opt_in_and_flags_come_first(run, directory, tmp_pa
     assert (result.code, result.stderr) == (3, f"error: {file}: file not found\n")
 
 
+def test_inspect_downloads_a_repository(run, directory, tmp_path, monkeypatch):
+    calls = []
+
+    def snapshot_download(name, *, revision, allow_patterns, ignore_patterns):
+        calls.append((name, revision))
+        return str(directory)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    for words in (["org/name@v1"], ["--model", "org/name", "--revision", "v1"]):
+        result = run("inspect", *words, "--json")
+        assert (result.code, json.loads(result.stdout)["kind"]) == (0, "specstream model")
+    assert set(calls) == {("org/name", "v1")}
+    refused = run("inspect", str(directory), "--revision", "v1")
+    assert (refused.code, refused.stdout) == (2, "")
+    assert "which has none; drop it" in refused.stderr
+    assert run("inspect", "--revision", "v1").code == 2
+    assert run("inspect", "org/na me").code == 3
+
+
 def test_inspect_and_generate_on_a_directory_of_transformers_5(run, tmp_path):
     path = save_directory(make_model("llama", seed=3), tmp_path / "model")
     config = json.loads((path / "config.json").read_text())

@@ -1,7 +1,8 @@
-"""The side-by-side script: the benchmark's measurement, its first answer, and one JSON document on the last line."""
+"""The side-by-side script: the first answer pass by pass, a line of the benchmark's measurement, or all in JSON."""
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -19,19 +20,51 @@ def script(monkeypatch):
     return module
 
 
-def test_the_last_line_is_one_json_document(script, tmp_path, capsys):
-    file = tmp_path / "out.json"
-    arguments = ["--prompts", "2", "--repeats", "2", "--max-tokens", "24", "--draft", "chain", "--json", str(file)]
-    assert script.main(arguments) == 0
-    stdout = capsys.readouterr().out
-    document = json.loads(stdout.splitlines()[-1])
-    assert document == json.loads(file.read_text())
+SHORT = ["--prompts", "2", "--repeats", "2", "--max-tokens", "24", "--draft", "chain"]
+
+
+def test_json_is_one_document(script, capsys):
+    assert script.main([*SHORT, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
     stock, chain = document["workloads"][0]["arms"]
     assert (stock["arm"], chain["arm"]) == ("mlx-lm", "chain")
     assert stock["tokens"] == chain["tokens"] == stock["passes"]
     assert chain["prompts_with_equal_tokens"] == 2
     assert len(chain["decode_seconds"]["all"]) == 2
-    assert stdout.startswith("prompt 1:\nCREATE TABLE")
+
+
+def test_question_passes_answer_and_one_line_of_comparison(script, capsys):
+    """Red when: the question comes twice, the passes do not make the answer, or a pipe gets colours."""
+    assert script.main(SHORT) == 0
+    stdout = capsys.readouterr().out
+    assert "\x1b" not in stdout
+    question, passes, answer, comparison = re.split("\n\n", stdout.rstrip("\n"))
+    assert question.startswith("Question\n  CREATE TABLE")
+    assert stdout.count("-- question:") == 1
+    heading, *lines = passes.splitlines()
+    assert heading == "Passes: [drafted and accepted], the model's own token"
+    assert [int(line[:3]) for line in lines] == list(range(1, len(lines) + 1))
+    drawn = "".join(re.sub(r"^\[(.*)\]", r"\1", line[5:]) for line in lines)
+    title, text = answer.split("\n  ")
+    assert title == f"Answer: 24 tokens in {len(lines)} passes"
+    assert drawn == text
+    assert re.fullmatch(
+        r"Beside stock mlx-lm: the same text on 2 questions, [\d.]+x as fast \([\d.]+ s instead of [\d.]+ s; "
+        r"decoding alone [\d.]+x; --draft chain, median of 2 rounds\)",
+        comparison,
+    )
+
+
+def test_colours_on_a_terminal_only(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    short = ["--prompts", "1", "--repeats", "1", "--max-tokens", "9", "--draft", "chain"]
+    assert script.main(short) == 0
+    assert "\x1b[32mdrafted and accepted\x1b[0m" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert script.main(short) == 0
+    assert "\x1b" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from specstream_convert import ConvertOptions, convert
-from specstream_convert.verification.verify import output_logits
+from specstream_convert.verification.forward import output_logits
 from specstream_torch.testing import write_tiny_base
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "gpt2")

@@ -531,7 +531,7 @@ CASES = [
     Bad(39, "auto-map-of-a-known-family", 0, ("auto_map dropped",), "no code of the checkpoint is run",
         config(BC, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})),
     Bad(39, "remote-code-flag", 2, ("--trust-remote-code",), "leave it out", options="--trust-remote-code"),
-    *(Bad(40, name, 4, ("config.json", "model_type", "is not supported"), "supported: llama",
+    *(Bad(40, name, 4, ("config.json", "model_type", "is not supported"), "supported: gpt2, llama",
           config(BC, model_type=kind)) for name, kind in {
               "unheard-of": "unheard_of", "path": "../../evil", "module": "os.path",
           }.items()),

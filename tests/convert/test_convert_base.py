@@ -77,7 +77,7 @@ def test_code_of_the_checkpoint_is_dropped() -> None:
 
 @pytest.mark.parametrize("family", ["mamba", "bloom", "Llama", ""])
 def test_other_families(family: str) -> None:
-    with pytest.raises(UnsupportedError, match="supported: llama, mistral, qwen2, qwen3, phi3"):
+    with pytest.raises(UnsupportedError, match="supported: gpt2, llama, mistral, opt, phi3, qwen2, qwen3"):
         read(model_type=family)
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from specstream_convert import ConvertOptions, convert, inspect_checkpoint  # noqa: E402
 from specstream_convert.base.model import open_base  # noqa: E402
 from specstream_convert.verification import forward  # noqa: E402
-from specstream_convert.verification.verify import output_logits  # noqa: E402
+from specstream_convert.verification.forward import output_logits  # noqa: E402
 from specstream_mlx import load  # noqa: E402
 from specstream_mlx.errors import InvalidInputError, UnsupportedError  # noqa: E402
 from specstream_mlx.families import model_classes  # noqa: E402
@@ -221,7 +221,7 @@ def test_names_of_files_on_the_hub(
     write_tiny_base(family, tmp_path, tie_word_embeddings=True, **SMALL)
     wanted = open_base(tmp_path, "base")
     values = {name: np.array(tensor.read()) for name, tensor in wanted.tensors.items()}
-    embedding = f"{wanted.layout.embedding}.weight"
+    embedding = f"{wanted.family.EMBEDDING}.weight"
 
     def rename(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
         renamed = {new + name.removeprefix(old): value for name, value in tensors.items()}

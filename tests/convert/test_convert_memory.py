@@ -8,22 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import float64_reference as reference
 import mlx.core as mx
 import numpy as np
 import pytest
 from convert_cases import ADAPTER, PREFIX, RANK, Case, D, V, make_case, random_tensor
+from float64_reference import Reference, to_numpy
 
 from benchmarks.convert_memory import Files, make_files, measure
 from specstream_convert import convert
 from specstream_convert.base.config import mlx_config
-from specstream_convert.changes.kinds import AddLowRank, AddScaled, Change, Factors, Replace, Rescale, SetRows, changed
-from specstream_convert.files import safetensors_io
-from specstream_convert.files.safetensors_io import open_tensors
+from specstream_convert.changes.kinds import AddScaled, Change, Lora, Replace, Rescale, SetRows, changed
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.verification import forward, reference
-from specstream_convert.verification.reference import Reference, to_numpy
-from specstream_convert.verification.verify import output_logits
+from specstream_convert.verification import forward
+from specstream_convert.verification.forward import output_logits
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats import safetensors
+from specstream_mlx.formats.safetensors import open_tensors
 
 MB = 1_000_000
 SHAPE = {
@@ -83,7 +84,7 @@ def test_memory_of_a_large_tensor(small: tuple[Files, int], wide: Files, mode: s
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of two or three rows."""
-    monkeypatch.setattr(safetensors_io, "BLOCK", 3 * D)
+    monkeypatch.setattr(safetensors, "BLOCK", 3 * D)
     monkeypatch.setattr(reference, "BLOCK", 2 * D)
 
 
@@ -112,7 +113,7 @@ def test_changes_in_blocks(tmp_path: Path, small_blocks: None, axis: int, transp
     rows = (60, 0, 5, 31)
     changes: Sequence[Change] = (
         SetRows(held["rows"], rows),
-        AddLowRank(Factors(held["a"], held["b"], 0.5, embedding=axis == 0)),
+        Lora("w", held["a"], held["b"], 0.5, embedding=axis == 0),
         Rescale(held["m"], axis),
         AddScaled(held["bias"], 0.25),
     )

@@ -25,15 +25,18 @@ from convert_cases import (
     snapshot,
     write_base,
 )
+from float64_reference import to_numpy
 from mlx_lm.utils import load_adapters, load_model
 
 from specstream_convert import ConvertOptions, convert, pipeline, plan
-from specstream_convert.files.safetensors_io import TensorOut, open_tensors, write_tensors
+from specstream_convert.changes import kinds
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.verification.verify import output_logits, to_numpy
+from specstream_convert.verification.forward import output_logits
 from specstream_convert.writing import outputs, write
 from specstream_mlx.errors import UsageError, VerificationError
 from specstream_mlx.formats.config import StreamConfig, read_json
+from specstream_mlx.formats.safetensors import open_tensors
+from specstream_mlx.formats.tensor_writer import TensorOut, write_tensors
 
 WEIGHTS = f"adapter/{ADAPTER}"
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -388,8 +391,8 @@ def scaled(factor: float) -> Callable[..., Iterator[mx.array]]:
 @pytest.mark.parametrize(
     ("name", "broken", "message"),
     [
-        ("changed", scaled(1.0001), "differs from the float64 reference"),
-        ("changed", scaled(0.0), "differs from the float64 reference"),
+        ("changed", scaled(1.0001), "differs from the float32 reference"),
+        ("changed", scaled(0.0), "differs from the float32 reference"),
         ("cast", lambda value, dtype, place: value + 1e-3, "differs from the base although nothing changes it"),
     ],
     ids=["wrong scale", "forgotten merge", "changed weights"],
@@ -406,8 +409,18 @@ def test_verification_catches(
     convert(case.options(verify=False))
 
 
+def test_the_float64_reference_catches_what_the_arithmetic_does_wrong(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when: the oracle of these tests shares the converter's arithmetic, or no conversion is held beside it."""
+    original = kinds.Lora.read
+    monkeypatch.setattr(kinds.Lora, "read", lambda self: (1.0001 * original(self)[0], original(self)[1]))
+    with pytest.raises(VerificationError, match="differs from the float64 reference"):
+        convert(case.options())
+
+
 def test_verification_catches_a_wrong_sidecar(lossless_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.LoraSet, "live", lambda self, item: tuple(2 * x.T for x in item.factors.read()))
+    monkeypatch.setattr(plan.LoraSet, "live", lambda self, item: tuple(2 * x.T for x in item.read()))
     with pytest.raises(VerificationError, match=r"LoRA differs from s\*B@A"):
         convert(lossless_case.options())
 

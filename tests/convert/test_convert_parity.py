@@ -15,7 +15,7 @@ peft = pytest.importorskip("peft")
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from specstream_convert import ConvertOptions, convert  # noqa: E402
-from specstream_convert.verification.verify import output_logits  # noqa: E402
+from specstream_convert.verification.forward import output_logits  # noqa: E402
 from specstream_torch.generate import load_reference, reference_logits  # noqa: E402
 from specstream_torch.testing import make_tiny_checkpoint  # noqa: E402
 

@@ -425,7 +425,7 @@ ROWS = [
     Row("wrong fingerprint", I, ("model.norm.weight", "fingerprint"),
         lambda c: c.json(SC, lambda raw: raw["base_model"].update(
             fingerprint={"tensor": "model.norm.weight", "sha256": "0" * 64}))),
-    Row("other family", U, ("bloom", "supported: llama"), config(BC, model_type="bloom")),
+    Row("other family", U, ("bloom", "supported: gpt2, llama"), config(BC, model_type="bloom")),
     Row("no family", U, ("model_type is None",), without(BC, "model_type")),
     Row("family is a path", U, ("model_type",), config(BC, model_type="../../evil")),
     Row("model file", U, ("model_file", "never run"), config(BC, model_file="evil.py")),

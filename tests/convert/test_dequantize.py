@@ -8,14 +8,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from convert_cases import CONFIG, PREFIX, Case, Q, V, write_base
+from float64_reference import dequantized64, to_numpy
 
 from specstream_convert import convert
 from specstream_convert.base import dequantize
-from specstream_convert.files.safetensors_io import open_tensors
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.verification.reference import dequantized64
-from specstream_convert.verification.verify import output_logits, to_numpy
+from specstream_convert.verification.forward import output_logits
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError, VerificationError
+from specstream_mlx.formats.safetensors import open_tensors
 
 NAME = f"{Q.removeprefix(PREFIX)}.weight"
 NORM = "model.norm.weight"

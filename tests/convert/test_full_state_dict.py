@@ -12,7 +12,7 @@ import pytest
 from convert_cases import ADAPTER, PREFIX, STREAMS, Case, Q
 
 from specstream_convert import convert
-from specstream_convert.verification.verify import output_logits
+from specstream_convert.verification.forward import output_logits
 from specstream_mlx.errors import InvalidInputError, SpecStreamError
 
 WEIGHTS = f"adapter/{ADAPTER}"

@@ -16,6 +16,7 @@ from mlx_lm.utils import load_model, quantize_model
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
+from float64_reference import to_numpy  # noqa: E402
 from peft_cases import (  # noqa: E402
     ADAPTER,
     ATOL,
@@ -36,7 +37,7 @@ from peft_cases import (  # noqa: E402
 )
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from specstream_convert.verification.verify import output_logits, to_numpy  # noqa: E402
+from specstream_convert.verification.forward import output_logits  # noqa: E402
 from specstream_mlx import generate, load  # noqa: E402
 from specstream_mlx.errors import InvalidInputError, UnsupportedError  # noqa: E402
 

@@ -18,8 +18,8 @@ from convert_cases import ADAPTER, STREAMS, Case, Q
 
 from specstream_convert import convert
 from specstream_convert.files import pickles
-from specstream_convert.files.safetensors_io import sha256_file
 from specstream_mlx.errors import InvalidInputError, SpecStreamError, UnsupportedError, UsageError, VerificationError
+from specstream_mlx.formats.fingerprint import sha256_file
 
 torch = pytest.importorskip("torch")
 

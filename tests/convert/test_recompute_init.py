@@ -12,14 +12,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from convert_cases import ADAPTER, CONFIG, Case, Q
+from float64_reference import initial64
 
 from specstream_convert import ConvertOptions, convert, inspect_checkpoint
 from specstream_convert.changes import initial
-from specstream_convert.files.safetensors_io import open_tensors
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.verification.reference import initial64
-from specstream_convert.verification.verify import output_logits
+from specstream_convert.verification.forward import output_logits
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError, VerificationError
+from specstream_mlx.formats.safetensors import open_tensors
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -11,6 +11,7 @@ from specstream_torch.checkpoint import load_base  # noqa: E402
 from specstream_torch.generate import reference_logits  # noqa: E402
 from specstream_torch.modeling import (  # noqa: E402
     NO_ANCHOR,
+    cache_argument,
     causal_lm,
     forward_streams,
     prune_hidden,
@@ -131,6 +132,23 @@ def test_pruner_logits() -> None:
     result = reference_logits(model, PROMPT)
     torch.testing.assert_close(torch.tensor(result.pruner), expected, atol=ATOL, rtol=0)
     assert prune_hidden(model, trunk).shape == trunk.shape
+
+
+def test_the_cache_has_the_name_that_the_layer_knows() -> None:
+    """Catches: a name that one release of transformers deprecates, or that another drops in its **kwargs."""
+
+    class Newer(torch.nn.Module):
+        def forward(self, hidden, cache=None, **kwargs):
+            return hidden
+
+    class Older(torch.nn.Module):
+        def forward(self, hidden, past_key_values=None, **kwargs):
+            return hidden
+
+    assert cache_argument(Newer(), "kept") == {"cache": "kept"}
+    assert cache_argument(Older(), "kept") == {"past_key_values": "kept"}
+    with pytest.raises(TypeError, match=r"Identity of transformers .* neither as 'cache' nor as 'past_key_values'"):
+        cache_argument(torch.nn.Identity(), "kept")
 
 
 def test_value_rotation_by_a_right_angle() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from specstream_torch.families import decoder_of
+from specstream_torch.decoder import decoder_of
 from specstream_torch.generate import load_reference
 from specstream_torch.modeling import causal_lm, stream_module
 from specstream_torch.testing import FAMILIES, TinyCheckpoint, make_tiny_checkpoint

@@ -56,6 +56,17 @@ def test_greedy_answers_are_mlx_lms_and_end_with_end_of_text(
     assert any(sampled[prompt] != greedy[prompt] for prompt in sampled)
 
 
+def test_progress_is_told_within_a_batch_too(loaded: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """Red when: a log hears of a batch only once all of it is answered, or counts an answer twice."""
+    told: list[tuple[int, int]] = []
+    answered(loaded, tmp_path / "answers.jsonl", progress=lambda done, total: told.append((done, total)))
+    counts = [done for done, _ in told]
+    assert {total for _, total in told} == {26}
+    assert counts == sorted(counts)
+    assert counts[-1] == 26
+    assert len(counts) > 5 * SETTINGS.batch_size
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "llama-dynamic"])
 def test_answers_of_models_that_mlx_lm_runs_in_batches_or_cannot(family: str) -> None:
     """Red when: a batch is asked of a model that mlx-lm cannot batch."""

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from specstream_convert import ConvertOptions, convert, inspect_checkpoint
-from specstream_convert.base.layouts import LAYOUTS
 from specstream_mlx import load
 from specstream_mlx.errors import UnsupportedError
+from specstream_mlx.families import CONVERTED
 from specstream_mlx.formats.config import read_json
 from specstream_mlx.target.tree import DraftTree
 from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.export_peft import check_peft
 from specstream_mlx.training.output import read_adapter
 from specstream_mlx.training.run import TrainRun
+from tests.passes import stream_logits, verify
 from tests.tiny import random_prompt
 from tests.training.training_cases import QUICK, prepared, rows, same, save_base
 
@@ -93,10 +94,10 @@ def test_peft_loads_the_exported_form_and_agrees(family: str, mode: str, tmp_pat
     model, _ = load(mlx_base, tmp_path / "out")
     caches = model.make_cache()
     model(mx.array([tokens[:-1]]), cache=caches)
-    verified = model.verify(mx.array(tokens[-1:]), DraftTree.chain(0), caches)
+    verified = verify(model, mx.array(tokens[-1:]), DraftTree.chain(0), caches)
     model.commit(verified, [0], caches)
     assert np.abs(np.array(verified.logits[0]) - reference.main[-1]).max() <= 1e-4
-    assert np.abs(np.array(model.stream_logits(verified, 0, caches)) - reference.streams).max() <= 1e-4
+    assert np.abs(np.array(stream_logits(model, verified, 0, caches)) - reference.streams).max() <= 1e-4
 
     batch = make_batch(DATA.train[:3], 3, generator=torch.Generator().manual_seed(0))
     loss = streaming_loss(twin.train(), batch, stream_weight=0.1).loss
@@ -121,7 +122,7 @@ def test_peft_loads_the_exported_form_and_agrees(family: str, mode: str, tmp_pat
 
 def test_families_that_do_not_convert_are_not_exported() -> None:
     """Red when: a PEFT directory is written that nothing reads, or a family that converts is forgotten."""
-    for family in LAYOUTS:
+    for family in CONVERTED:
         check_peft(family)
     with pytest.raises(UnsupportedError, match="'gemma2' have no PyTorch form"):
         check_peft("gemma2")

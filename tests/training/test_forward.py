@@ -11,6 +11,7 @@ from specstream_mlx.training.forward import forward_main, forward_streams, strea
 from specstream_mlx.training.trainable import attach, trained_tensors
 from tests import tiny
 from tests.family_cases import inference_logits
+from tests.passes import early_exit_logits, verify
 from tests.tiny import FAMILIES, make_model, random_prompt, stream_config
 from tests.training.training_cases import with_lora
 
@@ -87,8 +88,8 @@ def test_nothing_of_a_16_bit_base_is_raised_to_float32(mode: str) -> None:
     assert {value.dtype for value in trained_tensors(model).values()} == {mx.float32}
     main = forward_main(model, mx.array([random_prompt(6, 1)]))
     streams = forward_streams(model, main.trunk, main.keys_values, np.array([[2]], dtype=np.int32))
-    exits = model.early_exit_logits(main.trunk)
-    verified = model.verify(mx.array([3]), DraftTree.chain(0), model.make_cache(), insertion="leaf")
+    exits = early_exit_logits(model, main.trunk)
+    verified = verify(model, mx.array([3]), DraftTree.chain(0), model.make_cache(), insertion="leaf")
     assert verified.stream_logits is not None
     found = [*main.arrays, streams, exits, verified.logits, verified.stream_logits]
     assert {array.dtype for array in found} == {mx.bfloat16}

@@ -21,6 +21,7 @@ from mlx_lm import stream_generate as stock_generate
 from specstream_mlx import SpecStreamModel, load, stream_generate
 from specstream_mlx.formats.jsonl import read_jsonl
 from specstream_mlx.target.tree import DraftTree
+from tests.passes import stream_logits, verify
 
 from .heldout import HELDOUT
 
@@ -55,11 +56,11 @@ def guess_ranks(model: SpecStreamModel, prompt: list[int], answer: list[int]) ->
     if len(prompt) > 1:
         model(mx.array(prompt[:-1])[None], cache=caches)
     nodes = [prompt[-1], *answer[:-1]]
-    verified = model.verify(mx.array(nodes), DraftTree.chain(len(nodes) - 1), caches, insertion="parallel")
+    verified = verify(model, mx.array(nodes), DraftTree.chain(len(nodes) - 1), caches, insertion="parallel")
     ranks = []
     for node in range(len(answer) - 1):
         targets = answer[node + 1 : node + 1 + model.gamma]
-        logits = model.stream_logits(verified, node, caches)[: len(targets)]
+        logits = stream_logits(model, verified, node, caches)[: len(targets)]
         right = mx.take_along_axis(logits, mx.array(targets)[:, None], axis=-1)
         ranks.append(mx.sum(logits > right, axis=-1))
     mx.eval(ranks)

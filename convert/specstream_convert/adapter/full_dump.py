@@ -14,11 +14,11 @@ from dataclasses import replace
 
 from specstream_convert.adapter.peft import Adapter
 from specstream_convert.adapter.peft_keys import Kind, parse
-from specstream_convert.base.layouts import LAYOUTS
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.messages import escaped
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.families import CONVERTED, FAMILIES
 from specstream_mlx.formats.config import read_json
+from specstream_mlx.formats.messages import escaped
 
 _FIRST_BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.0\.")
 
@@ -38,9 +38,10 @@ def split_dump(
     if not where.is_file():
         return None
     config = read_json(where)
-    layout = LAYOUTS.get(str(config.get("model_type")))
-    if layout is None:
+    model_type = str(config.get("model_type"))
+    if model_type not in CONVERTED:
         return None
+    embedding, name_of = f"{FAMILIES[model_type].EMBEDDING}.weight", CONVERTED[model_type].name
     base: dict[str, StoredTensor] = {}
     for raw, tensor in adapter.weights.tensors.items():
         key = parse(renames.get(raw, raw))
@@ -54,9 +55,9 @@ def split_dump(
                     f"{tensor.place}: means the same tensor as {escaped(base[key.module].raw)}; keep one"
                 )
             base[key.module] = tensor
-    complete = all(f"{pair.module}.weight" in base for pair in adapter.pairs)
+    complete = all(lora.weight in base for lora in adapter.loras)
     plain = any(_FIRST_BLOCK.search(name) and ".base_layer." not in tensor.raw for name, tensor in base.items())
-    if not (complete and plain and f"{layout.embedding}.weight" in {layout.name(name) for name in base}):
+    if not (complete and plain and embedding in map(name_of, base)):
         return None
     names = {tensor.raw for tensor in base.values()}
     views = {

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from specstream_convert.adapter.peft_config import ADAPTER_CONFIG
-from specstream_convert.files.safetensors_io import TensorFile, open_tensors
-from specstream_convert.messages import at, escaped
 from specstream_mlx.errors import SpecStreamError
 from specstream_mlx.formats.config import read_json
+from specstream_mlx.formats.messages import at, escaped
+from specstream_mlx.formats.safetensors import TensorFile, open_tensors
 
 LIVE_WEIGHTS = "adapters.safetensors"
 _PARTS = ("lora_a", "lora_b", "m")

@@ -9,13 +9,14 @@ import mlx.core as mx
 
 from specstream_convert.adapter.peft_config import ADAPTER_CONFIG, PeftConfig, read_peft_config
 from specstream_convert.adapter.peft_keys import Key, Kind, parse
+from specstream_convert.changes.kinds import Lora
 from specstream_convert.files.pickles import NO_PICKLES, Pickles
 from specstream_convert.files.shards import ADAPTER, MODEL, PICKLED_ADAPTERS, PICKLED_MODEL, open_shards
 from specstream_convert.files.stored import StoredTensor, Weights
-from specstream_convert.messages import escaped, listing
 from specstream_convert.report import TensorFate
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.formats.config import WEIGHTS_NAME, read_json
+from specstream_mlx.formats.messages import escaped, listing
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ZERO_3 = "a known fault of saving under DeepSpeed ZeRO-3; save it again with transformers >= 5"
@@ -27,43 +28,13 @@ NO_TWO_PACKINGS = "LoRA on fused experts is packed in two incompatible ways and 
 
 
 @dataclass(frozen=True)
-class LoraPair:
-    """What PEFT trained beside one module, by PEFT's path.
-
-    Attributes:
-        a: (r, in); of an embedding (r, rows).
-        b: (out, r); of an embedding (width, r).
-        embedding: the module is an embedding.
-        magnitude: DoRA's, (out,); of an embedding (width,).
-        bias: of ``B``, (out,).
-    """
-
-    module: str
-    a: StoredTensor
-    b: StoredTensor
-    embedding: bool = False
-    magnitude: StoredTensor | None = None
-    bias: StoredTensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The shape of the weight they change."""
-        shape = (self.b.shape[0], self.a.shape[1])
-        return shape[::-1] if self.embedding else shape
-
-
-@dataclass(frozen=True)
 class Adapter:
     """What one PEFT adapter holds."""
 
     directory: Path
     config: PeftConfig
     weights: Weights
-    pairs: tuple[LoraPair, ...]
+    loras: tuple[Lora, ...]
     streams: dict[str, StoredTensor]  # by their name below specstream.
     saved: dict[str, StoredTensor]  # whole tensors, trained ones and copies of the base's, by PEFT's name
     frozen: frozenset[str]  # those of ``saved`` that PEFT kept under a LoRA (``base_layer``)
@@ -165,7 +136,7 @@ def open_adapter(
         directory=directory,
         config=config,
         weights=weights,
-        pairs=_pairs(weights, keys, config),
+        loras=_loras(weights, keys, config),
         streams=streams,
         saved={key.module: weights.tensors[key.raw] for key in whole},
         frozen=frozenset(key.module for key in whole if key.kind is Kind.BASE_COPY),
@@ -272,35 +243,43 @@ def _without_twins(weights: Weights, keys: list[Key]) -> tuple[list[Key], list[T
     return list(kept.values()), fates
 
 
-def _pairs(weights: Weights, keys: list[Key], config: PeftConfig) -> tuple[LoraPair, ...]:
+def _loras(weights: Weights, keys: list[Key], config: PeftConfig) -> tuple[Lora, ...]:
     """LoRA modules in the order of their layers, complete and of shapes that fit each other."""
     magnitudes, biases = (
         _unique(weights, [key for key in keys if key.kind is kind]) for kind in (Kind.DORA, Kind.LORA_BIAS)
     )
-    pairs: dict[str, LoraPair] = {}
+    loras: dict[str, Lora] = {}
     problems: list[str] = []
     for kinds in ((Kind.LORA_A, Kind.LORA_B), (Kind.EMBEDDING_A, Kind.EMBEDDING_B)):
         embedding = Kind.EMBEDDING_A in kinds
         a, b = (_unique(weights, [key for key in keys if key.kind is kind]) for kind in kinds)
         problems += _side_problems(a, b)
         for module in set(a) & set(b):
-            pair = LoraPair(module, a[module], b[module], embedding, magnitudes.get(module), biases.get(module))
-            if pairs.setdefault(module, pair) is not pair:
-                problems.append(f"{a[module].place}: the module also has {escaped(pairs[module].a.raw)}; keep one")
+            lora = Lora(
+                module,
+                a[module],
+                b[module],
+                config.scale_of(module),
+                embedding,
+                magnitudes.get(module),
+                biases.get(module),
+            )
+            if loras.setdefault(module, lora) is not lora:
+                problems.append(f"{a[module].place}: the module also has {escaped(loras[module].a.raw)}; keep one")
     if not problems:
-        for pair in pairs.values():
-            problems += _pair_problems(pair, config)
+        for lora in loras.values():
+            problems += _lora_problems(lora, config)
         for extra in (magnitudes, biases):
             problems += [
-                f"{extra[name].place}: the module has no lora_A and lora_B" for name in set(extra) - set(pairs)
+                f"{extra[name].place}: the module has no lora_A and lora_B" for name in set(extra) - set(loras)
             ]
     if problems:
         raise InvalidInputError(listing(sorted(problems)))
-    for pair in pairs.values():
-        for tensor in (pair.a, pair.b, pair.magnitude, pair.bias):
+    for lora in loras.values():
+        for tensor in (lora.a, lora.b, lora.magnitude, lora.bias):
             if tensor is not None:
                 tensor.require_float()
-    return tuple(pairs[module] for module in sorted(pairs, key=_natural))
+    return tuple(loras[module] for module in sorted(loras, key=_natural))
 
 
 def _side_problems(a: dict[str, StoredTensor], b: dict[str, StoredTensor]) -> list[str]:
@@ -312,19 +291,19 @@ def _side_problems(a: dict[str, StoredTensor], b: dict[str, StoredTensor]) -> li
     return problems
 
 
-def _pair_problems(pair: LoraPair, config: PeftConfig) -> list[str]:
+def _lora_problems(lora: Lora, config: PeftConfig) -> list[str]:
     problems = []
-    if pair.rank != pair.b.shape[1]:
+    if lora.rank != lora.b.shape[1]:
         problems.append(
-            f"{pair.a.place}: rank {pair.rank}, but lora_B has rank {pair.b.shape[1]}; save the adapter again"
+            f"{lora.a.place}: rank {lora.rank}, but lora_B has rank {lora.b.shape[1]}; save the adapter again"
         )
-    wanted = (pair.b.shape[0],)
+    wanted = (lora.b.shape[0],)
     for tensor, name, field, needed in (
-        (pair.magnitude, "lora_magnitude_vector", "use_dora", config.use_dora),
-        (pair.bias, "lora_B.bias", "lora_bias", config.lora_bias and not pair.embedding),
+        (lora.magnitude, "lora_magnitude_vector", "use_dora", config.use_dora),
+        (lora.bias, "lora_B.bias", "lora_bias", config.lora_bias and not lora.embedding),
     ):
         if tensor is None and needed:
-            problems.append(f"{pair.a.place}: has no matching {name}, although {field} of {ADAPTER_CONFIG} is true")
+            problems.append(f"{lora.a.place}: has no matching {name}, although {field} of {ADAPTER_CONFIG} is true")
         elif tensor is not None and not needed:
             problems.append(f"{tensor.place}: {field} of {ADAPTER_CONFIG} is not true, so PEFT would not use it")
         elif tensor is not None and tensor.shape != wanted:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from specstream_convert.changes.initial import RECOMPUTABLE, reason_against
-from specstream_convert.messages import escaped, listing
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.formats.config import read_json
+from specstream_mlx.formats.messages import escaped, listing
 
 ADAPTER_CONFIG = "adapter_config.json"
 MERGE_IN_PEFT = (

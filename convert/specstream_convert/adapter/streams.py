@@ -13,12 +13,12 @@ from typing import Any
 import mlx.core as mx
 
 from specstream_convert.adapter.peft_keys import Kind, parse
-from specstream_convert.files.safetensors_io import TensorFile
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.messages import at, escaped, listing
 from specstream_convert.report import TensorFate
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.formats.config import CONFIG_NAME, PREFIX, REQUIRED, StreamConfig, read_json
+from specstream_mlx.formats.messages import at, escaped, listing
+from specstream_mlx.formats.safetensors import TensorFile
 
 WHY_NO_STREAMS = (
     "no specstream.* tensor was saved. Known causes: the module was attached after get_peft_model, its tensors are "

@@ -5,46 +5,21 @@ so the nested form of transformers 5 is lifted, and a form that is not known is 
 MLX model does not read and would silently compute otherwise.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specstream_convert.base.layouts import LAYOUTS
-from specstream_convert.messages import escaped, listing
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
-from specstream_mlx.families import FAMILIES
+from specstream_mlx.families import CONVERTED, FAMILIES
+from specstream_mlx.families.hugging_face import HuggingFace
 from specstream_mlx.families.rope_parameters import lift
+from specstream_mlx.formats.messages import escaped, listing
 
-_COMMON = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-SIZES_LLAMA = (*_COMMON, "intermediate_size")
-SIZES = {
-    "opt": (*_COMMON, "ffn_dim", "max_position_embeddings"),
-    "gpt2": ("n_embd", "n_layer", "n_head", "n_positions", "vocab_size"),
-}
-EPSILONS: dict[str, tuple[str, ...]] = {"opt": (), "gpt2": ("layer_norm_epsilon",)}
 SWITCHES = (
     "tie_word_embeddings", "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias",
     "layer_norm_elementwise_affine",
 )  # fmt: skip
-# Settings with one value only in the MLX model; the first one is what transformers takes when it is absent.
-FIXED_LLAMA: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
-FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "opt": {"activation_function": ("relu",)},
-    "gpt2": {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,),
-    },
-}
 MAX_LAYERS = 1000  # building the modules of more takes seconds and hundreds of megabytes
-ROPE_TYPES = {
-    "llama": ("default", "linear", "llama3", "yarn"),
-    "mistral": ("default", "linear", "llama3", "yarn"),
-    "qwen2": ("default", "linear", "yarn"),
-    "qwen3": ("default", "linear", "yarn"),
-    "phi3": ("default", "linear", "longrope", "su"),
-}
 # rope_parameters -> rope_scaling; anything else in rope_parameters is unknown and refused.
 ROPE_FIELDS = frozenset(
     (
@@ -63,37 +38,39 @@ def mlx_config(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[s
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedError(f"{where}: model_type is {escaped(repr(model_type))}; this is not a model's config.json")
-    if model_type not in LAYOUTS:
+    if model_type not in CONVERTED:
         if model_type in FAMILIES:
             raise UnsupportedError(
                 f"{where}: model_type {model_type!r} runs, but fine-tunes of it are not converted; make its streams "
-                f"with `specstream-mlx train`, or convert one of {', '.join(LAYOUTS)}"
+                f"with `specstream-mlx train`, or convert one of {', '.join(CONVERTED)}"
             )
         raise UnsupportedError(
-            f"{where}: model_type {escaped(repr(model_type))} is not supported; supported: {', '.join(LAYOUTS)}"
+            f"{where}: model_type {escaped(repr(model_type))} is not supported; supported: {', '.join(CONVERTED)}"
         )
     if config.get("model_file") is not None:
         raise UnsupportedError(
             f"{where}: model_file names code to be run from the checkpoint; it is never run, remove it"
         )
-    _check_numbers(config, where)
+    family, theirs = FAMILIES[model_type], CONVERTED[model_type]
+    _check_numbers(config, theirs, where)
     _check_quantization(config, where)
     if config.pop("auto_map", None) is not None:
         notes.append("config.json: auto_map dropped; mlx-lm's own model is used, no code of the checkpoint is run")
-    _check_fixed(config, FIXED.get(model_type, FIXED_LLAMA), where)
-    if not FAMILIES[model_type].ROTARY:
-        _complete_learned(config, model_type, where, notes)
-        return config, notes, warnings
-    _lift_rope(config, model_type, where, notes)
-    window = config.get("sliding_window")
-    ignores_window = model_type == "phi3" or (model_type in ("llama", "mistral") and not config.get("layer_types"))
-    if isinstance(window, int) and ignores_window:
+    _check_fixed(config, theirs.fixed, where)
+    if not family.ROTARY:
+        if "tie_word_embeddings" not in config:
+            config["tie_word_embeddings"] = True
+            notes.append("config.json: no tie_word_embeddings, set to true as transformers does for this family")
+        return config, [*notes, *theirs.complete(config, where)], warnings
+    _lift_rope(config, theirs, where, notes)
+    notes += theirs.complete(config, where)
+    window, layer_types = config.get("sliding_window"), config.get("layer_types")
+    if isinstance(window, int) and (theirs.window == "ignored" or (theirs.window == "by layer" and not layer_types)):
         warnings.append(
             f"mlx-lm runs {model_type} without its sliding window of {window} tokens: "
             "longer prompts differ from PyTorch"
         )
-    layer_types = config.get("layer_types")
-    if model_type in ("llama", "mistral") and isinstance(layer_types, list) and "sliding_attention" in layer_types:
+    if theirs.window == "by layer" and isinstance(layer_types, list) and "sliding_attention" in layer_types:
         warnings.append(
             f"mlx-lm gives layers of {model_type} a sliding window of {window} tokens, as layer_types says: "
             "longer prompts differ from PyTorch, which has none or one for all"
@@ -107,9 +84,9 @@ def mlx_config(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[s
     return config, notes, warnings
 
 
-def _check_numbers(config: dict[str, Any], where: Path) -> None:
+def _check_numbers(config: dict[str, Any], theirs: HuggingFace, where: Path) -> None:
     problems = []
-    sizes = SIZES.get(config["model_type"], SIZES_LLAMA)
+    sizes = theirs.sizes
     absent = [f"{where}: {name} is None, expected an integer >= 1" for name in sizes if config.get(name) is None]
     if absent:  # the file of something else than a decoder, or of one whose parts have other names
         raise UnsupportedError(listing(absent))
@@ -125,7 +102,7 @@ def _check_numbers(config: dict[str, Any], where: Path) -> None:
         value = config.get(name)
         if value is not None and (type(value) is not int or not 1 <= value < 2**31):
             problems.append(f"{where}: {name} is {escaped(repr(value))}, expected an integer >= 1")
-    for name in EPSILONS.get(config["model_type"], ("rms_norm_eps",)):
+    for name in theirs.epsilons:
         epsilon = config.get(name)
         if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
             problems.append(f"{where}: {name} is {escaped(repr(epsilon))}, expected a small number")
@@ -137,7 +114,7 @@ def _check_numbers(config: dict[str, Any], where: Path) -> None:
         raise InvalidInputError(listing(problems))
 
 
-def _check_fixed(config: dict[str, Any], fixed: dict[str, tuple[Any, ...]], where: Path) -> None:
+def _check_fixed(config: dict[str, Any], fixed: Mapping[str, tuple[Any, ...]], where: Path) -> None:
     """Refuse a setting that the MLX model does not read; the first of the values it has is transformers' default."""
     problems = []
     for name, values in fixed.items():
@@ -146,22 +123,6 @@ def _check_fixed(config: dict[str, Any], fixed: dict[str, tuple[Any, ...]], wher
             problems.append(f"{where}: {name} is {escaped(repr(value))}; the MLX model computes {values[0]!r} here")
     if problems:
         raise UnsupportedError(listing(problems))
-
-
-def _complete_learned(config: dict[str, Any], model_type: str, where: Path, notes: list[str]) -> None:
-    """Write out what transformers takes for granted in families with learned positions."""
-    if "tie_word_embeddings" not in config:
-        config["tie_word_embeddings"] = True
-        notes.append("config.json: no tie_word_embeddings, set to true as transformers does for this family")
-    if model_type == "opt":
-        notes.append("mlx-lm has no OPT: the output opens with specstream_mlx.load, not with mlx_lm.load")
-        return
-    width, inner = config["n_embd"], config.get("n_inner")
-    if inner not in (None, 4 * width):
-        raise UnsupportedError(f"{where}: n_inner is {escaped(repr(inner))}; mlx-lm computes 4 * n_embd = {4 * width}")
-    if config.get("n_ctx") is None:
-        config["n_ctx"] = config["n_positions"]
-        notes.append("config.json: no n_ctx, which mlx-lm asks for; set to n_positions")
 
 
 def _check_quantization(config: dict[str, Any], where: Path) -> None:
@@ -178,15 +139,15 @@ def _check_quantization(config: dict[str, Any], where: Path) -> None:
         )
 
 
-def _lift_rope(config: dict[str, Any], model_type: str, where: Path, notes: list[str]) -> None:
+def _lift_rope(config: dict[str, Any], theirs: HuggingFace, where: Path, notes: list[str]) -> None:
     """Bring ``rope_parameters`` of transformers 5 to ``rope_theta`` and ``rope_scaling`` at the top level."""
-    notes += [f"config.json: {note}" for note in lift(config, model_type, where)]
+    notes += [f"config.json: {note}" for note in lift(config, str(config["model_type"]), where)]
     theta = config.get("rope_theta")
     if theta is None:
-        if model_type == "qwen2":
+        if theirs.rope_theta is None:
             raise InvalidInputError(f"{where}: rope_theta is missing, and its defaults differ; add it to config.json")
-        config["rope_theta"] = 10000.0
-        notes.append("config.json: no rope_theta, set to 10000 as transformers does")
+        config["rope_theta"] = theirs.rope_theta
+        notes.append(f"config.json: no rope_theta, set to {theirs.rope_theta:g} as transformers does")
     elif isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1e15:
         raise InvalidInputError(f"{where}: rope_theta is {escaped(repr(theta))}, expected a positive number")
     given = config.get("rope_scaling")
@@ -197,14 +158,14 @@ def _lift_rope(config: dict[str, Any], model_type: str, where: Path, notes: list
     scaling = dict(given)
     rope_type = scaling.get("rope_type", scaling.get("type"))
     unknown = sorted(set(scaling) - ROPE_FIELDS)
-    if rope_type not in ROPE_TYPES[model_type] or unknown:
+    if rope_type not in theirs.rope_types or unknown:
         detail = f"unknown field {escaped(unknown[0])}" if unknown else f"rope type {escaped(repr(rope_type))}"
         raise UnsupportedError(
-            f"{where}: {detail} in the position encoding is not supported for {model_type}; "
-            f"supported types: {', '.join(ROPE_TYPES[model_type])}"
+            f"{where}: {detail} in the position encoding is not supported for {config['model_type']}; "
+            f"supported types: {', '.join(theirs.rope_types)}"
         )
     original = scaling.get("original_max_position_embeddings")
-    if model_type == "phi3" and original is not None:
+    if "longrope" in theirs.rope_types and original is not None:
         config.setdefault("original_max_position_embeddings", original)
     scaling["type"] = scaling["rope_type"] = rope_type
     config["rope_scaling"] = None if rope_type == "default" else scaling

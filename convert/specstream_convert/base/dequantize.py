@@ -13,10 +13,10 @@ from typing import Any
 import mlx.core as mx
 
 from specstream_convert.base.model import Base
-from specstream_convert.files.safetensors_io import FLOATS, mlx_dtype, row_blocks
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.messages import escaped, listing
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.formats.safetensors import FLOATS, mlx_dtype, row_blocks
 
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 APPROXIMATION = (

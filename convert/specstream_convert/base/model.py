@@ -10,17 +10,17 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from specstream_convert.base.config import mlx_config
-from specstream_convert.base.layouts import LAYOUTS, Layout
 from specstream_convert.files.pickles import NO_PICKLES, Pickles
-from specstream_convert.files.safetensors_io import TensorFile
 from specstream_convert.files.shards import open_model_shards
 from specstream_convert.files.stored import StoredTensor, Weights
-from specstream_convert.messages import at, escaped, listing
 from specstream_mlx.errors import InvalidInputError, UsageError
-from specstream_mlx.families import FAMILIES, model_classes
+from specstream_mlx.families import CONVERTED, FAMILIES, model_classes
 from specstream_mlx.families.decoder import DecoderFamily
+from specstream_mlx.families.hugging_face import HuggingFace
 from specstream_mlx.formats.config import read_json
+from specstream_mlx.formats.messages import at, escaped, listing
 from specstream_mlx.formats.places import download, fetch, locate
+from specstream_mlx.formats.safetensors import TensorFile
 
 _CANNOT_BUILD = (
     TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError, RuntimeError, AssertionError, MemoryError,
@@ -57,6 +57,11 @@ class Base:
         return FAMILIES[self.model_type]
 
     @property
+    def hugging_face(self) -> HuggingFace:
+        """The model's kind in Hugging Face's form."""
+        return CONVERTED[self.model_type]
+
+    @property
     def hidden_size(self) -> int:
         return int(self.family.size(self.config, "hidden_size"))
 
@@ -72,11 +77,6 @@ class Base:
     @property
     def quantized(self) -> bool:
         return "quantization" in self.config
-
-    @property
-    def layout(self) -> Layout:
-        """Where the family keeps its parts."""
-        return LAYOUTS[self.model_type]
 
     @property
     def tied(self) -> bool:
@@ -153,16 +153,16 @@ def open_base(
     """
     where = path / "config.json"
     config, notes, warnings = mlx_config(read_json(where), where)
-    layout = LAYOUTS[config["model_type"]]
+    family, theirs = FAMILIES[config["model_type"]], CONVERTED[config["model_type"]]
     if held is None:
         held = Weights(path, open_model_shards(path, pickles)).tensors
     files = tuple({tensor.file.path: tensor.file for tensor in held.values()}.values())
-    tensors, dropped = _named(held, layout)
+    tensors, dropped = _named(held, theirs)
     if "tie_word_embeddings" not in config:
-        config["tie_word_embeddings"] = f"{layout.head}.weight" not in tensors
+        config["tie_word_embeddings"] = f"{family.HEAD}.weight" not in tensors
         notes.append(f"config.json has no tie_word_embeddings; set to {config['tie_word_embeddings']} by the tensors")
     parameters, linear, embeddings = _module_tree(config, where)
-    dropped |= _drop_tied_head(config, layout, tensors)
+    dropped |= _drop_tied_head(config, family, tensors)
     if "quantization" in config:
         parameters_held = _check_quantized(tensors, parameters, config["quantization"])
     else:
@@ -213,27 +213,29 @@ def _module_tree(
 def can_untie(base: Base) -> bool:
     """Whether the family's model may have an LM head of its own."""
     untied, _, _ = _module_tree(base.config | {"tie_word_embeddings": False}, base.path / "config.json")
-    return f"{base.layout.head}.weight" in untied
+    return f"{base.family.HEAD}.weight" in untied
 
 
-def _named(held: Mapping[str, StoredTensor], layout: Layout) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def _named(held: Mapping[str, StoredTensor], theirs: HuggingFace) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors by mlx-lm's names, and the raw names of those that are no parameters."""
     tensors: dict[str, StoredTensor] = {}
     dropped: dict[str, str] = {}
     for given, tensor in held.items():
-        if layout.is_ignored(given):
+        if theirs.is_ignored(given):
             dropped[tensor.raw] = "recomputed by the model"
             continue
-        name = layout.name(given)
+        name = theirs.name(given)
         if name in tensors:
             raise InvalidInputError(f"{tensor.place}: means the same tensor as {tensors[name].place}")
-        tensors[name] = replace(tensor, transposed=name != given and layout.is_transposed(name))
+        tensors[name] = replace(tensor, transposed=name != given and theirs.is_transposed(name))
     return tensors, dropped
 
 
-def _drop_tied_head(config: dict[str, Any], layout: Layout, tensors: dict[str, StoredTensor]) -> dict[str, str]:
+def _drop_tied_head(
+    config: dict[str, Any], family: type[DecoderFamily], tensors: dict[str, StoredTensor]
+) -> dict[str, str]:
     """Take out a tied head's own copy; refuse one that differs."""
-    head, embedding = f"{layout.head}.weight", f"{layout.embedding}.weight"
+    head, embedding = f"{family.HEAD}.weight", f"{family.EMBEDDING}.weight"
     if not config["tie_word_embeddings"] or head not in tensors:
         return {}
     if embedding in tensors and not tensors[head].equals(tensors[embedding]):

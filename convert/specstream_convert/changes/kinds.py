@@ -2,7 +2,7 @@
 
     Replace      W' = T                                a module trained in full, or a resized vocabulary
     SetRows      W'[rows] = T                          trained token rows
-    AddLowRank   W' = W + s * B @ A  (out, in)         LoRA of a linear layer; of an embedding s * (B @ A).T
+    Lora         W' = W + s * B @ A  (out, in)         LoRA of a linear layer; of an embedding s * (B @ A).T
     Rescale      W' = m * W / ||W||                    DoRA; the norm is per row, for an embedding per column
     AddScaled    b' = b + s * T                        the bias of LoRA B
 
@@ -11,35 +11,51 @@ Changes of one tensor apply in this order, block of rows by block of rows; nothi
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from specstream_convert.changes.initial import Initial
-from specstream_convert.files.safetensors_io import mlx_dtype
 from specstream_convert.files.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.safetensors import mlx_dtype
 
 
 @dataclass(frozen=True)
-class Factors:
-    """The two LoRA factors of one module, in PEFT's orientation.
+class Lora:
+    """The LoRA of one module, in PEFT's orientation; as a change, what it adds to the module's weight.
 
     Attributes:
+        module: PEFT's path, and mlx-lm's once it is mapped onto the base.
         a: (r, in); of an embedding (r, rows).
         b: (out, r); of an embedding (width, r).
         scale: the factor of ``B @ A``.
         embedding: the weight is an embedding (rows, width), and the change is ``s * (B @ A).T``.
+        magnitude: DoRA's, of every row of the weight; of an embedding, of every column.
+        bias: of ``B``; it is added to the module's bias, never kept live.
         initial: factors the training started from and took out of the base; the change is ``s * (B @ A - B0 @ A0)``,
             which is a LoRA of the sum of both ranks.
     """
 
+    module: str
     a: StoredTensor
     b: StoredTensor
     scale: float
     embedding: bool = False
+    magnitude: StoredTensor | None = None
+    bias: StoredTensor | None = None
     initial: Initial | None = None
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """What the change reads; every kind of change has it."""
+        return (self.a, self.b)
+
+    @property
+    def weight(self) -> str:
+        """The base tensor it changes when merged."""
+        return f"{self.module}.weight"
 
     @property
     def rank(self) -> int:
@@ -48,7 +64,7 @@ class Factors:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape of the weight they change."""
+        """The shape of the weight it changes."""
         shape = (self.b.shape[0], self.a.shape[1])
         return shape[::-1] if self.embedding else shape
 
@@ -64,6 +80,12 @@ class Factors:
         """``A`` and ``B`` as the adapter holds them, in float32."""
         return self.a.read_float32(), self.b.read_float32()
 
+    def merged(self) -> "tuple[Change, ...]":
+        """What merging does to :attr:`weight`."""
+        if self.magnitude is None:
+            return (self,)
+        return (self, Rescale(self.magnitude, axis=0 if self.embedding else 1))
+
 
 @dataclass(frozen=True)
 class Replace:
@@ -73,7 +95,6 @@ class Replace:
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
-        """What the change reads; every kind of change has it."""
         return (self.tensor,)
 
 
@@ -87,17 +108,6 @@ class SetRows:
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
         return (self.tensor,)
-
-
-@dataclass(frozen=True)
-class AddLowRank:
-    """LoRA is added."""
-
-    factors: Factors
-
-    @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
-        return (self.factors.a, self.factors.b)
 
 
 @dataclass(frozen=True)
@@ -124,13 +134,23 @@ class AddScaled:
         return (self.tensor,)
 
 
-Change = Replace | SetRows | AddLowRank | Rescale | AddScaled
+Change = Replace | SetRows | Lora | Rescale | AddScaled
 
 
 Step = Callable[[mx.array, slice], mx.array]  # float32 rows of the weight, and which rows they are
 
 
-def changed(source: StoredTensor, changes: Sequence[Change]) -> Iterator[mx.array]:
+class Rows(Protocol):
+    """A tensor that is read in blocks of rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def blocks(self, *, finite: bool = False) -> Iterator[tuple[slice, mx.array]]:
+        """Which rows, and their values; with ``finite`` others are refused."""
+
+
+def changed(source: Rows, changes: Sequence[Change]) -> Iterator[mx.array]:
     """``source`` after ``changes``, in float32, in blocks of rows.
 
     It is computed on the CPU, whose products are never rounded to fewer bits.
@@ -144,7 +164,7 @@ def changed(source: StoredTensor, changes: Sequence[Change]) -> Iterator[mx.arra
     return _run(source, steps)
 
 
-def _run(source: StoredTensor, steps: Sequence[Step]) -> Iterator[mx.array]:
+def _run(source: Rows, steps: Sequence[Step]) -> Iterator[mx.array]:
     for rows, value in source.blocks(finite=True):
         with mx.stream(mx.cpu):
             result = value.astype(mx.float32)
@@ -154,16 +174,16 @@ def _run(source: StoredTensor, steps: Sequence[Step]) -> Iterator[mx.array]:
         yield result
 
 
-def _step(change: SetRows | AddLowRank | Rescale | AddScaled, source: StoredTensor, before: Sequence[Step]) -> Step:
+def _step(change: SetRows | Lora | Rescale | AddScaled, source: Rows, before: Sequence[Step]) -> Step:
     """What ``change`` does to a block of rows of ``source`` after the steps ``before``."""
     match change:
         case SetRows(tensor, indices):
             where, wanted = np.array(indices), tensor.read_float32()
             return lambda value, rows: _set_rows(value, rows, where, wanted)
-        case AddLowRank(factors):
-            a, b = factors.read()
-            left, right = (a.T, b.T) if factors.embedding else (b, a)
-            return lambda value, rows: value + factors.scale * (left[rows] @ right)
+        case Lora():
+            a, b = change.read()
+            left, right = (a.T, b.T) if change.embedding else (b, a)
+            return lambda value, rows: value + change.scale * (left[rows] @ right)
         case Rescale(magnitude, axis):
             gains = magnitude.read_float32()
             if axis == 0:  # the norm of a column is known when all its rows have been seen
@@ -183,7 +203,7 @@ def _set_rows(value: mx.array, rows: slice, indices: np.ndarray[Any, Any], wante
     return value
 
 
-def _sum_of_squares(source: StoredTensor, steps: Sequence[Step]) -> mx.array:
+def _sum_of_squares(source: Rows, steps: Sequence[Step]) -> mx.array:
     """(columns,) sums over all rows."""
     total = mx.zeros(source.shape[1])
     for value in _run(source, steps):

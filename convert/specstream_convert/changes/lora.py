@@ -11,39 +11,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from specstream_convert.changes.kinds import AddLowRank, Change, Factors, Rescale
-from specstream_convert.files.stored import StoredTensor
+from specstream_convert.changes.kinds import Change, Lora
 from specstream_mlx.errors import InvalidInputError
 
 UNEVEN_BITS = (3, 5, 6)  # 32 is no multiple: mlx-lm's DoRALinear takes the size of its input to be another
-
-
-@dataclass(frozen=True)
-class Lora:
-    """The LoRA of one module of the base.
-
-    Attributes:
-        module: mlx-lm's path.
-        magnitude: DoRA's, of every row of the weight; of an embedding, of every column.
-        bias: of ``B``; it is added to the module's bias, never kept live.
-    """
-
-    module: str
-    factors: Factors
-    magnitude: StoredTensor | None = None
-    bias: StoredTensor | None = None
-
-    @property
-    def weight(self) -> str:
-        """The base tensor it changes when merged."""
-        return f"{self.module}.weight"
-
-    def merged(self) -> tuple[Change, ...]:
-        """What merging does to :attr:`weight`."""
-        added = AddLowRank(self.factors)
-        if self.magnitude is None:
-            return (added,)
-        return (added, Rescale(self.magnitude, axis=0 if self.factors.embedding else 1))
 
 
 def merged_changes(loras: tuple[Lora, ...], others: Mapping[str, tuple[Change, ...]]) -> dict[str, tuple[Change, ...]]:
@@ -62,12 +33,12 @@ class LoraSet:
 
     @property
     def rank(self) -> int:
-        return max(item.factors.rank for item in self.items)
+        return max(item.rank for item in self.items)
 
     @property
     def scale(self) -> float:
         """The scale of the first module; the others' difference from it goes into their ``lora_b``."""
-        nonzero = [item.factors.scale for item in self.items if item.factors.scale != 0]
+        nonzero = [item.scale for item in self.items if item.scale != 0]
         return nonzero[0] if nonzero else 0.0
 
     @property
@@ -77,14 +48,14 @@ class LoraSet:
 
     def live_shapes(self, item: Lora) -> tuple[tuple[int, int], tuple[int, int]]:
         """The shapes of :meth:`live`."""
-        return (item.factors.a.shape[1], self.rank), (self.rank, item.factors.b.shape[0])
+        return (item.a.shape[1], self.rank), (self.rank, item.b.shape[0])
 
     def live(self, item: Lora) -> tuple[mx.array, mx.array]:
         """``lora_a`` (in, R) and ``lora_b`` (R, out) of ``item``, float32, for :attr:`scale`."""
-        a, b = item.factors.read()
-        if item.factors.scale != self.scale:
-            b = b * (item.factors.scale / self.scale)
-        missing = self.rank - item.factors.rank
+        a, b = item.read()
+        if item.scale != self.scale:
+            b = b * (item.scale / self.scale)
+        missing = self.rank - item.rank
         return mx.pad(a.T, [(0, 0), (0, missing)]), mx.pad(b.T, [(0, missing), (0, 0)])
 
     def live_problems(self, bits: Callable[[str], int | None]) -> list[str]:
@@ -93,15 +64,14 @@ class LoraSet:
             return []
         problems = []
         for item in self.items:
-            if item.factors.embedding:
+            if item.embedding:
                 problems.append(
-                    f"{item.factors.a.place}: mlx-lm's DoRA of an embedding has one magnitude per token, PEFT's has "
+                    f"{item.a.place}: mlx-lm's DoRA of an embedding has one magnitude per token, PEFT's has "
                     "one per column"
                 )
             elif bits(item.module) in UNEVEN_BITS:
                 problems.append(
-                    f"{item.factors.a.place}: mlx-lm cannot put DoRA on {item.module}, quantised with "
-                    f"{bits(item.module)} bits"
+                    f"{item.a.place}: mlx-lm cannot put DoRA on {item.module}, quantised with {bits(item.module)} bits"
                 )
         return problems
 
@@ -119,7 +89,7 @@ def check_effect(items: tuple[Lora, ...], alone: bool = True) -> list[str]:
     mostly_zero = 0
     for item in items:
         try:
-            a, b = item.factors.read_trained()
+            a, b = item.read_trained()
             for tensor in (item.magnitude, item.bias):
                 if tensor is not None:
                     tensor.read_float32()
@@ -136,7 +106,7 @@ def check_effect(items: tuple[Lora, ...], alone: bool = True) -> list[str]:
         raise InvalidInputError("\n".join(problems))
     if not items:
         return []
-    first = items[0].factors.b
+    first = items[0].b
     if no_effect == len(items) and alone:
         raise InvalidInputError(
             f"{first.place}: A or B is zero in all {len(items)} modules, so the adapter does nothing; "

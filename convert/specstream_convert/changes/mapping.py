@@ -1,12 +1,12 @@
 """A PEFT adapter mapped onto a base: which tensor of the base every part of the fine-tune changes, and how."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from specstream_convert.adapter.peft import Adapter, LoraPair
+from specstream_convert.adapter.peft import Adapter
 from specstream_convert.base.model import Base
-from specstream_convert.changes.kinds import AddScaled, Change, Factors, Replace
-from specstream_convert.changes.lora import Lora, merged_changes
+from specstream_convert.changes.kinds import AddScaled, Change, Lora, Replace
+from specstream_convert.changes.lora import merged_changes
 from specstream_convert.changes.tied import Sides, join_sides
 from specstream_convert.changes.trained_tensors import (
     Naming,
@@ -17,9 +17,9 @@ from specstream_convert.changes.trained_tensors import (
     vocab_size_after,
     weight_of,
 )
-from specstream_convert.messages import escaped, listing
 from specstream_convert.report import TensorFate
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
+from specstream_mlx.formats.messages import escaped, listing
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def map_adapter(adapter: Adapter, base: Base) -> FineTune:
     for item in loras:
         if item.bias is not None:
             target = f"{item.module}.bias"
-            others[target] = (*others.get(target, ()), AddScaled(item.bias, item.factors.scale))
+            others[target] = (*others.get(target, ()), AddScaled(item.bias, item.scale))
     sides = join_sides(loras, others, adapter, base) if base.tied else Sides(loras, others)
     return FineTune(
         loras=sides.loras,
@@ -85,21 +85,21 @@ def _module_shapes(base: Base) -> dict[str, Shape]:
     """Modules whose weight may get a LoRA; the LM head too when it is the embedding."""
     shapes: dict[str, Shape] = {**base.linear, **base.embeddings}
     if base.tied:
-        shapes[base.layout.head] = base.embeddings[base.layout.embedding]
+        shapes[base.family.HEAD] = base.embeddings[base.family.EMBEDDING]
     return shapes
 
 
 def _naming(adapter: Adapter, base: Base) -> tuple[Naming, list[str]]:
     """PEFT's path of a module or tensor -> mlx-lm's, with the one prefix that all of them lack or have too much."""
-    modules = [pair.module for pair in adapter.pairs] + list(adapter.tokens)
+    modules = [lora.module for lora in adapter.loras] + list(adapter.tokens)
     if not modules:
         modules = [saved.rpartition(".")[0] for saved in adapter.saved]
-    strip, add = _prefix([base.layout.name(module) for module in modules], base)
+    strip, add = _prefix([base.hugging_face.name(module) for module in modules], base)
     notes = []
     if strip or add:
         change = f"'{escaped(strip)}' removed from" if strip else f"'{add}' put before"
         notes.append(f"{adapter.weights.path.name}: prefix {change} every module path")
-    return lambda path: add + base.layout.name(path).removeprefix(strip), notes
+    return lambda path: add + base.hugging_face.name(path).removeprefix(strip), notes
 
 
 def _prefix(names: list[str], base: Base) -> tuple[str, str]:
@@ -118,14 +118,13 @@ def _prefix(names: list[str], base: Base) -> tuple[str, str]:
 
 def _map_loras(adapter: Adapter, base: Base, name: Naming, shapes: Mapping[str, Shape]) -> tuple[Lora, ...]:
     problems, items = [], []
-    for pair in adapter.pairs:
-        module = name(pair.module)
-        problem = _module_problem(pair, module, adapter, base, shapes)
+    for lora in adapter.loras:
+        module = name(lora.module)
+        problem = _module_problem(lora, module, adapter, base, shapes)
         if problem:
             problems.append(problem)
         else:
-            factors = Factors(pair.a, pair.b, adapter.config.scale_of(pair.module), pair.embedding)
-            items.append(Lora(module, factors, pair.magnitude, pair.bias))
+            items.append(replace(lora, module=module))
     if problems:
         named = adapter.config.base_model or "an unnamed base"
         raise InvalidInputError(
@@ -144,19 +143,17 @@ def _map_loras(adapter: Adapter, base: Base, name: Naming, shapes: Mapping[str, 
     return tuple(items)
 
 
-def _module_problem(
-    pair: LoraPair, module: str, adapter: Adapter, base: Base, shapes: Mapping[str, Shape]
-) -> str | None:
-    place = pair.a.place
-    if module not in shapes or pair.embedding != (module in base.embeddings):
-        return f"{place}: the base has no {'embedding' if pair.embedding else 'linear layer'} {escaped(module)}"
-    if pair.shape != shapes[module]:
-        order = "rows, width" if pair.embedding else "out, in"
-        return f"{place}: fits a weight of shape {pair.shape}, the base's is {shapes[module]} ({order})"
-    rank = adapter.config.rank_of(pair.module)
-    if rank != pair.rank:
+def _module_problem(lora: Lora, module: str, adapter: Adapter, base: Base, shapes: Mapping[str, Shape]) -> str | None:
+    place = lora.a.place
+    if module not in shapes or lora.embedding != (module in base.embeddings):
+        return f"{place}: the base has no {'embedding' if lora.embedding else 'linear layer'} {escaped(module)}"
+    if lora.shape != shapes[module]:
+        order = "rows, width" if lora.embedding else "out, in"
+        return f"{place}: fits a weight of shape {lora.shape}, the base's is {shapes[module]} ({order})"
+    rank = adapter.config.rank_of(lora.module)
+    if rank != lora.rank:
         return (
-            f"{place}: rank {pair.rank}, but adapter_config.json says {rank}, so its scale is not known; save "
+            f"{place}: rank {lora.rank}, but adapter_config.json says {rank}, so its scale is not known; save "
             "both together"
         )
     return None

@@ -6,9 +6,9 @@ from dataclasses import replace
 from specstream_convert.adapter.peft_config import PeftConfig
 from specstream_convert.base.model import Base
 from specstream_convert.changes.initial import RESAVE, Initial
-from specstream_convert.changes.lora import Lora
-from specstream_convert.messages import listing
+from specstream_convert.changes.kinds import Lora
 from specstream_mlx.errors import UnsupportedError, UsageError
+from specstream_mlx.formats.messages import listing
 
 
 def check_asked_for(config: PeftConfig, asked: bool) -> None:
@@ -50,22 +50,21 @@ def with_initials(
         )
     found, initials, problems = [], [], []
     for item in items:
-        factors = item.factors
-        if factors.embedding or item.weight not in base.tensors:
-            problems.append(f"{factors.a.place}: {config.initial} of an embedding has no defined result; {RESAVE}")
+        if item.embedding or item.weight not in base.tensors:
+            problems.append(f"{item.a.place}: {config.initial} of an embedding has no defined result; {RESAVE}")
             continue
         if item.weight in changed:
             problems.append(
-                f"{factors.a.place}: the adapter also holds {item.weight} itself, from which nothing can be "
+                f"{item.a.place}: the adapter also holds {item.weight} itself, from which nothing can be "
                 f"recomputed; {RESAVE}"
             )
             continue
-        initial = Initial(config.initial, base.tensors[item.weight], factors.a.shape[0], factors.scale)
+        initial = Initial(config.initial, base.tensors[item.weight], item.a.shape[0], item.scale)
         problem = initial.problem()
         if problem:
             problems.append(f"{initial.weight.place}: {problem}")
         initials.append(initial)
-        found.append(replace(item, factors=replace(factors, initial=initial)))
+        found.append(replace(item, initial=initial))
     if problems:
         raise UnsupportedError(listing(problems))
     return tuple(found), _warnings(config.initial, initials)

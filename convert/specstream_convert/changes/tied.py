@@ -11,8 +11,8 @@ import mlx.core as mx
 
 from specstream_convert.adapter.peft import Adapter
 from specstream_convert.base.model import Base, can_untie
-from specstream_convert.changes.kinds import AddLowRank, Change, Replace, SetRows
-from specstream_convert.changes.lora import Lora, merged_changes
+from specstream_convert.changes.kinds import Change, Lora, Replace, SetRows
+from specstream_convert.changes.lora import merged_changes
 from specstream_convert.changes.trained_tensors import same_values, weight_of
 from specstream_convert.report import TensorFate
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
@@ -38,8 +38,8 @@ def join_sides(
         InvalidInputError: the file contradicts ``ensure_weight_tying``.
         UnsupportedError: values apart in a family whose LM head is always the embedding.
     """
-    head_module = base.layout.head
-    embedding, head = weight_of(base.layout.embedding), weight_of(head_module)
+    head_module = base.family.HEAD
+    embedding, head = weight_of(base.family.EMBEDDING), weight_of(head_module)
     merged = merged_changes(loras, others)
     of_embedding, of_head = merged.get(embedding, ()), merged.get(head, ())
     if not of_embedding and not of_head:
@@ -71,8 +71,8 @@ def join_sides(
 
 def _check_tying(of_embedding: tuple[Change, ...], of_head: tuple[Change, ...]) -> None:
     """With ensure_weight_tying PEFT saves the LoRA of the embedding a second time, as the LM head's."""
-    ours = [change for change in of_embedding if isinstance(change, AddLowRank)]
-    theirs = [change for change in of_head if isinstance(change, AddLowRank)]
+    ours = [change for change in of_embedding if isinstance(change, Lora)]
+    theirs = [change for change in of_head if isinstance(change, Lora)]
     for one, other in ((of_embedding, of_head), (of_head, of_embedding)):
         if one and not other:
             raise InvalidInputError(
@@ -82,14 +82,14 @@ def _check_tying(of_embedding: tuple[Change, ...], of_head: tuple[Change, ...]) 
     if len(ours) != len(theirs) or not all(map(_mirrored, ours, theirs)):
         changes = theirs or ours
         raise InvalidInputError(
-            f"{changes[0].factors.a.place}: differs from the LoRA of the other side of the tied embeddings, although "
+            f"{changes[0].a.place}: differs from the LoRA of the other side of the tied embeddings, although "
             "ensure_weight_tying of adapter_config.json is true; save the adapter again"
         )
 
 
-def _mirrored(embedding: AddLowRank, head: AddLowRank) -> bool:
+def _mirrored(embedding: Lora, head: Lora) -> bool:
     """Whether the LM head's A is the embedding's B transposed, and its B the embedding's A."""
-    (a, b), (head_a, head_b) = embedding.factors.read(), head.factors.read()
+    (a, b), (head_a, head_b) = embedding.read(), head.read()
     return (
         head_a.shape == b.T.shape
         and head_b.shape == a.T.shape
@@ -104,6 +104,6 @@ def _same_change(embedding: Change, head: Change) -> bool:
             return same_values(one, other)
         case SetRows(one, rows), SetRows(other, other_rows):
             return rows == other_rows and same_values(one, other)
-        case AddLowRank(one_factors), AddLowRank(other_factors):
-            return one_factors.scale == other_factors.scale and _mirrored(embedding, head)
+        case Lora(), Lora():
+            return embedding.scale == head.scale and _mirrored(embedding, head)
     return False

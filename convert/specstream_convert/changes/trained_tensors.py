@@ -12,11 +12,11 @@ from specstream_convert.adapter.peft import Adapter
 from specstream_convert.base.dequantize import DequantizedTensor
 from specstream_convert.base.model import Base
 from specstream_convert.changes.kinds import SetRows
-from specstream_convert.files.safetensors_io import FLOATS
 from specstream_convert.files.stored import StoredTensor
-from specstream_convert.messages import escaped, listing
 from specstream_convert.report import TensorFate
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.formats.safetensors import FLOATS
 
 Shape = tuple[int, ...]
 Naming = Callable[[str], str]  # PEFT's path of a module or tensor -> mlx-lm's
@@ -49,15 +49,15 @@ def map_saved(adapter: Adapter, base: Base, name: Naming) -> tuple[dict[str, Sto
     for path, tensor in adapter.saved.items():
         target = _saved_target(path, base, name)
         original = target
-        if target is not None and base.tied and target == weight_of(base.layout.head):
-            original = weight_of(base.layout.embedding)
+        if target is not None and base.tied and target == weight_of(base.family.HEAD):
+            original = weight_of(base.family.EMBEDDING)
         if target is None or original is None:
             problems.append(
                 f"{tensor.place}: not a tensor this converter knows; map it with --key-map or drop it with "
                 "--ignore-keys"
             )
             continue
-        transposed = path != base.layout.name(path) and base.layout.is_transposed(target)
+        transposed = path != base.hugging_face.name(path) and base.hugging_face.is_transposed(target)
         tensor = replace(tensor, transposed=transposed)
         quantized = f"{original.removesuffix('.weight')}.scales" in base.tensors or isinstance(
             base.tensors[original], DequantizedTensor
@@ -94,8 +94,8 @@ def _not_saved(adapter: Adapter, base: Base, name: Naming) -> list[str]:
     """Tensors that the configuration says were trained whole and the file does not hold."""
     config = adapter.config
     held = {_saved_target(path, base, name) for path in adapter.saved}
-    with_lora = {name(pair.module) for pair in adapter.pairs}
-    heads = [weight_of(base.layout.head)] if base.tied else []
+    with_lora = {name(lora.module) for lora in adapter.loras}
+    heads = [weight_of(base.family.HEAD)] if base.tied else []
     problems = []
     for parameter in [*base.parameters, *heads]:
         module, _, part = parameter.rpartition(".")
@@ -110,7 +110,7 @@ def _not_saved(adapter: Adapter, base: Base, name: Naming) -> list[str]:
 
 def _saved_target(path: str, base: Base, name: Naming) -> str | None:
     for candidate in (name(path), f"model.{path}"):
-        if candidate in base.parameters or (base.tied and candidate == weight_of(base.layout.head)):
+        if candidate in base.parameters or (base.tied and candidate == weight_of(base.family.HEAD)):
             return candidate
     return None
 
@@ -125,14 +125,14 @@ def _reason(path: str, tensor: StoredTensor, target: str, wanted: Shape, adapter
     """Why a whole tensor may differ from the base's: trained, or its vocabulary resized; None: it may not."""
     config = adapter.config
     module, _, part = path.rpartition(".")
-    embedding, head = base.layout.embedding, base.layout.head
+    embedding, head = base.family.EMBEDDING, base.family.HEAD
     side = target in (weight_of(embedding), weight_of(head))
     if side and len(tensor.shape) == 2 and tensor.shape[0] != wanted[0]:
         return "resized"
     tied = side and base.tied and config.ensure_weight_tying and (config.saves(embedding) or config.saves(head))
     if tied or (path not in adapter.frozen and config.saves(module)):
         return "trained"
-    with_lora = module in {pair.module for pair in adapter.pairs}
+    with_lora = module in {lora.module for lora in adapter.loras}
     if part == "bias" and (config.bias == "all" or (config.bias == "lora_only" and with_lora)):
         return "trained"
     return None
@@ -142,7 +142,7 @@ def share_frozen(
     adapter: Adapter, base: Base, name: Naming, replaced: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """A resized weight saved from under one side's LoRA is the frozen weight of the other side too."""
-    sides = {weight_of(base.layout.embedding), weight_of(base.layout.head)}
+    sides = {weight_of(base.family.EMBEDDING), weight_of(base.family.HEAD)}
     frozen = {name(path) for path in adapter.frozen}
     held = sides & set(replaced)
     if len(held) == 1 and held <= frozen:
@@ -152,8 +152,8 @@ def share_frozen(
 
 def vocab_size_after(base: Base, replaced: Mapping[str, StoredTensor]) -> int | None:
     """The rows of embedding and LM head when the adapter changes them; both must agree."""
-    rows = base.embeddings[base.layout.embedding][0]
-    sides = [weight_of(base.layout.embedding), weight_of(base.layout.head)]
+    rows = base.embeddings[base.family.EMBEDDING][0]
+    sides = [weight_of(base.family.EMBEDDING), weight_of(base.family.HEAD)]
     found = {side: replaced[side].shape[0] if side in replaced else rows for side in sides}
     if len(set(found.values())) > 1:
         place = next(tensor.place for side, tensor in replaced.items() if side in found and tensor.shape[0] != rows)
@@ -167,13 +167,13 @@ def vocab_size_after(base: Base, replaced: Mapping[str, StoredTensor]) -> int | 
 
 def map_tokens(adapter: Adapter, base: Base, name: Naming, shapes: Mapping[str, Shape]) -> dict[str, SetRows]:
     """Trained token rows by the tensor they go into; with tied embeddings those of the embedding go into both."""
-    layout = base.layout
+    family = base.family
     found: dict[str, SetRows] = {}
     problems = []
     for path, tensor in adapter.tokens.items():
         module = name(path)
         rows = _rows(path, module, adapter, base, name)
-        if module not in (layout.embedding, layout.head) or module not in shapes:
+        if module not in (family.EMBEDDING, family.HEAD) or module not in shapes:
             problems.append(f"{tensor.place}: the base has no embedding {escaped(module)}")
         elif rows is None:
             problems.append(
@@ -194,7 +194,7 @@ def map_tokens(adapter: Adapter, base: Base, name: Naming, shapes: Mapping[str, 
         problems = _missing_rows(adapter, base, found)
     if problems:
         raise InvalidInputError(listing(problems))
-    embedding, head = weight_of(layout.embedding), weight_of(layout.head)
+    embedding, head = weight_of(family.EMBEDDING), weight_of(family.HEAD)
     if base.tied and embedding in found:
         found.setdefault(head, found[embedding])
     return found
@@ -202,12 +202,12 @@ def map_tokens(adapter: Adapter, base: Base, name: Naming, shapes: Mapping[str, 
 
 def _rows(path: str, module: str, adapter: Adapter, base: Base, name: Naming) -> tuple[int, ...] | None:
     """The rows that the configuration gives a module; those of a tied head may be named as the embedding's only."""
-    config, layout = adapter.config, base.layout
+    config, family = adapter.config, base.family
     rows = config.token_rows(path)
-    if module == layout.head and not isinstance(config.trainable_token_indices, dict):
+    if module == family.HEAD and not isinstance(config.trainable_token_indices, dict):
         rows = None
-    if rows is None and module == layout.head and base.tied:
-        return next((config.token_rows(other) for other in adapter.tokens if name(other) == layout.embedding), None)
+    if rows is None and module == family.HEAD and base.tied:
+        return next((config.token_rows(other) for other in adapter.tokens if name(other) == family.EMBEDDING), None)
     return rows
 
 
@@ -217,12 +217,12 @@ def _missing_rows(adapter: Adapter, base: Base, found: Mapping[str, SetRows]) ->
     if indices is None:
         return []
     if not isinstance(indices, dict):
-        missing = [] if found else [base.layout.embedding]
+        missing = [] if found else [base.family.EMBEDDING]
     else:
         missing = [key for key in indices if not any(path.endswith(key) for path in adapter.tokens)]
-        shared = found.get(weight_of(base.layout.embedding))
+        shared = found.get(weight_of(base.family.EMBEDDING))
         if base.tied and shared is not None:
-            missing = [key for key in missing if not base.layout.head.endswith(key) or indices[key] != shared.rows]
+            missing = [key for key in missing if not base.family.HEAD.endswith(key) or indices[key] != shared.rows]
     return [
         f"{adapter.weights.path}: no trained rows of {escaped(key)}, which trainable_token_indices of "
         "adapter_config.json names; the save is incomplete"

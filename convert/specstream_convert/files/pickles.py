@@ -18,9 +18,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from specstream_convert.files.safetensors_io import Entry, TensorFile, TensorOut, open_tensors, write_tensors
-from specstream_convert.messages import at, escaped, listing
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.formats.messages import at, escaped, listing
+from specstream_mlx.formats.safetensors import TensorFile, open_tensors
+from specstream_mlx.formats.tensor_writer import Entry, TensorOut, write_tensors
 
 MIN_TORCH = (2, 10)  # earlier ones let a crafted file past weights_only (CVE-2025-32434, CVE-2026-24747)
 MAX_PROGRAM = 100_000_000  # bytes of data.pkl: names and shapes, no values

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specstream_convert.files.pickles import NO_PICKLES, Pickles
-from specstream_convert.files.safetensors_io import TensorFile, open_tensors
-from specstream_convert.messages import at, escaped, listing
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.formats.config import read_json
+from specstream_mlx.formats.messages import at, escaped, listing
+from specstream_mlx.formats.safetensors import TensorFile, open_tensors
 
 
 @dataclass(frozen=True)

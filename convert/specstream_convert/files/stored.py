@@ -7,8 +7,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from specstream_convert.files.safetensors_io import TensorFile, row_blocks
-from specstream_convert.messages import at
+from specstream_mlx.formats.messages import at
+from specstream_mlx.formats.safetensors import TensorFile, row_blocks
 
 
 @dataclass(frozen=True)

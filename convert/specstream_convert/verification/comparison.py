@@ -11,21 +11,24 @@ import numpy as np
 from specstream_convert.adapter.streams import StreamSource
 from specstream_convert.base.dequantize import DequantizedTensor
 from specstream_convert.base.model import Base
+from specstream_convert.changes.kinds import changed
 from specstream_convert.changes.lora import LoraSet
-from specstream_convert.files.safetensors_io import dtype_name, mlx_dtype
-from specstream_convert.messages import listing
-from specstream_convert.verification.reference import Array, Reference, load, rows_of, to_numpy
 from specstream_convert.writing.outputs import OutputTensor
 from specstream_convert.writing.quantized import PARTS, Quantized
 from specstream_mlx.errors import VerificationError
+from specstream_mlx.formats.messages import listing
+from specstream_mlx.formats.safetensors import mlx_dtype, row_blocks
 
+Array = np.ndarray[Any, Any]
 ROUNDING = {"F32": 2.0**-24, "BF16": 2.0**-8, "F16": 2.0**-11}
+Parts = tuple[mx.array, ...]
+PRODUCTS = 8 * 2.0**-23  # by how much two orders of summation may differ, in units of the largest value
 QUANTIZED_APART = 0.05  # how far two quantisations of nearly equal weights may lie apart, in units of their own error
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the output must be: the inputs and the decisions, from which the reference is computed anew."""
+    """What the output must be: the inputs and the decisions, from which the float32 reference is computed anew."""
 
     base: Base
     loras: LoraSet | None
@@ -54,37 +57,24 @@ class Comparison:
         wanted = set(self._outputs)
         if expected.quantized is not None:
             wanted = {entry.name for entries in expected.quantized.entries.values() for entry in entries}
-        self._problems = [f"{name}: not in the output" for name in sorted(wanted - set(self._written))]
-        self._problems += [f"{name}: in the output without reason" for name in sorted(set(self._written) - wanted)]
+        self._problems = dict.fromkeys(sorted(wanted - set(self._written)), "not in the output")
+        self._problems |= dict.fromkeys(sorted(set(self._written) - wanted), "in the output without reason")
         self._checked: set[str] = set()
-        self._largest, self._share = 0.0, 0.0
 
     def parameters(self) -> list[str]:
         """The names of the unquantised model's parameters."""
         return [name for name in self._expected.base.parameters if name in self._outputs]
 
-    def blocks(self, name: str, only: Array | None = None) -> Iterator[tuple[slice, mx.array]]:
-        """Slices of rows of a parameter and their float32 reference; each is compared with the output.
-
-        With ``only``, row numbers, just the blocks that hold one of them come, and nothing is compared.
-        """
-        shape, live = self._expected.base.parameters[name], self._live.get(name, ())
-        value_of = self._value_of(name, compare=only is None)
-        reference = Reference(shape, lambda rows: to_numpy(value_of(rows)), ())
-        changed = None
-        if live:
-            plain = self._value_of(name, compare=False)
-            changed = Reference(shape, lambda rows: to_numpy(plain(rows)), live)
-        for rows in reference.blocks():
-            if only is not None and not ((only >= rows.start) & (only < rows.stop)).any():
-                continue
-            value = value_of(rows)
-            if changed is not None:
-                value = mx.array(changed.rows(rows)[0].astype(np.float32))
+    def blocks(self, name: str, *, compare: bool = True) -> Iterator[tuple[slice, mx.array]]:
+        """Slices of rows of a parameter and their float32 reference; with ``compare``, the output is held beside it."""
+        rows_of = _Rows(self._expected.base.parameters[name], lambda: self._rows(name, compare))
+        live = self._live.get(name)
+        values = changed(rows_of, live) if live else (value for _, value in rows_of.blocks())
+        for rows, value in zip(row_blocks(rows_of.shape), values, strict=True):
             yield rows, value
-            if only is None:
+            if compare:
                 self._count(value.nbytes)
-        if only is None:
+        if compare:
             self._checked.add(name)
         mx.clear_cache()
 
@@ -95,146 +85,96 @@ class Comparison:
             VerificationError: a tensor differs by more than rounding explains, or was never compared.
         """
         missed = sorted(set(self.parameters()) - self._checked)
-        self._problems += [f"{name}: was not compared" for name in missed]
-        if self._problems:
-            raise VerificationError(listing(f"the output is wrong: {problem}" for problem in self._problems))
-        return {
-            "checked": len(self._written),
-            "merged": sum(bool(output.changes) for output in self._outputs.values()),
-            "max_abs_error": self._largest,
-            "max_share_of_rounding_bound": self._share,
-        }
+        problems = [f"{name}: {what}" for name, what in self._problems.items()]
+        problems += [f"{name}: was not compared" for name in missed]
+        if problems:
+            raise VerificationError(listing(f"the output is wrong: {problem}" for problem in problems))
+        merged = sum(bool(output.changes) for output in self._outputs.values())
+        return {"checked": len(self._written), "merged": merged}
 
-    def _value_of(self, name: str, *, compare: bool) -> Callable[[slice], mx.array]:
-        """What gives float32 rows of a parameter as the output must hold it, after comparing them with the output."""
-        module = name.removesuffix(".weight")
-        output, quantized = self._outputs[name], self._expected.quantized
-        if name.endswith(".weight") and f"{module}.scales" in self._outputs:
-            parts = [part for part in PARTS if f"{module}.{part}" in self._outputs]
-            return self._copied(module, parts, compare)
-        if quantized is not None and name in quantized.layers:
-            return self._quantized(output, quantized, compare)
-        return self._plain(output, compare)
+    def _rows(self, name: str, compare: bool) -> Iterator[tuple[slice, mx.array]]:
+        """Float32 rows of a parameter as the output must hold it, compared with the output before they are given."""
+        output, (names, how, wanted) = self._outputs[name], self._wanted(name)
+        self._checked |= set(names) if compare else set()
+        found = [load(self._written[part])[part] for part in names if compare and part in self._written]
+        mx.eval(found)
+        exact = not output.changes and not isinstance(output.source, DequantizedTensor)
+        for rows, (plain, parts) in zip(row_blocks(self._expected.base.parameters[name]), wanted, strict=True):
+            value = _float32(parts, how)
+            held = [part[rows] for part in found]
+            if len(held) == len(names):
+                for part, one, right in zip(names, held, parts, strict=True):
+                    same = one.dtype == right.dtype and one.shape == right.shape
+                    if not same or (exact and not bool(mx.array_equal(one, right).item())):
+                        self._problem(part, "differs from the base although nothing changes it")
+                if not exact and part not in self._problems:
+                    self._near(output, _float32(held, how), value, plain.astype(mx.float32))
+            yield rows, value
 
-    def _plain(self, output: OutputTensor, compare: bool) -> Callable[[slice], mx.array]:
-        wanted_of, found = _rounded(output), self._found([output.name])[0] if compare else None
-        if found is not None and (dtype_name(found), found.shape) != (output.dtype, output.shape):
-            self._problems.append(
-                f"{output.name}: written as {dtype_name(found)} {tuple(found.shape)}, "
-                f"expected {output.dtype} {output.shape}"
-            )
-            found = None
-
-        def value(rows: slice) -> mx.array:
-            plain, wanted, allowed = wanted_of(rows)
-            if found is not None and _is_exact(output):
-                self._same(output.name, found[rows], plain)
-            elif found is not None:
-                error = np.abs(to_numpy(found[rows]).astype(np.float64) - wanted)
-                bound = 1.01 * ROUNDING[output.dtype] * np.abs(wanted) + allowed
-                bound += 2.0**-25 if output.dtype == "F16" else 1e-37
-                largest, share = float(error.max()), float((error / bound).max())
-                self._largest, self._share = max(self._largest, largest), max(self._share, share)
-                if not share <= 1:
-                    self._problem(
-                        output.name,
-                        f"differs from the float64 reference by {largest:.3g}, {share:.3g} times the rounding allowed",
-                    )
-            return plain.astype(mx.float32)
-
-        return value
-
-    def _quantized(self, output: OutputTensor, quantized: Quantized, compare: bool) -> Callable[[slice], mx.array]:
-        how, names = quantized.layers[output.name], [entry.name for entry in quantized.entries[output.name]]
-        wanted_of, found = _rounded(output), self._found(names) if compare else []
-
-        def value(rows: slice) -> mx.array:
-            plain = wanted_of(rows)[0]
-            wanted = mx.quantize(plain, **how)
-            value = _dequantized(wanted, how)
-            held = [part[rows] for part in found if part is not None]
-            if len(held) < len(names):
-                return value
-            if _is_exact(output):
-                for part, name, right in zip(held, names, wanted, strict=True):
-                    self._same(name, part, right)
-            elif held:
-                self._near(output, _dequantized(held, how), value, plain.astype(mx.float32))
-            return value
-
-        return value
+    def _wanted(self, name: str) -> tuple[list[str], dict[str, Any] | None, Iterator[tuple[mx.array, Parts]]]:
+        """What a parameter is written as, how that is quantised, and its rows before quantisation and as written."""
+        output, quantized, module = self._outputs[name], self._expected.quantized, name.removesuffix(".weight")
+        if name.endswith(".weight") and f"{module}.scales" in self._outputs:  # the base's own quantisation
+            settings = self._expected.base.config["quantization"]
+            own = settings[module] if isinstance(settings.get(module), dict) else settings
+            names = [f"{module}.{part}" for part in PARTS if f"{module}.{part}" in self._outputs]
+            held = [self._outputs[part].source.read() for part in names]
+            how = {key: own[key] for key in ("group_size", "bits", "mode") if key in own}
+            cut = (tuple(part[rows] for part in held) for rows in row_blocks(self._expected.base.parameters[name]))
+            return names, how, ((parts[0], parts) for parts in cut)
+        values = changed(output.source, output.changes) if output.changes else _stored(output)
+        plain = (value.astype(mlx_dtype(output.dtype)) for value in values)
+        if quantized is None or name not in quantized.layers:
+            return [name], None, ((value, (value,)) for value in plain)
+        how = quantized.layers[name]
+        names = [entry.name for entry in quantized.entries[name]]
+        return names, how, ((value, tuple(mx.quantize(value, **how))) for value in plain)
 
     def _near(self, output: OutputTensor, found: mx.array, wanted: mx.array, plain: mx.array) -> None:
-        """Compare two quantisations of rows that may differ in their last bits before it."""
-        own, apart = (np.asarray(mx.abs(wanted - other)).astype(np.float64) for other in (plain, found))
-        rounding = 4 * ROUNDING[output.dtype] * np.linalg.norm(np.asarray(plain), axis=-1)
-        # One value that lay between two steps may have gone the other way; a row may have got another step.
-        for axis, share in ((None, QUANTIZED_APART), (-1, 3.0)):
-            allowed = share * np.linalg.norm(own, axis=axis) + 4 * own.max() + rounding.max()
-            ratio = float((np.linalg.norm(apart, axis=axis) / np.maximum(allowed, 1e-37)).max())
-            if not ratio <= 1:
-                self._problem(
-                    output.name, f"quantised to values {ratio:.3g} times as far from the reference as allowed"
-                )
-        self._largest = max(self._largest, float(apart.max()))
-
-    def _copied(self, module: str, parts: list[str], compare: bool) -> Callable[[slice], mx.array]:
-        """The packed weight of a base that is quantised already."""
-        quantization = self._expected.base.config["quantization"]
-        own = quantization.get(module)
-        settings = own if isinstance(own, dict) else quantization
-        how = {key: settings[key] for key in ("group_size", "bits", "mode") if key in settings}
-        names = [f"{module}.{part}" for part in parts]
-        readers = [rows_of(self._outputs[name].source) for name in names]
-        found = self._found(names) if compare else [None] * len(names)
-        self._checked |= set(names) if compare else set()
-
-        def value(rows: slice) -> mx.array:
-            held = [read(rows) for read in readers]
-            for name, part, right in zip(names, found, held, strict=True):
-                if part is not None:
-                    self._same(name, part[rows], right)
-            return _dequantized(held, how)
-
-        return value
-
-    def _found(self, names: list[str]) -> list[mx.array | None]:
-        """Tensors of the output, None where there is none."""
-        found = [load(self._written[name])[name] if name in self._written else None for name in names]
-        mx.eval([value for value in found if value is not None])
-        return found
-
-    def _same(self, name: str, found: mx.array, wanted: mx.array) -> None:
-        if found.dtype != wanted.dtype or not bool(mx.array_equal(found, wanted).item()):
-            self._problem(name, "differs from the base although nothing changes it")
+        """Compare rows whose sums may have been taken in another order before they were rounded, or quantised."""
+        apart, own = (np.asarray(mx.abs(wanted - other)) for other in (found, plain))
+        size = np.abs(np.asarray(plain))
+        rounding = 2.01 * ROUNDING[output.dtype] * size + PRODUCTS * size.max() + 1e-37
+        ratio = float((apart / (rounding + 2.0**-25 * (output.dtype == "F16"))).max())
+        if own.any():  # quantised: a value between two steps may have gone the other way, a row may have another step
+            limits = ((None, QUANTIZED_APART), (-1, 3.0))
+            allowed = 4 * own.max() + 2 * np.linalg.norm(rounding, axis=-1).max()
+            ratio = max(
+                float((np.linalg.norm(apart, axis=axis) / (share * np.linalg.norm(own, axis=axis) + allowed)).max())
+                for axis, share in limits
+            )
+        if not ratio <= 1:
+            self._problem(output.name, f"differs from the float32 reference by {ratio:.3g} times what rounding allows")
 
     def _problem(self, name: str, what: str) -> None:
         """Note the first problem of a tensor."""
-        if not any(problem.startswith(f"{name}: ") for problem in self._problems):
-            self._problems.append(f"{name}: {what}")
+        self._problems.setdefault(name, what)
 
 
-def _is_exact(output: OutputTensor) -> bool:
-    """Whether nothing but a cast is done to the tensor, so that every bit of the output is known."""
-    return not output.changes and not isinstance(output.source, DequantizedTensor)
+@dataclass(frozen=True)
+class _Rows:
+    """A tensor given in blocks of rows, as ``changed`` reads it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Iterator[tuple[slice, mx.array]]]
+
+    def blocks(self, *, finite: bool = False) -> Iterator[tuple[slice, mx.array]]:
+        return self.read()
 
 
-def _rounded(output: OutputTensor) -> Callable[[slice], tuple[mx.array, Array, Array]]:
-    """Rows of a tensor in the dtype it is written in; of a changed one also in float64, and the error allowed."""
-    dtype = mlx_dtype(output.dtype)
-    if _is_exact(output):
-        read, nothing = rows_of(output.source), np.zeros(0)
-        return lambda rows: (read(rows).astype(dtype), nothing, nothing)
-    reference = Reference.of(output.source, output.changes)
-
-    def rounded(rows: slice) -> tuple[mx.array, Array, Array]:
-        wanted, allowed = reference.rows(rows)
-        return mx.array(wanted.astype(np.float32)).astype(dtype), wanted, allowed
-
-    return rounded
+def load(path: Path) -> dict[str, mx.array]:
+    """``mx.load`` of a safetensors file: lazy arrays."""
+    tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+    return tensors
 
 
-def _dequantized(parts: Sequence[mx.array], how: Mapping[str, Any]) -> mx.array:
-    """The float32 values of rows of a quantised weight."""
+def _stored(output: OutputTensor) -> Iterator[mx.array]:
+    return (value for _, value in output.source.blocks())
+
+
+def _float32(parts: Sequence[mx.array], how: Mapping[str, Any] | None) -> mx.array:
+    """The float32 values of rows, dequantised where they are quantised."""
+    if how is None:
+        return parts[0].astype(mx.float32)
     weight, scales = parts[:2]
     return mx.dequantize(weight, scales, parts[2] if len(parts) > 2 else None, **how).astype(mx.float32)

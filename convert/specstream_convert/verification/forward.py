@@ -12,13 +12,11 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from mlx_lm.utils import load_adapters, load_model
 
-from specstream_convert.base.layouts import LAYOUTS
 from specstream_convert.base.model import Base, lazy_model
-from specstream_convert.files.safetensors_io import row_blocks
-from specstream_convert.verification.comparison import Comparison
-from specstream_convert.verification.reference import Array
+from specstream_convert.verification.comparison import Array, Comparison
 from specstream_mlx.errors import VerificationError
 from specstream_mlx.families import FAMILIES, family_of, model_classes
+from specstream_mlx.formats.safetensors import row_blocks
 
 WHOLE_MODEL_BYTES = 1 << 26  # in float32; a larger model is run part by part
 ROWWISE = (nn.Embedding, nn.Linear, nn.QuantizedEmbedding, nn.QuantizedLinear)  # every parameter has a row per output
@@ -90,15 +88,15 @@ class _Loaded:
     """A model that mlx-lm has opened; its parameters are lazy and still in their files."""
 
     def __init__(self, model: nn.Module, model_type: str) -> None:
-        layout, layers = LAYOUTS[model_type], FAMILIES[model_type].LAYERS
+        family = FAMILIES[model_type]
         modules: dict[str, Any] = dict(model.named_modules())
-        self._embedding = modules[layout.embedding]
-        self._head = modules.get(layout.head, self._embedding)
+        self._embedding = modules[family.EMBEDDING]
+        self._head = modules.get(family.HEAD, self._embedding)
         self._held_by_head = self._head.parameters()
         values = dict(tree_flatten(self._held_by_head))
         self._shape_of_head = next(value.shape for name, value in values.items() if name.split(".")[-1] == "weight")
         for path, module in modules.items():
-            apart = path in (layout.embedding, layout.head) or path.startswith(f"{layers}.")
+            apart = path in (family.EMBEDDING, family.HEAD) or path.startswith(f"{family.LAYERS}.")
             if not apart and not module.children():
                 module.set_dtype(mx.float32)
 
@@ -141,16 +139,16 @@ class _Compared:
     """mlx-lm's unquantised model, filled with the reference."""
 
     def __init__(self, model: nn.Module, model_type: str, comparison: Comparison) -> None:
-        layout, layers = LAYOUTS[model_type], FAMILIES[model_type].LAYERS
+        family = FAMILIES[model_type]
         self._comparison = comparison
         self._names = comparison.parameters()
         modules: dict[str, Any] = dict(model.named_modules())
-        self._embedding = modules[layout.embedding]
-        self._head = modules.get(layout.head, self._embedding)
-        self._embedding_name = f"{layout.embedding}.weight"
-        self._head_name = f"{layout.head}.weight" if layout.head in modules else self._embedding_name
+        self._embedding = modules[family.EMBEDDING]
+        self._head = modules.get(family.HEAD, self._embedding)
+        self._embedding_name = f"{family.EMBEDDING}.weight"
+        self._head_name = f"{family.HEAD}.weight" if family.HEAD in modules else self._embedding_name
         apart = (self._embedding_name, self._head_name)
-        small = [name for name in self._names if name not in apart and not name.startswith(f"{layers}.")]
+        small = [name for name in self._names if name not in apart and not name.startswith(f"{family.LAYERS}.")]
         model.load_weights([(name, self._whole(name)) for name in small], strict=False)
 
     def _whole(self, name: str) -> mx.array:
@@ -158,9 +156,8 @@ class _Compared:
 
     def embed(self, tokens: Array) -> Array:
         # The blocks of an embedding that is the head too are compared when they are the head.
-        only = tokens if self._head is self._embedding else None
         found: dict[int, mx.array] = {}
-        for rows, value in self._comparison.blocks(self._embedding_name, only):
+        for rows, value in self._comparison.blocks(self._embedding_name, compare=self._head is not self._embedding):
             found |= {int(token): value[token - rows.start] for token in tokens if rows.start <= token < rows.stop}
             mx.eval(list(found.values()))
         self._embedding.update({"weight": mx.stack([found[int(token)] for token in tokens])})

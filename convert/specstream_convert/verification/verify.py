@@ -1,8 +1,8 @@
-"""The check of what was written: reload it with stock mlx-lm and compare it with a reference made another way.
+"""The check of what was written: reload it with stock mlx-lm and compare it with the float32 reference.
 
-The reference (``reference.py``) reads the inputs itself and works in NumPy float64. It is made once, part by part:
-every part is compared with the output's tensors and then run on sample tokens (``comparison.py``, ``forward.py``). The
-output is then opened by ``mlx_lm.utils.load_model`` and run on the same tokens.
+The reference is made from the inputs once more, part by part: every part is compared with the output's tensors and then
+run on sample tokens (``comparison.py``, ``forward.py``). The output is then opened by ``mlx_lm.utils.load_model`` and
+run on the same tokens.
 """
 
 import math
@@ -10,16 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from specstream_convert.adapter.streams import StreamSource
 from specstream_convert.base.model import Base
-from specstream_convert.messages import listing
-from specstream_convert.verification.comparison import Comparison, Expected
+from specstream_convert.verification.comparison import Array, Comparison, Expected, load
 from specstream_convert.verification.forward import output_logits, reference_logits
-from specstream_convert.verification.reference import Array, blocks, factors64, float64, load, to_numpy
 from specstream_mlx.errors import InvalidInputError, VerificationError
 from specstream_mlx.formats.config import LORA_PREFIX, PREFIX
+from specstream_mlx.formats.messages import listing
+from specstream_mlx.formats.safetensors import row_blocks
 
 Progress = Callable[[str, int, int], None]
 NUM_TOKENS = 16
@@ -92,25 +93,25 @@ def _verify_adapters(directory: Path, expected: Expected) -> dict[str, Any] | No
     largest, problems = 0.0, []
     prefix = "" if live else LORA_PREFIX
     for item in expected.loras.items:
-        a, b = factors64(item.factors)
-        scale = item.factors.scale
         names = [f"{prefix}{item.module}.{side}" for side in ("lora_a", "lora_b")]
         if not set(names) <= set(held):
             problems.append(f"{item.module}: its LoRA is not in the output")
             continue
-        lora_a, lora_b = (to_numpy(held.pop(name)).astype(np.float64) for name in names)
-        left, right = (lora_a, lora_b) if item.factors.embedding else (lora_b.T, lora_a.T)
+        (a, b), (lora_a, lora_b) = item.read(), (held.pop(name) for name in names)
         error, size = 0.0, 1e-30
-        for rows in blocks(item.factors.shape):
-            wanted = scale * (b[rows] @ a)
-            error = max(error, float(np.abs(expected.loras.scale * (left[rows] @ right) - wanted).max()))
-            size = max(size, abs(scale) * float((np.abs(b[rows]) @ np.abs(a)).max()))
+        with mx.stream(mx.cpu):
+            for rows in row_blocks(item.shape):
+                left, right, ours = (a.T, b.T, lora_a) if item.embedding else (b, a, lora_b.T)
+                other = lora_b if item.embedding else lora_a.T
+                apart = expected.loras.scale * (ours[rows] @ other) - item.scale * (left[rows] @ right)
+                error = max(error, float(np.asarray(mx.abs(apart)).max()))
+                size = max(size, abs(item.scale) * float(np.asarray(mx.abs(left[rows]) @ mx.abs(right)).max()))
         largest = max(largest, error)
-        if not error <= 1e-6 * size:
+        if not error <= 2e-6 * size:
             problems.append(f"{item.module}: its LoRA differs from s*B@A by {error:.3g}")
         if item.magnitude is not None:
             m = held.pop(f"{item.module}.m", None)
-            if m is None or not np.array_equal(to_numpy(m), float64(item.magnitude)):
+            if m is None or not bool(mx.array_equal(m, item.magnitude.read_float32()).item()):
                 problems.append(f"{item.module}: its DoRA magnitude differs from the input")
     problems += [f"{name}: in the output without reason" for name in sorted(held)]
     if problems:
@@ -123,9 +124,8 @@ def _verify_streams(directory: Path, streams: StreamSource) -> dict[str, Any] | 
         return None
     held = load(directory / "specstream.safetensors")
     for name, source in streams.tensors.items():
-        files = [float64(row).reshape(-1) for row in source.rows]
         found = held.get(PREFIX + name)
-        if found is None or not np.array_equal(to_numpy(found).reshape(-1), np.concatenate(files)):
+        if found is None or not bool(mx.array_equal(found, source.read()).item()):
             raise VerificationError(f"the output is wrong: {PREFIX}{name} differs from the input")
     return {"checked": len(streams.tensors), "max_abs_error": 0.0}
 

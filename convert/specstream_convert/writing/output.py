@@ -14,12 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from specstream_convert.messages import escaped
 from specstream_convert.report import REPORT_NAME, TOOL
 from specstream_mlx.errors import InvalidInputError, UsageError
-from specstream_mlx.families import OURS
+from specstream_mlx.families import FAMILIES
 from specstream_mlx.formats.atomic import PARTIAL, create_locked, hidden_name, recover, swap, sync, sync_tree
 from specstream_mlx.formats.config import read_json
+from specstream_mlx.formats.messages import escaped
 
 
 class OutputDirectory:
@@ -237,7 +237,7 @@ def model_card(
         lines += [f'specstream-mlx generate --model {shlex.quote(base_name)} --adapter . --prompt "..."', "```"]
     else:
         lines += ['specstream-mlx generate --model . --prompt "..."', "```"]
-        if model_type in OURS:
+        if FAMILIES[model_type].MODEL is not None:
             lines += ["", f"mlx-lm itself has no `{model_type}` and does not open it."]
         else:
             adapters = ', adapter_path="adapters"' if placement == "live" else ""

@@ -7,9 +7,10 @@ import mlx.core as mx
 
 from specstream_convert.base.model import Base
 from specstream_convert.changes.kinds import Change, Replace, cast, changed
-from specstream_convert.files.safetensors_io import FLOATS, Entry, TensorOut
 from specstream_convert.files.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.safetensors import FLOATS
+from specstream_mlx.formats.tensor_writer import Entry, TensorOut
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def plan_outputs(
     }
     sources = dict(base.tensors)
     if untied:
-        sources[f"{base.layout.head}.weight"] = base.tensors[f"{base.layout.embedding}.weight"]
+        sources[f"{base.family.HEAD}.weight"] = base.tensors[f"{base.family.EMBEDDING}.weight"]
     outputs = []
     for name, source in sources.items():
         stored = dtype if dtype is not None and source.dtype in FLOATS else source.dtype

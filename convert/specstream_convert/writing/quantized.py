@@ -17,9 +17,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import MAX_FILE_SIZE_GB, quantize_model
 
 from specstream_convert.base.model import lazy_model
-from specstream_convert.files.safetensors_io import Entry, TensorOut, mlx_dtype
 from specstream_convert.writing.outputs import OutputTensor
 from specstream_mlx.errors import UsageError
+from specstream_mlx.formats.safetensors import mlx_dtype
+from specstream_mlx.formats.tensor_writer import Entry, TensorOut
 
 PARTS = ("weight", "scales", "biases")  # of a quantised layer
 MAX_FILE_BYTES = MAX_FILE_SIZE_GB << 30

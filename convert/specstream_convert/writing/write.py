@@ -6,12 +6,13 @@ from typing import Any
 
 from specstream_convert.changes.lora import LoraSet
 from specstream_convert.checks import fingerprint
-from specstream_convert.files.safetensors_io import Entry, TensorOut, sha256_file, write_tensors
 from specstream_convert.options import DTYPES
 from specstream_convert.plan import ADAPTERS, Plan, lora_summary
 from specstream_convert.verification.verify import Progress
 from specstream_convert.writing.output import TOKENIZER_FILES, model_card, write_json
 from specstream_mlx.formats.config import CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME
+from specstream_mlx.formats.fingerprint import sha256_file
+from specstream_mlx.formats.tensor_writer import Entry, TensorOut, write_tensors
 
 METADATA = {"format": "mlx"}
 

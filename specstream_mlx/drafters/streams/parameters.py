@@ -1,10 +1,9 @@
-"""The streams' own parameters: initialisation, identity, early-exit pruner, and LoRA that acts on streams alone."""
+"""The streams' own parameters: initialisation, identity and early-exit pruner."""
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from specstream_mlx.formats.config import StreamConfig
-from specstream_mlx.target.tree_attention import PassContext
 
 
 class LowRank(nn.Module):
@@ -53,29 +52,3 @@ class Streams(nn.Module):
         if "stream_embeddings" in self:
             rows = rows + self.stream_embeddings[:count]
         return rows.reshape(batch, length * count, size).astype(trunk.dtype)
-
-
-class StreamLoRALinear(nn.Module):
-    """A linear layer whose LoRA acts on stream rows only, so that the main stream is the base's (lossless mode)."""
-
-    def __init__(
-        self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, context: PassContext
-    ) -> None:
-        """``lora_a``: (in, r); ``lora_b``: (r, out)."""
-        super().__init__()
-        self.linear = linear
-        self.lora_a = lora_a
-        self.lora_b = lora_b
-        self._scale = scale
-        self._context = context
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, L, in) -> (B, L, out); main rows pass through the wrapped layer alone."""
-        y = self.linear(x)
-        num_main = self._context.num_main_rows
-        if num_main is None:
-            return y
-        delta = (self._scale * ((x[:, num_main:] @ self.lora_a) @ self.lora_b)).astype(y.dtype)
-        if num_main == 0:
-            return y + delta
-        return mx.concatenate([y[:, :num_main], y[:, num_main:] + delta], axis=1)

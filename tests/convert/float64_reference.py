@@ -1,12 +1,12 @@
-"""What every tensor of the output must be, computed apart from the conversion, in NumPy float64.
+"""What every tensor of an output must be, computed apart from the conversion, in NumPy float64.
 
-Nothing here uses this package's reader, arithmetic or writer, so they do not vouch for themselves.
+Nothing here uses the converter's reader, arithmetic or writer, so they do not vouch for themselves. Every conversion of
+these tests is held beside it (``conftest.py``); PEFT's own logits are the third witness.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ import numpy as np
 
 from specstream_convert.base.dequantize import DequantizedTensor
 from specstream_convert.changes.initial import Initial
-from specstream_convert.changes.kinds import AddLowRank, AddScaled, Change, Factors, Replace, Rescale, SetRows
+from specstream_convert.changes.kinds import AddScaled, Change, Lora, Replace, Rescale, SetRows
 from specstream_convert.files.stored import StoredTensor
 
 BLOCK = 1 << 18  # elements of one block of a float64 computation: a few of them fit a processor's cache
@@ -34,12 +34,6 @@ def to_numpy(array: mx.array) -> Array:
     if array.dtype == mx.bfloat16:
         return (np.array(array.view(mx.uint16)).astype(np.uint32) << 16).view(np.float32)
     return np.array(array).astype(np.float32)
-
-
-def load(path: Path) -> dict[str, mx.array]:
-    """``mx.load`` of a safetensors file: lazy arrays."""
-    tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-    return tensors
 
 
 def rows_of(tensor: StoredTensor) -> Callable[[slice], mx.array]:
@@ -110,13 +104,13 @@ _E4M3 = _small_floats(4, 3)
 _E4M3[[0x7F, 0xFF]] = np.nan
 
 
-def factors64(factors: Factors) -> tuple[Array, Array]:
+def factors64(lora: Lora) -> tuple[Array, Array]:
     """``A`` and ``B`` such that the change is ``s * B @ A`` in the weight's own orientation, in float64."""
-    a, b = float64(factors.a), float64(factors.b)
-    if factors.initial is not None:
-        a0, b0 = initial64(factors.initial)
+    a, b = float64(lora.a), float64(lora.b)
+    if lora.initial is not None:
+        a0, b0 = initial64(lora.initial)
         a, b = np.concatenate([a, a0]), np.concatenate([b, -b0], axis=1)
-    return (b.T, a.T) if factors.embedding else (a, b)
+    return (b.T, a.T) if lora.embedding else (a, b)
 
 
 @cache
@@ -175,8 +169,8 @@ class Reference:
                 self._source = _numpy_rows(tensor)
             case SetRows(tensor, rows):
                 self._steps.append((change, (np.array(rows), float64(tensor))))
-            case AddLowRank(factors):
-                self._steps.append((change, factors64(factors)))
+            case Lora():
+                self._steps.append((change, factors64(change)))
             case Rescale(magnitude, axis):
                 norms = None
                 if axis == 0:
@@ -206,10 +200,10 @@ def _step(change: Change, data: Any, rows: slice, value: Array, error: Array) ->
             value[indices[inside] - rows.start] = wanted[inside]
             error[indices[inside] - rows.start] = 0
             return value, error
-        case AddLowRank(factors):
+        case Lora():
             a, b = data
-            size = np.abs(value) + abs(factors.scale) * (np.abs(b[rows]) @ np.abs(a))
-            return value + factors.scale * (b[rows] @ a), error + (a.shape[0] + 8) * EPSILON * size
+            size = np.abs(value) + abs(change.scale) * (np.abs(b[rows]) @ np.abs(a))
+            return value + change.scale * (b[rows] @ a), error + (a.shape[0] + 8) * EPSILON * size
         case Rescale(_, axis):
             magnitude, norms = data
             norm = np.linalg.norm(value, axis=1, keepdims=True) if axis == 1 else norms[None]

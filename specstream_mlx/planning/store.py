@@ -6,19 +6,12 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
-
-from specstream_mlx.calibration import machine
 from specstream_mlx.errors import InvalidInputError, UsageError
-from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.planning.calibration import Calibration
 
 CACHE_VARIABLE = "SPECSTREAM_MLX_CACHE"  # a directory to use instead of the user's
@@ -33,43 +26,6 @@ def cache_directory() -> Path:
     if base:
         return Path(base).expanduser() / "specstream-mlx"
     return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "specstream-mlx"
-
-
-def calibration_key(model: SpecStreamModel) -> dict[str, Any]:
-    """What a calibration of ``model`` on this machine holds for."""
-    quantised = next((m for m in model.base.modules() if isinstance(m, nn.QuantizedLinear)), None)
-    on_cpu = machine.device() == "cpu"
-    return {
-        "processor": machine.processor(),
-        "device": machine.device(),
-        "device_name": str(mx.device_info().get("device_name", "")),
-        "mlx": version("mlx"),
-        "blas": machine.blas() if on_cpu else None,
-        "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS") if on_cpu else None,
-        "model_type": model.model_type,
-        "model": model_digest(model),
-        "quantization": f"{quantised.bits} bits, groups of {quantised.group_size}" if quantised is not None else None,
-        "dtype": _dtype(model),
-    }
-
-
-def _dtype(model: SpecStreamModel) -> str:
-    """The type that a model computes in: that of its vectors, which quantisation leaves alone."""
-    vectors = (value for _, value in tree_flatten(model.base.parameters()) if value.ndim == 1)
-    return str(next(vectors).dtype).removeprefix("mlx.core.")
-
-
-def model_digest(model: SpecStreamModel) -> str:
-    """Tells models apart: every tensor's name, shape and type, and the contents of those small enough to read.
-
-    The contents of norms, of stream tensors and of stream LoRA are read, so two fine-tunes of one base differ.
-    """
-    digest = hashlib.sha256(f"{model.stream_config}".encode())
-    for name, value in sorted(tree_flatten(model.parameters())):
-        digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
-        if value.ndim == 1 or name.startswith("streams.") or name.rsplit(".", 1)[-1].startswith("lora_"):
-            digest.update(np.array(value.astype(mx.float32)).tobytes())
-    return digest.hexdigest()
 
 
 def path_for(key: dict[str, Any]) -> Path:
@@ -104,30 +60,33 @@ def save(calibration: Calibration) -> Path:
     return path
 
 
-def find(model: SpecStreamModel) -> Calibration | None:
-    """The calibration of ``model`` on this machine, if there is one.
+def find(key: Callable[[], dict[str, Any]], depth: int) -> Calibration | None:
+    """The calibration of a key on this machine, if there is one.
+
+    Args:
+        key: asked only where there are calibrations at all.
+        depth: how far ahead the drafter can guess; its acceptance must have as many depths.
 
     Raises:
         InvalidInputError: the file at its place is damaged or belongs to something else.
     """
-    if model.gamma == 0:
-        return None
     directory = cache_directory() / "calibrations"
     if not directory.is_dir():
         return None
-    key = calibration_key(model)
-    path = path_for(key)
+    wanted = key()
+    path = path_for(wanted)
     try:
         changed = path.stat().st_mtime_ns
     except OSError:
         return None
     found = _read(path, changed)
-    if dict(found.key) != key:
-        differing = ", ".join(sorted(name for name in key if found.key.get(name) != key[name])) or "more than it should"
+    if dict(found.key) != wanted:
+        names = sorted(name for name in wanted if found.key.get(name) != wanted[name])
+        differing = ", ".join(names) or "more than it should"
         raise InvalidInputError(f"{path}: made for another {differing}; run specstream-mlx calibrate again")
-    if len(found.rates) != model.gamma:
+    if len(found.rates) != depth:
         raise InvalidInputError(
-            f"{path}: damaged calibration ({len(found.rates)} depths, this model has {model.gamma} streams); run "
+            f"{path}: damaged calibration ({len(found.rates)} depths, this drafter guesses {depth} tokens ahead); run "
             "specstream-mlx calibrate again"
         )
     return found

@@ -1,32 +1,29 @@
-"""Validated reading and reproducible writing of safetensors files, one tensor at a time.
+"""Safetensors files read, every header checked.
 
 ``mx.load`` accepts negative shapes, overlapping offsets and reads fp8 as ``uint8``; so every header is checked here,
-by this module and by the reference implementation, before a byte of tensor data is used. Tensors are read and written
-in blocks of rows, so the memory of a conversion does not depend on their size. The bytes written depend only on names,
-dtypes, shapes and values.
+by this module and by the reference implementation, before a byte of tensor data is used. Tensors can be read in blocks
+of rows, so that the memory of a conversion does not depend on their size.
 """
 
-import hashlib
 import json
 import math
-import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from specstream_convert.messages import at, escaped, listing
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
+from specstream_mlx.formats.fingerprint import sha256_file
+from specstream_mlx.formats.messages import at, escaped, listing
 
 MAX_HEADER = 100_000_000
 FLOATS = ("F32", "BF16", "F16")
 BLOCK = 1 << 20  # values that are in memory together
-PIECE = 1 << 22  # bytes that are hashed together
 _MLX = {
     "F32": mx.float32,
     "BF16": mx.bfloat16,
@@ -41,8 +38,8 @@ _MLX = {
     "U64": mx.uint64,
     "BOOL": mx.bool_,
 }
-_NAMES = {dtype: name for name, dtype in _MLX.items()}
-_BITS = {
+NAMES = {dtype: name for name, dtype in _MLX.items()}
+BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
@@ -161,17 +158,6 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(start, min(start + step, num_rows))
 
 
-def sha256_file(path: Path, done: Callable[[int], None] | None = None) -> str:
-    """The digest of a file, read in pieces; ``done`` is told the bytes of each."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-            if done is not None:
-                done(len(piece))
-    return digest.hexdigest()
-
-
 def open_tensors(path: Path) -> TensorFile:
     """Validate a safetensors file and return its header.
 
@@ -203,6 +189,11 @@ def open_tensors(path: Path) -> TensorFile:
             f"{path}: not a valid safetensors file ({reason}); download or save it again"
         ) from error
     return TensorFile(path, tensors, num_bytes)
+
+
+def check_safetensors(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file by name; see ``open_tensors``."""
+    return open_tensors(path).tensors
 
 
 def _header_bytes(path: Path, start: bytes, num_bytes: int, read: Callable[[int], bytes]) -> bytes:
@@ -282,131 +273,21 @@ def _entry_problem(entry: Any) -> str | None:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "the header entry needs exactly dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         return f"unknown dtype {escaped(str(dtype))}"
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
         return f"bad shape {escaped(str(shape))}"
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
         return f"bad data_offsets {escaped(str(offsets))}"
-    expected = math.prod(shape) * _BITS[dtype] // 8
+    expected = math.prod(shape) * BITS[dtype] // 8
     if offsets[1] - offsets[0] != expected:
         return f"shape {shape} of {dtype} needs {expected} bytes, the offsets span {offsets[1] - offsets[0]}"
     return None
 
 
-@dataclass(frozen=True)
-class Entry:
-    """The header entry of a tensor to be written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * _BITS[self.dtype] // 8
-
-    @classmethod
-    def of(cls, name: str, array: mx.array) -> "Entry":
-        """The entry under which ``array`` is written."""
-        return cls(name, _NAMES[array.dtype], tuple(array.shape))
-
-
-@dataclass(frozen=True)
-class TensorOut:
-    """Tensors to be written that are made together: their header entries now, their values when their turn comes.
-
-    Attributes:
-        entries: one, the parts of a quantised weight, or the two factors of a LoRA.
-        blocks: blocks of rows from the first to the last, each a tuple of arrays in the order of ``entries``.
-    """
-
-    entries: tuple[Entry, ...]
-    blocks: Callable[[], Iterable[tuple[mx.array, ...]]]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(entry.num_bytes for entry in self.entries)
-
-    @classmethod
-    def of(cls, name: str, array: mx.array) -> "TensorOut":
-        """A tensor whose value is at hand."""
-        return cls((Entry.of(name, array),), lambda: [(array,)])
-
-
-def write_tensors(
-    path: Path,
-    tensors: Iterable[TensorOut],
-    metadata: Mapping[str, str],
-    done: Callable[[int], None] | None = None,
-) -> str:
-    """Write ``tensors`` and return the sha256 of the file; ``done`` is told the bytes of each block written."""
-    tensors = list(tensors)
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    places: dict[str, int] = {}
-    offset = 0
-    entries = (entry for tensor in tensors for entry in tensor.entries)
-    for entry in sorted(entries, key=lambda e: (-_BITS[e.dtype], e.name)):
-        end = offset + entry.num_bytes
-        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
-        places[entry.name], offset = offset, end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        output = _HashedFile(file)
-        output.write(0, struct.pack("<Q", len(text)) + text)
-        for tensor in sorted(tensors, key=lambda t: places[t.entries[0].name]):
-            at_byte = [8 + len(text) + places[entry.name] for entry in tensor.entries]
-            ends = [start + entry.num_bytes for start, entry in zip(at_byte, tensor.entries, strict=True)]
-            for blocks in tensor.blocks():
-                for i, (block, entry) in enumerate(zip(blocks, tensor.entries, strict=True)):
-                    data = raw_bytes(block, entry)
-                    output.write(at_byte[i], data)
-                    at_byte[i] += len(data)
-                    if done is not None:
-                        done(len(data))
-                    del data
-            assert at_byte == ends, (tensor.entries, at_byte, ends)
-            mx.clear_cache()
-        file.flush()
-        os.fsync(file.fileno())
-    return output.sha256() or sha256_file(path)
-
-
-class _HashedFile:
-    """A file being written at any place, hashed on the way as long as the writes follow one another."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest: hashlib._Hash | None = hashlib.sha256()
-        self._end = 0
-
-    def write(self, start: int, data: bytes | memoryview) -> None:
-        if start != self._end:
-            self._digest = None
-        self._file.seek(start)
-        self._file.write(data)
-        self._end = start + len(data)
-        if self._digest is not None:
-            self._digest.update(data)
-
-    def sha256(self) -> str | None:
-        return self._digest.hexdigest() if self._digest is not None else None
-
-
-def raw_bytes(array: mx.array, entry: Entry) -> memoryview:
-    """The little-endian bytes of rows of a tensor, checked against the header entry they are written under."""
-    assert _NAMES[array.dtype] == entry.dtype, (entry, array.dtype)
-    assert tuple(array.shape)[1:] == entry.shape[1:], (entry, array.shape)
-    unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
-    flat = mx.contiguous(array.reshape(-1))
-    flat = flat.astype(mx.uint8) if array.dtype == mx.bool_ else flat.view(unsigned)
-    return np.ascontiguousarray(np.array(flat, copy=False)).data.cast("B")
-
-
 def dtype_name(array: mx.array) -> str:
     """The safetensors name of an array's dtype."""
-    return _NAMES[array.dtype]
+    return NAMES[array.dtype]
 
 
 def mlx_dtype(name: str) -> mx.Dtype:

@@ -1,0 +1,15 @@
+"""Llama and Mistral."""
+
+from typing import ClassVar
+
+from specstream_mlx.families.decoder import DecoderFamily
+from specstream_mlx.families.hugging_face import HuggingFace
+
+
+class LlamaFamily(DecoderFamily):
+    """The shape that the others are told apart from."""
+
+    MODEL_TYPES: ClassVar[tuple[str, ...]] = ("llama", "mistral")
+    HUGGING_FACE: ClassVar[HuggingFace | None] = HuggingFace(
+        rope_types=("default", "linear", "llama3", "yarn"), window="by layer"
+    )

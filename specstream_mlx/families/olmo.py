@@ -1,0 +1,11 @@
+"""OLMo 2 and 3."""
+
+from typing import ClassVar
+
+from specstream_mlx.families.decoder import DecoderFamily
+
+
+class OlmoFamily(DecoderFamily):
+    """Llama's shape, with norms after attention and feed-forward."""
+
+    MODEL_TYPES: ClassVar[tuple[str, ...]] = ("olmo2", "olmo3")
