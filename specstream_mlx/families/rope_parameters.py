@@ -25,6 +25,7 @@ _SCALINGS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_ANY_SCALING, ("linear", "llama3", "yarn", "dynamic", "longrope")),
 }
 _NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
+_PARTIAL = ("glm4", "gpt_neox", "phi", "phi3", "stablelm")  # rotate a part of a head where they are told to
 _PER_LAYER = {"full_attention", "sliding_attention"}
 
 
@@ -65,10 +66,16 @@ def lift(config: dict[str, Any], model_type: str, where: object) -> list[str]:
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in scaling:
             _put(config, names.get(name, name), scaling.pop(name), where)
+    notes = [NOTE]
+    if nested.get("partial_rotary_factor", 1) != 1 and model_type not in _PARTIAL:
+        notes.append(
+            f"partial_rotary_factor {nested['partial_rotary_factor']} is not read by mlx-lm's {model_type}: its text "
+            "differs from that of transformers"
+        )
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type == "default":
         config.setdefault("rope_scaling", None)
-        return [NOTE]
+        return notes
     if rope_type not in _SCALINGS.get(model_type, ()):
         legal = ", ".join(("default", *_SCALINGS.get(model_type, ())))
         raise UnsupportedError(
@@ -83,7 +90,7 @@ def lift(config: dict[str, Any], model_type: str, where: object) -> list[str]:
     original = scaling.get("original_max_position_embeddings")
     if model_type == "phi3" and original is not None:
         config.setdefault("original_max_position_embeddings", original)
-    return [NOTE]
+    return notes
 
 
 def _one_set(config: dict[str, Any], nested: dict[str, Any], model_type: str, where: object) -> dict[str, Any]:
