@@ -119,9 +119,17 @@ def text_ids(tokenizer: Any, text: str, *, begins: bool = True) -> list[int]:
         text: the text; a beginning-of-text token that it spells itself is not added again.
         begins: the text is the beginning, not the continuation of what a prompt cache holds, which gets no special
             tokens.
+
+    Raises:
+        InvalidInputError: half a surrogate pair in the text.
     """
     if not text:
         return []
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise InvalidInputError(f"prompt: {half} alone is no character; remove it") from error
     special = begins and (tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token))
     return list(tokenizer.encode(text, add_special_tokens=special))
 

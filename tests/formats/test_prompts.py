@@ -121,6 +121,12 @@ def test_a_text_begins_once():
     assert encode_prompt(Chatty(), "ab") == [ord(c) for c in "[u]ab|[a]"]
 
 
+@pytest.mark.parametrize("text", ["a\ud800", "\udc00b"])
+def test_half_a_character_is_no_text(text):
+    with pytest.raises(InvalidInputError, match=r"prompt: \\ud[8c]00 alone is no character; remove it"):
+        prompt_ids(Letters(), text, 10)
+
+
 class BatchEncoding(dict):
     """What transformers' tokenizers return, near enough."""
 
