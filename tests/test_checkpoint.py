@@ -276,18 +276,6 @@ def test_unsupported_families(copy, model_type, reason):
         load(copy)
 
 
-def test_rotary_settings_that_mlx_lm_would_overlook_are_refused(copy):
-    config = json.loads((copy / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
-    (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match=r"rope_parameters .* put its rope_theta"):
-        load(copy)
-    nested = {"model_type": "gemma3", "text_config": {"rope_parameters": config["rope_parameters"]}}
-    (copy / "config.json").write_text(json.dumps(nested))
-    with pytest.raises(UnsupportedError, match=r"rope_parameters .* put its rope_theta"):
-        load(copy)
-
-
 def test_code_in_a_checkpoint_is_not_run(copy):
     (copy / "evil.py").write_text("raise SystemExit('ran')")
     change_json(copy / "config.json", model_file="evil.py")
@@ -318,7 +306,7 @@ def test_an_adapter_is_not_a_model(tmp_path):
 
 def test_a_file_is_not_a_model(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidInputError, match=r"file is not a directory; give the directory that holds config.json"):
+    with pytest.raises(InvalidInputError, match="file is not a directory; give the directory that holds config"):
         resolve(tmp_path / "file")
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from specstream_cli.costs import cost_lines, cost_table
+from specstream_cli.options import Adapter, Revision, TrustRemoteCode
 from specstream_cli.plots import check_plot, draw
 from specstream_cli.tables import table
 from specstream_cli.terminal import answer, progress_bar, quieten_libraries, to_stderr
@@ -17,9 +18,9 @@ def calibrate(
         str | None,
         typer.Option(help="MLX model directory or Hugging Face repository; default: the model shipped here."),
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Directory with a stream adapter for this base (convert --adapter-only).")
-    ] = None,
+    adapter: Adapter = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     prompts_file: Annotated[
         Path | None,
         typer.Option(help="JSON lines with a 'prompt' each; default: samples.jsonl of the model, or text it samples."),
@@ -43,22 +44,23 @@ def calibrate(
     for length in context or []:
         within(1)(length)
     check_plot(plot)
-    quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
+    quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}, revision), debug=debug)
     with answer() as out:
         from specstream_mlx import load
-        from specstream_mlx.calibration.measure import encode_prompt, find_samples, measure, read_prompts
+        from specstream_mlx.calibration.measure import find_samples, measure
+        from specstream_mlx.formats.prompts import encode_prompt, read_prompts
+        from specstream_mlx.models.load import model_directory
         from specstream_mlx.planning.store import save
 
-        file = prompts_file
-        if file is None:
-            file = find_samples(model)
+        directory = model_directory(model, revision, trust_remote_code=trust_remote_code)
+        file = prompts_file if prompts_file is not None else find_samples(directory)
         rows = read_prompts(file)[:prompts] if file is not None else None
-        target, tokenizer = load(model, adapter=adapter)
+        target, tokenizer = load(directory, adapter=adapter, trust_remote_code=trust_remote_code)
         with progress_bar(quiet=quiet) as progress:
             calibration = measure(
                 target,
                 tokenizer,
-                [encode_prompt(tokenizer, row["prompt"]) for row in rows] if rows is not None else None,
+                [encode_prompt(tokenizer, row) for row in rows] if rows is not None else None,
                 text=f"{file.name}, {len(rows)} prompts" if file is not None and rows is not None else None,
                 contexts=context,
                 repeats=repeats,

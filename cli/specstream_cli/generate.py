@@ -12,14 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from specstream_cli.batch import SEPARATOR, Batch, totals, totals_line
-from specstream_cli.chat_template import ChatTemplate
+from specstream_cli.chat_template import ask, chat_template
 from specstream_cli.exact import ExactCheck
+from specstream_cli.options import Adapter, Revision, TrustRemoteCode, place_of
 from specstream_cli.sampling import (
     ContextSize,
     FrequencyPenalty,
     LogitBias,
     MinP,
     MinTokensToKeep,
+    ModelDefaults,
     PresencePenalty,
     RepetitionPenalty,
     Sampling,
@@ -31,19 +33,20 @@ from specstream_cli.sampling import (
     XtcThreshold,
 )
 from specstream_cli.terminal import Answer, Progress, ReaderGone, answer, progress_bar, quieten_libraries, to_stderr
-from specstream_cli.validation import any_repo_id, tree_spec, utf8, utf8_each, within
+from specstream_cli.validation import any_repo_id, tree_spec, unescaped, unescaped_each, utf8, utf8_each, within
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.options import DraftMode, Insertion
 
 
 def generate(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Option(help="MLX model directory or Hugging Face repository; default: the model shipped here."),
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Directory with a stream adapter for this base (convert --adapter-only).")
-    ] = None,
+    adapter: Adapter = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -54,7 +57,8 @@ def generate(
         ),
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="Answer the prompts of a file in turn: JSON lines with a 'prompt' each.")
+        Path | None,
+        typer.Option(help="Answer the prompts of a file in turn: JSON lines with a 'prompt' or 'messages', or text."),
     ] = None,
     system_prompt: Annotated[
         str | None, typer.Option(callback=utf8, help="System message of the chat template.")
@@ -73,7 +77,7 @@ def generate(
     ] = 256,
     stop: Annotated[
         list[str] | None,
-        typer.Option(callback=utf8_each, help="End the answer before this text; may be repeated."),
+        typer.Option(callback=unescaped_each, help=r"End the answer before this text, \n a new line; may be repeated."),
     ] = None,
     extra_eos_token: Annotated[
         list[str] | None,
@@ -93,6 +97,7 @@ def generate(
     frequency_penalty: FrequencyPenalty = 0.0,
     frequency_context_size: ContextSize = 20,
     logit_bias: LogitBias = None,
+    use_generation_config: ModelDefaults = False,
     seed: Seed = None,
     draft: Annotated[
         DraftMode,
@@ -143,7 +148,7 @@ def generate(
     """Answer a prompt, printing the text as it is made."""
     refuse_contradictions(draft, tree, insertion, prune_threshold)
     sampling = Sampling.of(locals())
-    chat = ChatTemplate.of(system_prompt, chat_template_config, ignore_chat_template, prefill_response)
+    chat = chat_template(system_prompt, chat_template_config, ignore_chat_template, prefill_response)
     if prompts_file is not None and prompt is not None:
         raise UsageError("--prompts-file: contradicts --prompt; drop one")
     if prompt is None and prompts_file is None and (model is not None or prompt_cache_file is not None):
@@ -152,10 +157,10 @@ def generate(
     if prompt_cache_file is not None and (prompts_file is not None or check_exact):
         option = "--prompts-file" if prompts_file is not None else "--check-exact"
         raise UsageError(f"--prompt-cache-file: an answer uses the cache up, which {option} cannot do; drop one")
-    if check_exact and temp > 0 and seed is None:
+    if check_exact and (temp > 0 or use_generation_config) and seed is None:
         raise UsageError("--check-exact: sampled text can be compared for the same seed only; give --seed")
     question = None if prompt is None else read_prompt(prompt)
-    quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
+    quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}, revision), debug=debug)
     with answer() as out:
         from specstream_mlx import DraftOptions, load, stream_generate
 
@@ -167,15 +172,22 @@ def generate(
             if not quiet:
                 to_stderr(question)
         caches = None
+        place = place_of(revision, trust_remote_code)
         if prompt_cache_file is None:
-            target, tokenizer = load(model, adapter=adapter)
+            target, tokenizer = load(model, adapter=adapter, **place)
         else:
-            from specstream_mlx.target.prompt_cache import load_prompt_cache, model_of
+            from specstream_mlx.target.prompt_cache import load_prompt_cache, model_of, revision_of
 
             cache_file = Path(prompt_cache_file).expanduser()
-            target, tokenizer = load(model_of(cache_file, model), adapter=adapter)
+            named = model_of(cache_file, model)
+            place = place_of(revision_of(cache_file, revision), trust_remote_code)
+            target, tokenizer = load(named, adapter=adapter, **place)
+            if system_prompt is not None:
+                to_stderr("note: --system-prompt has no effect: the prompt cache holds what comes before the question")
             caches = load_prompt_cache(cache_file, target)
         add_eos_tokens(tokenizer, extra_eos_token or [])
+        if use_generation_config:
+            sampling = sampling.with_model_defaults(Path(tokenizer.name_or_path), context)
         sampling.check(target.args.vocab_size)
         how: dict[str, Any] = {
             "sampler": sampling.sampler(tokenizer),
@@ -187,7 +199,8 @@ def generate(
             "quantized_kv_start": quantized_kv_start,
             "max_kv_size": max_kv_size,
         }
-        check = ExactCheck(target, model, adapter, how) if check_exact else None
+        continued: dict[str, Any] = {} if prefill_response is None else {"continues_text": True}
+        check = ExactCheck(target, model, adapter, how, revision) if check_exact else None
 
         def start(prompt: str | list[int], progress: Progress | None) -> Iterator[Any]:
             return iter(
@@ -202,15 +215,16 @@ def generate(
                     prompt_progress_callback=prompt_progress(progress, prefill_step_size),
                     prompt_cache=caches,
                     **how,
+                    **continued,
                 )
             )
 
         session = _Session(out, as_json, quiet, tokenizer, start, check)
         if batch is not None:
-            statistics = session.answer_batch(batch, batch.encode(target, tokenizer, chat.prompt))
+            statistics = session.answer_batch(batch, batch.encode(target, tokenizer, chat))
         else:
             assert question is not None
-            statistics = session.answer_prompt(chat.prompt(tokenizer, question, cached=caches is not None))
+            statistics = session.answer_prompt(ask(chat, tokenizer, question, cached=caches is not None))
     if not quiet:
         to_stderr(statistics)
     if check is not None:
@@ -251,18 +265,18 @@ class _Session:
         # A bar and a text on one terminal would overwrite each other.
         hidden = self.quiet or (not self.as_json and self.out.stream.isatty())
         with _keeping(finish), progress_bar(quiet=hidden) as progress:
-            for index, (prompt, line, ids) in enumerate(zip(batch.prompts, batch.lines, encoded, strict=True)):
+            for index, (prompt, ids) in enumerate(zip(batch.prompts, encoded, strict=True)):
                 if index and not self.as_json:
                     self.out.write(f"{SEPARATOR}\n")
                 run = _Run(None if self.as_json else self.out)
 
-                def keep(run: _Run = run, prompt: str = prompt) -> None:
+                def keep(run: _Run = run, asked: Any = prompt.asked) -> None:
                     run.end_line()
                     if run.last is not None:
-                        answers.append({"prompt": prompt} | run.document())
+                        answers.append({"prompt": asked} | run.document())
 
                 with _keeping(keep):
-                    self._consume(run, ids, self.start(ids, None), f"{batch.path}:{line}: ")
+                    self._consume(run, ids, self.start(ids, None), f"{prompt.place}: ")
                 if progress is not None:
                     progress("prompts", index + 1, len(encoded))
         return totals_line(answers)
@@ -338,7 +352,7 @@ def refuse_contradictions(
 def read_prompt(prompt: str) -> str:
     """The text of ``--prompt``; ``-`` is standard input, taken as it is."""
     if prompt != "-":
-        text = prompt.replace("\\n", "\n").replace("\\t", "\t")  # as mlx-lm does
+        text = unescaped(prompt)
     elif sys.stdin is None:
         raise InvalidInputError("standard input is closed; pipe the prompt in, or give --prompt TEXT")
     else:

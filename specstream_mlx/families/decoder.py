@@ -74,6 +74,12 @@ class DecoderFamily:
         return f"{cls.NORM}.weight"
 
     @classmethod
+    def has_head(cls, base: Any) -> bool:
+        """Whether a base has an LM head of its own; otherwise its embedding is the head."""
+        owner, _, name = cls.HEAD.rpartition(".")
+        return name in at(base, owner)
+
+    @classmethod
     def embedding_scale(cls, args: Any) -> float | None:
         """The factor of the token embedding, from the model's arguments or its configuration; None without one."""
         return None

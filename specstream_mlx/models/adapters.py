@@ -234,6 +234,8 @@ def _read_live_lora(directory: Path, base: nn.Module) -> tuple[MountedLayer, ...
             "fine-tune as a model"
         )
     held = read_tensors(weights_file)
+    if not held:
+        raise InvalidInputError(f"{weights_file}: holds no tensor, so it would change nothing; save the adapter again")
     before = dict(base.named_modules())
 
     def replaced() -> list[MountedLayer]:

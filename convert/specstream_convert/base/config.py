@@ -12,8 +12,8 @@ from typing import Any
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families import CONVERTED, FAMILIES
 from specstream_mlx.families.hugging_face import HuggingFace
+from specstream_mlx.families.rope_parameters import lift
 from specstream_mlx.formats.messages import escaped, listing, refuse
-from specstream_mlx.formats.rope import LIFTED, lift_rope_parameters
 
 SWITCHES = (
     "tie_word_embeddings", "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias",
@@ -139,8 +139,7 @@ def _check_quantization(config: dict[str, Any], where: Path) -> None:
 
 def _check_rope(config: dict[str, Any], theirs: HuggingFace, where: Path, notes: list[str]) -> None:
     """Refuse a position encoding that mlx-lm does not compute as transformers does."""
-    if lift_rope_parameters(config, where):
-        notes.append(LIFTED)
+    notes += [f"config.json: {note}" for note in lift(config, str(config["model_type"]), where)]
     theta = config.get("rope_theta")
     if theta is None:
         if theirs.rope_theta is None:
