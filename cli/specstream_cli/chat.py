@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from specstream_cli.chat_template import ChatTemplate, Message
+from specstream_cli.drafting import check_drafter, drafter_arguments
 from specstream_cli.generate import (
     add_eos_tokens,
     generate,
@@ -24,7 +25,7 @@ from specstream_cli.sampling import Sampling
 from specstream_cli.terminal import Answer, answer, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.validation import any_repo_id, within
 from specstream_mlx.errors import InvalidInputError
-from specstream_mlx.options import DraftMode, Insertion
+from specstream_mlx.options import DrafterName, DraftMode, Insertion
 
 HELP = "q: quit   r: reset, forgetting the conversation   h: help   Ctrl-C: stop the answer, or quit"
 PROMPT = "> "
@@ -57,6 +58,9 @@ def chat(
     seed: Annotated[
         int, typer.Option(callback=within(0, 2**64 - 1), help="Same seed and same questions, same answers.")
     ] = 0,
+    drafter: DrafterName | None = None,
+    draft_model: str | None = None,
+    num_draft_tokens: int | None = None,
     draft: DraftMode = "auto",
     tree: str | None = None,
     insertion: Insertion | None = None,
@@ -73,11 +77,13 @@ def chat(
     debug: bool = False,
 ) -> None:
     """Talk with a model; every line is a question. 'q' quits, 'r' forgets the conversation, 'h' helps."""
-    refuse_contradictions(draft, tree, insertion, prune_threshold)
+    refuse_contradictions(draft, tree, insertion, prune_threshold, drafter)
     sampling = Sampling.of(locals())
     template = ChatTemplate.of(system_prompt, chat_template_config, ignore_chat_template)
-    quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
+    places = {"--model": model, "--adapter": adapter, "--draft-model": draft_model}
+    quieten_libraries(offline=not any_repo_id(places), debug=debug)
     with answer() as out:
+        check_drafter(drafter, draft_model, num_draft_tokens)
         import mlx.core as mx
 
         from specstream_mlx import DraftOptions, load
@@ -87,7 +93,7 @@ def chat(
         sampling.check(target.args.vocab_size)
         mx.random.seed(seed)
         limits = {"kv_bits": kv_bits, "kv_group_size": kv_group_size, "quantized_kv_start": quantized_kv_start}
-        options = {
+        options = drafter_arguments(target, drafter, draft_model, num_draft_tokens) | {
             "sampler": sampling.sampler(tokenizer),
             "logits_processors": sampling.logits_processors(),
             "draft": draft,

@@ -59,7 +59,7 @@ def measure(
     lengths = usable_contexts(model, contexts or CONTEXTS, drafter.max_depth)
     costs = measure_costs(model, lengths, drafter, repeats=repeats, progress=progress)
     anchors = tuple(int(count) for count in counts.trials)
-    return Calibration(calibration_key(model, drafter.name), tuple(costs), counts.rates(), anchors, text or OWN_TEXT)
+    return Calibration(calibration_key(model, drafter), tuple(costs), counts.rates(), anchors, text or OWN_TEXT)
 
 
 def find_samples(model: str | None) -> Path | None:
