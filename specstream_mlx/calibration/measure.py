@@ -41,11 +41,11 @@ def measure(
         contexts: lengths of context to time passes at; None: a few that fit the model.
 
     Raises:
-        UsageError: the model has no streams.
+        UsageError: the model has no drafter of its own, and no other is given.
     """
     drafter = drafter or model.drafter
     if drafter is None:
-        raise UsageError("this model has no streams, so there is no draft to plan; convert one with streams")
+        raise UsageError("this model has no drafter of its own, so there is no draft to plan; choose another drafter")
     stop_tokens = sorted(tokenizer.eos_token_ids)
     if prompts:
         counts = measure_acceptance(
