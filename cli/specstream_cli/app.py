@@ -5,9 +5,10 @@ Exit codes: 0 ok, 1 a bug of ours, 2 usage, 3 invalid input, 4 unsupported, 5 ve
 """
 
 import os
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +23,7 @@ from specstream_cli.generate import generate
 from specstream_cli.inspect import inspect
 from specstream_cli.terminal import ReaderGone, silence_stdout, to_stderr
 from specstream_cli.train import TrainCommand, train
-from specstream_mlx.errors import SpecStreamError
+from specstream_mlx.errors import SpecStreamError, UsageError
 
 PROGRAM = "specstream-mlx"
 INTERRUPTED = 130
@@ -76,13 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         silence_stdout()
         return READER_GONE
     except Exception as error:
-        code = _report(error, debug)
+        code = _report(error, debug, words)
     if code == INTERRUPTED:
         to_stderr("interrupted")
     return int(code or 0)
 
 
-def _report(error: Exception, debug: bool) -> int:
+def _report(error: Exception, debug: bool, words: Sequence[str]) -> int:
     """Print ``error`` the way its kind deserves and return the exit code."""
     if debug:
         traceback.print_exception(error, file=sys.stderr)
@@ -92,7 +93,7 @@ def _report(error: Exception, debug: bool) -> int:
 
     if isinstance(error, SpecStreamError):
         for line in str(error).splitlines() or [type(error).__name__]:
-            to_stderr(f"error: {line}")
+            to_stderr(f"error: {_with_flag(line, words) if isinstance(error, UsageError) else line}")
         return error.exit_code
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
@@ -104,10 +105,21 @@ def _report(error: Exception, debug: bool) -> int:
     return 1
 
 
+def _with_flag(line: str, words: Sequence[str]) -> str:
+    """A library's message about an argument, by the flag of the command where that has one."""
+    argument = re.match(r"\w+(?= is | goes | does )", line)
+    commands: Mapping[str, Any] = vars(get_command(app))["commands"]
+    command = next((commands[word] for word in words if word in commands), None)
+    if argument is None or command is None:
+        return line
+    flags = {parameter.name: max(parameter.opts, key=len) for parameter in command.params}
+    return flags.get(argument[0], argument[0]) + line[argument.end() :]
+
+
 def _usage_message(error: typer.TyperException) -> str:
     option = getattr(getattr(error, "param", None), "opts", None)
     if isinstance(error, typer.BadParameter) and option and error.message:
-        message = f"{max(option, key=len)}: {error.message}"
+        message = f"{max(option, key=len)}: {error.message.removeprefix('Value error, ')}"
     else:
         message = str(getattr(error, "format_message", error.__str__)())
     message = " ".join(message.split()).rstrip(".")

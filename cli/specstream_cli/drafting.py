@@ -1,13 +1,12 @@
 """The flags that say who drafts, and what they stand for."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from specstream_cli.validation import within
-from specstream_mlx.errors import InvalidInputError, SpecStreamError, UsageError
+from specstream_mlx.errors import InvalidInputError, SpecStreamError
 from specstream_mlx.options import DrafterName
 
 ChosenDrafter = Annotated[
@@ -44,22 +43,18 @@ def check_drafter(drafter: str | None, draft_model: str | None, num_draft_tokens
     """Refuse flags that contradict each other before anything is loaded.
 
     Raises:
-        UsageError: by the names of the flags.
+        UsageError: they do.
     """
     from specstream_mlx.drafters.choice import check_choice
 
-    try:
-        check_choice(drafter, draft_model, num_draft_tokens)
-    except UsageError as error:
-        message = re.sub(r"\b(draft_model|num_draft_tokens)\b", lambda m: "--" + m[0].replace("_", "-"), str(error))
-        raise UsageError(message) from error
+    check_choice(drafter, draft_model, num_draft_tokens)
 
 
 def check_drafters(names: Sequence[str | None], draft_model: str | None, num_draft_tokens: int | None) -> None:
     """As ``check_drafter`` for several drafters, each of which takes what is made for it; None: the model's own.
 
     Raises:
-        UsageError: by the names of the flags.
+        UsageError: they contradict each other.
     """
     from specstream_mlx.drafters.choice import TAKE_NUM_DRAFT_TOKENS
 

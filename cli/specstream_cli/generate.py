@@ -479,7 +479,8 @@ def statistics_line(last: Any) -> str:
     ]
     if any(last.drafted_by_depth):
         pairs = zip(last.accepted_by_depth, last.drafted_by_depth, strict=True)
-        parts.append("accepted by depth " + " ".join(f"{accepted}/{drafted}" for accepted, drafted in pairs))
+        rates = [f"{accepted}/{drafted}" for accepted, drafted in pairs if drafted]
+        parts.append("accepted by depth " + " ".join(rates))
     gigabytes = last.peak_memory
     parts.append(f"peak {gigabytes:.2f} GB" if gigabytes >= 1 else f"peak {gigabytes * 1000:.0f} MB")
     return ", ".join(parts)
