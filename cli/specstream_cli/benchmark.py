@@ -202,6 +202,7 @@ def load_arms(
         The arms, the tokenizer, the target, and what the JSON document says about them.
     """
     from specstream_mlx import default_model_path, load
+    from specstream_mlx.drafters.choice import TAKE_NUM_DRAFT_TOKENS
     from specstream_mlx.engine.exactness import plain_model
     from specstream_mlx.models.identity import calibration_key
 
@@ -234,9 +235,7 @@ def load_arms(
         "adapter": None if adapter is None else target.adapter,
         "adapter_bytes": target.adapters[in_use].num_bytes if in_use is not None else 0,
         "draft_model": None if draft_model is None else Path(draft_model).name,
-        "num_draft_tokens": {
-            who: drafter.max_depth for who, drafter in chosen.items() if who is not None and drafter is not None
-        },
+        "num_draft_tokens": {name: chosen[name].max_depth for name in TAKE_NUM_DRAFT_TOKENS if name in chosen},
         "weights_gb": our_bytes / 1e9,
         "tree": tree,
         "insertion": insertion,
