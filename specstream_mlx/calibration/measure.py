@@ -45,7 +45,9 @@ def measure(
     """
     drafter = drafter or model.drafter
     if drafter is None:
-        raise UsageError("this model has no drafter of its own, so there is no draft to plan; choose another drafter")
+        raise UsageError(
+            "this model has no streams, so there is no draft to plan; convert one with streams, or name a drafter"
+        )
     stop_tokens = sorted(tokenizer.eos_token_ids)
     if prompts:
         counts = measure_acceptance(

@@ -133,7 +133,7 @@ def test_a_model_without_streams_says_so_when_it_is_asked_for_them(run, director
     assert "drafter 'streams' is asked for, and the model and its adapter have none" in result.stderr
     assert generate(run, str(plain), "--drafter", "prompt-lookup")["draft"]["drafter"] == "prompt-lookup"
     assert generate(run, str(plain))["draft"]["drafter"] == "none"
-    assert run("calibrate", "--model", str(plain)).stderr.startswith("error: this model has no drafter of its own")
+    assert run("calibrate", "--model", str(plain)).stderr.startswith("error: this model has no streams, so")
 
 
 def test_chat_drafts_as_it_is_told(run, monkeypatch, directory):
