@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -77,13 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         silence_stdout()
         return READER_GONE
     except Exception as error:
-        code = _report(error, debug, words)
+        code = _report(error, debug)
     if code == INTERRUPTED:
         to_stderr("interrupted")
     return int(code or 0)
 
 
-def _report(error: Exception, debug: bool, words: Sequence[str]) -> int:
+def _report(error: Exception, debug: bool) -> int:
     """Print ``error`` the way its kind deserves and return the exit code."""
     if debug:
         traceback.print_exception(error, file=sys.stderr)
@@ -93,7 +93,7 @@ def _report(error: Exception, debug: bool, words: Sequence[str]) -> int:
 
     if isinstance(error, SpecStreamError):
         for line in str(error).splitlines() or [type(error).__name__]:
-            to_stderr(f"error: {_with_flag(line, words) if isinstance(error, UsageError) else line}")
+            to_stderr(f"error: {_with_flag(line) if isinstance(error, UsageError) else line}")
         return error.exit_code
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
@@ -105,15 +105,13 @@ def _report(error: Exception, debug: bool, words: Sequence[str]) -> int:
     return 1
 
 
-def _with_flag(line: str, words: Sequence[str]) -> str:
-    """A library's message about an argument, by the flag of the command where that has one."""
-    argument = re.match(r"\w+(?= is | goes | does )", line)
-    commands: Mapping[str, Any] = vars(get_command(app))["commands"]
-    command = next((commands[word] for word in words if word in commands), None)
-    if argument is None or command is None:
-        return line
-    flags = {parameter.name: max(parameter.opts, key=len) for parameter in command.params}
-    return flags.get(argument[0], argument[0]) + line[argument.end() :]
+def _with_flag(line: str) -> str:
+    """A library's message about an argument, by its flag."""
+    return re.sub(r"^(draft_model|num_draft_tokens|prune_threshold)(?= )", _flag, line)
+
+
+def _flag(argument: re.Match[str]) -> str:
+    return "--" + argument[0].replace("_", "-")
 
 
 def _usage_message(error: typer.TyperException) -> str:

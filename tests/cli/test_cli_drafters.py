@@ -103,7 +103,7 @@ def test_refusals_are_one_line_and_name_the_flag(run, monkeypatch, directory, co
         (["--drafter", "none", "--draft", "tree"], "--draft tree: has no meaning with --drafter none; drop one"),
         (["--drafter", "none", "--tree", "chain:2"], "--tree: has no meaning with --drafter none; drop one"),
         (["--drafter", "prompt-lookup", "--prune-threshold", "0.1"], "--prune-threshold does not go with this drafter"),
-        (["--drafter", "prompt-lookup", "--tree", "chain:99"], "--tree is 'chain:99': depth 99 exceeds"),
+        (["--drafter", "prompt-lookup", "--tree", "chain:99"], "tree is 'chain:99': depth 99 exceeds"),
         (["--drafter", "magic"], "--drafter: 'magic' is not one of"),
         (["--drafter", "prompt-lookup", "--insertion", "leaf"], "insertion 'leaf' goes with the drafter 'streams'"),
         (["--show-passes", "--quiet"], "--show-passes: contradicts --quiet"),
