@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from specstream_cli.chat_template import chat_template, is_used
+from specstream_cli.drafting import check_drafter, drafter_arguments
 from specstream_cli.generate import (
     add_eos_tokens,
     generate,
@@ -28,7 +29,7 @@ from specstream_cli.validation import any_repo_id, unescaped, within
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.formats.chat_template import ChatTemplate, Message, answer_message
 from specstream_mlx.formats.prompts import prompt_ids, template_ids
-from specstream_mlx.options import DraftMode, Insertion
+from specstream_mlx.options import DrafterName, DraftMode, Insertion
 
 QUOTE = '"""'
 HELP = (
@@ -71,6 +72,9 @@ def chat(
     seed: Annotated[
         int, typer.Option(callback=within(0, 2**64 - 1), help="Same seed and same questions, same answers.")
     ] = 0,
+    drafter: DrafterName | None = None,
+    draft_model: str | None = None,
+    num_draft_tokens: int | None = None,
     draft: DraftMode = "auto",
     tree: str | None = None,
     insertion: Insertion | None = None,
@@ -90,11 +94,13 @@ def chat(
 
     A question of several lines stands between triple quotes; lines that are pasted on a terminal are one question.
     """
-    refuse_contradictions(draft, tree, insertion, prune_threshold)
+    refuse_contradictions(draft, tree, insertion, prune_threshold, drafter)
     sampling = Sampling.of(locals())
     template = chat_template(system_prompt, chat_template_config, ignore_chat_template)
-    quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}, revision), debug=debug)
+    places = {"--model": model, "--adapter": adapter, "--draft-model": draft_model}
+    quieten_libraries(offline=not any_repo_id(places, revision), debug=debug)
     with answer() as out:
+        check_drafter(drafter, draft_model, num_draft_tokens)
         import mlx.core as mx
 
         from specstream_mlx import DraftOptions, load
@@ -106,7 +112,7 @@ def chat(
         sampling.check(target.args.vocab_size)
         mx.random.seed(seed)
         limits = {"kv_bits": kv_bits, "kv_group_size": kv_group_size, "quantized_kv_start": quantized_kv_start}
-        options = {
+        options = drafter_arguments(target, drafter, draft_model, num_draft_tokens) | {
             "sampler": sampling.sampler(tokenizer),
             "logits_processors": sampling.logits_processors(),
             "draft": draft,

@@ -39,11 +39,13 @@ def measure(
         contexts: lengths of context to time passes at; None: a few that fit the model.
 
     Raises:
-        UsageError: the model has no streams.
+        UsageError: the model has no drafter of its own, and no other is given.
     """
     drafter = drafter or model.drafter
     if drafter is None:
-        raise UsageError("this model has no streams, so there is no draft to plan; convert one with streams")
+        raise UsageError(
+            "this model has no streams, so there is no draft to plan; convert one with streams, or name a drafter"
+        )
     stop_tokens = sorted(tokenizer.eos_token_ids)
     if prompts:
         counts = measure_acceptance(
@@ -57,7 +59,7 @@ def measure(
     lengths = usable_contexts(model, contexts or CONTEXTS, drafter.max_depth)
     costs = measure_costs(model, lengths, drafter, repeats=repeats, progress=progress)
     anchors = tuple(int(count) for count in counts.trials)
-    return Calibration(calibration_key(model, drafter.name), tuple(costs), counts.rates(), anchors, text or OWN_TEXT)
+    return Calibration(calibration_key(model, drafter), tuple(costs), counts.rates(), anchors, text or OWN_TEXT)
 
 
 def find_samples(directory: Path) -> Path | None:
