@@ -105,7 +105,7 @@ BREAKS = (
     ),
     Break(
         "half a character reaches the tokenizer",
-        "specstream_mlx/training/datasets.py",
+        "specstream_mlx/formats/jsonl.py",
         'if "\\\\u" in line:',
         "if False:",
         CLI_TRAIN + "test_rows_that_nothing",
