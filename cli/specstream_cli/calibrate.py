@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from specstream_cli.costs import cost_lines, cost_table
-from specstream_cli.options import Adapter, Revision, TrustRemoteCode
 from specstream_cli.drafting import (
     ChosenDrafter,
     DraftModel,
@@ -15,6 +14,7 @@ from specstream_cli.drafting import (
     choose_drafters,
     load_draft_model,
 )
+from specstream_cli.options import Adapter, Revision, TrustRemoteCode
 from specstream_cli.plots import check_plot, draw
 from specstream_cli.tables import table
 from specstream_cli.terminal import answer, progress_bar, quieten_libraries, to_stderr

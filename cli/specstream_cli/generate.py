@@ -305,7 +305,7 @@ class _Session:
             for index, (prompt, ids) in enumerate(zip(batch.prompts, encoded, strict=True)):
                 if index and not self.as_json:
                     self.out.write(f"{SEPARATOR}\n")
-                run = self.run(f"{batch.path}:{line}")
+                run = self.run(prompt.place)
 
                 def keep(run: _Run = run, asked: Any = prompt.asked) -> None:
                     run.end_line()
