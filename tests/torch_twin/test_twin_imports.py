@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the twin needs the torch extra")
 
-import specstream_torch  # noqa: E402
+import specstream_torch
 
 MODULES = sorted(module.name for module in pkgutil.iter_modules(specstream_torch.__path__, "specstream_torch."))
 
