@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +23,17 @@ from specstream_mlx.drafters.streams.lora import StreamLoRALinear
 from specstream_mlx.drafters.streams.parameters import Streams
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families.decoder import DecoderFamily
+from specstream_mlx.formats.adapter_directory import (
+    LIVE_CONFIG,
+    LIVE_WEIGHTS,
+    has_head,
+    has_streams,
+    live_lora,
+    read_tensors,
+)
+from specstream_mlx.formats.base_model import base_problems
 from specstream_mlx.formats.config import (
+    BASE_SIZES,
     CONFIG_NAME,
     LORA_PREFIX,
     PREFIX,
@@ -33,15 +44,12 @@ from specstream_mlx.formats.config import (
 from specstream_mlx.formats.drafter_config import DRAFTER_CONFIG
 from specstream_mlx.formats.load_errors import load_error
 from specstream_mlx.formats.safetensors import FLOATS, check_safetensors
-from specstream_mlx.models.based import check_base
-from specstream_mlx.models.heads import has_head, read_drafter_config, read_head
+from specstream_mlx.models.heads import read_drafter_config, read_head
 from specstream_mlx.planning.times import PassTimes
 from specstream_mlx.target.mounts import BARE, Mount, MountedLayer, put_layers
 from specstream_mlx.target.rotary import PassContext
 
 OWN = "own"  # the name of the streams that lie in a model's own directory
-LIVE_CONFIG = "adapter_config.json"
-LIVE_WEIGHTS = "adapters.safetensors"
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _IS_PEFT = "{}: a PEFT checkpoint; run specstream-mlx convert --adapter-only on it"
 
@@ -99,22 +107,6 @@ def check_adapter_configuration(directory: Path) -> None:
         raise InvalidInputError(_IS_PEFT.format(directory))
 
 
-def has_adapter(directory: Path) -> bool:
-    """Whether there is anything in a directory that ``read_adapter`` reads."""
-    return has_head(directory) or _has_streams(directory) or live_lora(directory) is not None
-
-
-def live_lora(directory: Path) -> Path | None:
-    """The directory of an adapter's LoRA in mlx-lm's format, for ``mlx_lm.load(adapter_path=...)``; None without one.
-
-    It is ``adapters`` in a directory of ours. A directory that mlx-lm wrote is one itself, unless it holds a model.
-    """
-    if (directory / "adapters").is_dir():
-        return directory / "adapters"
-    own = (directory / LIVE_WEIGHTS).exists() and not (directory / "config.json").exists()
-    return directory if own else None
-
-
 def read_adapter(directory: Path, base: nn.Module, family: DecoderFamily, context: PassContext) -> Adapter:
     """Read an adapter for a bare base, which is as before when this returns or raises.
 
@@ -131,7 +123,7 @@ def read_adapter(directory: Path, base: nn.Module, family: DecoderFamily, contex
     live = live_lora(directory)
     layers: tuple[MountedLayer, ...] = ()
     if has_head(directory):
-        if _has_streams(directory):
+        if has_streams(directory):
             raise InvalidInputError(
                 f"{directory}: holds streams and a draft head; keep one, an adapter has one drafter"
             )
@@ -140,16 +132,16 @@ def read_adapter(directory: Path, base: nn.Module, family: DecoderFamily, contex
         adapter = Adapter(mount=Mount(layers), head=read_head(directory, base, family))
         mx.eval(adapter.arrays)
         return adapter
-    if not _has_streams(directory) or not (directory / WEIGHTS_NAME).exists():
+    if not has_streams(directory) or not (directory / WEIGHTS_NAME).exists():
         if any((directory / name).exists() for name in _PEFT_WEIGHTS):
             raise InvalidInputError(_IS_PEFT.format(directory))
-        if not _has_streams(directory) and live is None:
+        if not has_streams(directory) and live is None:
             raise InvalidInputError(
                 f"{directory}: no {CONFIG_NAME} and {WEIGHTS_NAME}, no {DRAFTER_CONFIG}, and no LoRA of mlx-lm; give a "
                 "converted adapter"
             )
     config = streams = None
-    if _has_streams(directory):
+    if has_streams(directory):
         config, streams, layers = _read_streams(directory, base, family, context)
         if config.mode == "lossless" and live is not None:
             raise InvalidInputError(f"{live}: a LoRA on all rows, and the streams beside it are lossless; remove one")
@@ -160,10 +152,6 @@ def read_adapter(directory: Path, base: nn.Module, family: DecoderFamily, contex
     return adapter
 
 
-def _has_streams(directory: Path) -> bool:
-    return (directory / CONFIG_NAME).exists() or (directory / WEIGHTS_NAME).exists()
-
-
 def _read_streams(
     directory: Path, base: nn.Module, family: DecoderFamily, context: PassContext
 ) -> tuple[StreamConfig, Streams, tuple[MountedLayer, ...]]:
@@ -171,8 +159,7 @@ def _read_streams(
     config_file, weights_file = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     stream_config = StreamConfig.from_dict(read_json(config_file), str(config_file))
     sizes = vars(base.args)
-    unfit = _unfit(stream_config, len(family.layers), config_file)
-    check_base(stream_config.base_model, "streams", family, base, config_file, unfit)
+    _check_base(stream_config, family, base, sizes, config_file)
     hidden_size = family.size(sizes, "hidden_size")
     tensors = _read_tensors(weights_file, stream_config, hidden_size)
     dtype = family.dtype
@@ -204,23 +191,24 @@ def _read_tensors(path: Path, config: StreamConfig, hidden_size: int) -> dict[st
             problems.append(f"{path}:{name}: shape {info.shape}, {CONFIG_NAME} and the base need {expected[name]}")
     if problems:
         raise InvalidInputError("\n".join(problems))
-    tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-    bad = [name for name, value in tensors.items() if not mx.isfinite(value).all().item()]
-    if bad:
-        raise InvalidInputError("\n".join(f"{path}:{name}: holds NaN or infinite values" for name in bad))
-    return tensors
+    return read_tensors(path)
 
 
-def _unfit(stream_config: StreamConfig, layers: int, where: Path) -> list[str]:
-    """What the streams need and a base of so many layers has not."""
-    problems = []
-    if stream_config.num_stream_layers > layers:
-        problems.append(
-            f"{where}: num_stream_layers is {stream_config.num_stream_layers}, the base has {layers} layers"
-        )
-    if stream_config.prune is not None and stream_config.prune.layer > layers:
-        problems.append(f"{where}: prune.layer is {stream_config.prune.layer}, the base has {layers} layers")
-    return problems
+def _check_base(
+    stream_config: StreamConfig, family: DecoderFamily, base: nn.Module, config: dict[str, Any], where: Path
+) -> None:
+    """The streams' base block against the base at hand: sizes, and the fingerprint when both sides have one."""
+    marked = family.fingerprint_tensor(config)
+    sizes = {key: family.size(config, key) for key in BASE_SIZES}
+    problems = base_problems(
+        stream_config,
+        where,
+        sizes,
+        len(family.layers),
+        lambda name: dict(tree_flatten(base.parameters()))[name] if name == marked else None,
+    )
+    if problems:
+        raise InvalidInputError("\n".join(problems))
 
 
 def _stream_lora(
@@ -272,11 +260,9 @@ def _read_live_lora(directory: Path, base: nn.Module) -> tuple[MountedLayer, ...
             f"{config_file}: fine_tune_type is {kind!r}; only 'lora' and 'dora' leave the base as it is, load a full "
             "fine-tune as a model"
         )
-    held = check_safetensors(weights_file)
-    tensors: dict[str, mx.array] = mx.load(str(weights_file))  # type: ignore[assignment]
-    bad = [name for name, value in tensors.items() if not mx.isfinite(value).all().item()]
-    if bad:
-        raise InvalidInputError("\n".join(f"{weights_file}:{name}: holds NaN or infinite values" for name in bad))
+    held = read_tensors(weights_file)
+    if not held:
+        raise InvalidInputError(f"{weights_file}: holds no tensor, so it would change nothing; save the adapter again")
     before = dict(base.named_modules())
 
     def replaced() -> list[MountedLayer]:

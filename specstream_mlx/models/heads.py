@@ -10,17 +10,13 @@ from specstream_mlx.drafters.head import BaseSizes, Head
 from specstream_mlx.drafters.heads import HEADS
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families.decoder import DecoderFamily
-from specstream_mlx.formats.config import read_json
+from specstream_mlx.formats.adapter_directory import read_tensors
+from specstream_mlx.formats.base_model import block_problems
+from specstream_mlx.formats.config import BASE_SIZES, read_json
 from specstream_mlx.formats.drafter_config import DRAFTER_CONFIG, DRAFTER_WEIGHTS, DrafterConfig
 from specstream_mlx.formats.safetensors import FLOATS, check_safetensors
-from specstream_mlx.models.based import check_base
 
 INTEGERS = ("I32", "I64")
-
-
-def has_head(directory: Path) -> bool:
-    """Whether a directory holds a draft head, or a part of one."""
-    return (directory / DRAFTER_CONFIG).exists() or (directory / DRAFTER_WEIGHTS).exists()
 
 
 def read_drafter_config(directory: Path) -> DrafterConfig:
@@ -45,16 +41,28 @@ def read_head(directory: Path, base: nn.Module, family: DecoderFamily) -> Head:
         UnsupportedError: a kind or a variant that we do not run.
     """
     config, where = read_drafter_config(directory), directory / DRAFTER_CONFIG
-    check_base(config.base_model, f"{config.kind} weights", family, base, where)
+    _check_base(config, base, family, where)
     head = HEADS[config.kind].from_settings(config.settings, sizes_of(base, family), str(where))
     path = directory / DRAFTER_WEIGHTS
     check_tensors(head, path)
-    tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-    bad = [name for name, value in tensors.items() if not mx.isfinite(value).all().item()]
-    if bad:
-        raise InvalidInputError("\n".join(f"{path}:{name}: holds NaN or infinite values" for name in bad))
-    put_tensors(head, tensors, family.dtype)
+    put_tensors(head, read_tensors(path), family.dtype)
     return head
+
+
+def _check_base(config: DrafterConfig, base: nn.Module, family: DecoderFamily, where: Path) -> None:
+    """The head's base block against the base at hand: sizes, and the fingerprint when both sides have one."""
+    sizes = vars(base.args)
+    marked = family.fingerprint_tensor(sizes)
+    problems = block_problems(
+        config.base_model,
+        where,
+        {key: family.size(sizes, key) for key in BASE_SIZES},
+        lambda name: dict(tree_flatten(base.parameters()))[name] if name == marked else None,
+        what=f"the {config.kind} weights",
+        hint="give the base that the head was trained on",
+    )
+    if problems:
+        raise InvalidInputError("\n".join(problems))
 
 
 def sizes_of(base: nn.Module, family: DecoderFamily) -> BaseSizes:

@@ -1,5 +1,6 @@
 """Published heads -> an adapter directory: planned, written, read back and compared."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from specstream_convert.heads.source import HeadSource, open_heads
 from specstream_convert.options import DTYPES, ConvertOptions
 from specstream_convert.report import REPORT_NAME, ConversionReport, TensorFate, versions
 from specstream_convert.verification.verify import Progress
-from specstream_convert.writing.output import OutputDirectory, write_json
+from specstream_convert.writing.output import check_place, check_target
 from specstream_mlx.drafters.heads import HEADS
-from specstream_mlx.errors import InvalidInputError, UsageError, VerificationError
+from specstream_mlx.errors import InvalidInputError, VerificationError
 from specstream_mlx.formats.drafter_config import DRAFTER_CONFIG, DRAFTER_WEIGHTS, DrafterConfig
 from specstream_mlx.formats.fingerprint import sha256_file
 from specstream_mlx.formats.messages import listing
+from specstream_mlx.formats.output import replaced_directory, write_json
 from specstream_mlx.formats.safetensors import mlx_dtype, open_tensors
 from specstream_mlx.formats.tensor_writer import Entry, TensorOut, write_tensors
 from specstream_mlx.models.heads import check_tensors, read_drafter_config
@@ -31,34 +33,32 @@ def convert_heads(options: ConvertOptions, heads: Path, progress: Progress, pick
     Raises:
         UsageError, InvalidInputError, UnsupportedError, VerificationError: nothing has been written then.
     """
-    OutputDirectory(options.mlx_path, overwrite=options.overwrite, inputs=[heads])
+    target = Path(options.mlx_path).expanduser()
+    replaceable = partial(check_target, target, overwrite=options.overwrite)
+    check_place(target, [heads])
+    replaceable()
     source = open_heads(heads, pickles)
     base = _base(options, pickles)
     plan = plan_heads(source, base)
     _check_shapes(source, plan)
-    inputs = [source.directory, *([base.path] if base is not None else [])]
-    output = OutputDirectory(options.mlx_path, overwrite=options.overwrite, inputs=inputs)
+    check_place(target, [source.directory, *([base.path] if base is not None else [])])
     plan.notes += pickles.notes
     hashes = {file.path.name: file.sha256() for file in source.files} | {"config.json": sha256_file(source.config_path)}
     config = DrafterConfig(plan.kind, plan.settings, _base_block(plan, base), source={"sha256": hashes})
     if options.dry_run:
         return _report(options, plan, config, hashes, {}, None)
-    with output as directory:
-        try:
-            outs = [_out(name, tensor, options.dtype) for name, tensor in plan.tensors.items()]
-            digest = write_tensors(directory / DRAFTER_WEIGHTS, outs, done=_counter(outs, progress))
-            write_json(directory / DRAFTER_CONFIG, config.to_dict())
-            verification = _verify(directory, plan) if options.verify else None
-            written = {DRAFTER_WEIGHTS: digest, DRAFTER_CONFIG: sha256_file(directory / DRAFTER_CONFIG)}
-            files = {
-                name: {"bytes": (directory / name).stat().st_size, "sha256": sha256}
-                for name, sha256 in sorted(written.items())
-            }
-            report = _report(options, plan, config, hashes, files, verification)
-            write_json(directory / REPORT_NAME, report.to_dict())
-        except OSError as error:
-            raise UsageError(f"{options.mlx_path}: cannot be written ({error.strerror or error})") from error
-        output.commit()
+    with replaced_directory(target, replaceable) as directory:
+        outs = [_out(name, tensor, options.dtype) for name, tensor in plan.tensors.items()]
+        digest = write_tensors(directory / DRAFTER_WEIGHTS, outs, done=_counter(outs, progress))
+        write_json(directory / DRAFTER_CONFIG, config.to_dict())
+        verification = _verify(directory, plan) if options.verify else None
+        written = {DRAFTER_WEIGHTS: digest, DRAFTER_CONFIG: sha256_file(directory / DRAFTER_CONFIG)}
+        files = {
+            name: {"bytes": (directory / name).stat().st_size, "sha256": sha256}
+            for name, sha256 in sorted(written.items())
+        }
+        report = _report(options, plan, config, hashes, files, verification)
+        write_json(directory / REPORT_NAME, report.to_dict())
     return report
 
 
@@ -162,6 +162,7 @@ def _report(
         tensors=fates,
         notes=tuple(plan.notes),
         warnings=(),
+        quantization=None,
         versions=versions(),
         input_hashes=hashes,
         output_files=files,
