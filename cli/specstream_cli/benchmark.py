@@ -21,6 +21,7 @@ from specstream_cli.arms import (
 )
 from specstream_cli.costs import cost_lines, cost_table
 from specstream_cli.drafting import NumDraftTokens, check_drafters, choose_drafters, load_draft_model, one_of
+from specstream_cli.options import Revision, TrustRemoteCode
 from specstream_cli.plots import check_plot, draw
 from specstream_cli.quality import quality
 from specstream_cli.tables import table
@@ -40,8 +41,14 @@ def benchmark(
     ] = None,
     adapter: Annotated[
         str | None,
-        typer.Option(help="Directory with an adapter for this base; mlx-lm runs the base, or its fine-tune by a LoRA."),
+        typer.Option(
+            "--adapter",
+            "--adapter-path",
+            help="Directory with an adapter for this base; mlx-lm runs the base, or its fine-tune by a LoRA.",
+        ),
     ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     prompts_file: Annotated[
         list[Path] | None,
         typer.Option(
@@ -130,9 +137,8 @@ def benchmark(
     if draft_model is not None:
         drafters.append("two-model")
     check_plot(plot)
-    quieten_libraries(
-        offline=not any_repo_id({"--model": model, "--adapter": adapter, "--draft-model": draft_model}), debug=debug
-    )
+    places = {"--model": model, "--adapter": adapter, "--draft-model": draft_model}
+    quieten_libraries(offline=not any_repo_id(places, revision), debug=debug)
 
     def remark(line: str) -> None:
         if not quiet:
@@ -140,6 +146,7 @@ def benchmark(
 
     with answer() as out, progress_bar(quiet=quiet) as progress:
         check_drafters(drafters, draft_model, num_draft_tokens)
+        from specstream_mlx.models.load import model_directory
         from specstream_mlx.target import machine
 
         document: dict[str, Any] = {
@@ -150,11 +157,14 @@ def benchmark(
         if random_weights is not None:
             document |= _random_costs(random_weights, dtype or "float16", q_bits, context, repeats, progress)
         else:
+            directory = model_directory(model, revision, trust_remote_code=trust_remote_code)
             arms, tokenizer, target, about = load_arms(
                 model,
                 draft,
                 max_tokens,
                 remark,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
                 adapter=adapter,
                 tree=tree,
                 insertion=insertion,
@@ -167,7 +177,7 @@ def benchmark(
                 tokenizer._eos_token_ids = set()
             if noise_streams:
                 _make_noise(target)
-            loads = workloads(model, prompts_file, prompts, context, tokenizer, target, max_tokens, remark)
+            loads = workloads(str(directory), prompts_file, prompts, context, tokenizer, target, max_tokens, remark)
             document["workloads"] = measure_all(arms, loads, repeats, allow_differences, progress)
             if costs:
                 document["costs_of_drafter"] = target.drafter.name if target.drafter is not None else None
@@ -186,6 +196,8 @@ def load_arms(
     max_tokens: int,
     remark: Callable[[str], None],
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     adapter: str | None = None,
     tree: str | None = None,
     insertion: Insertion | None = None,
@@ -201,13 +213,14 @@ def load_arms(
     Returns:
         The arms, the tokenizer, the target, and what the JSON document says about them.
     """
-    from specstream_mlx import default_model_path, load
+    from specstream_mlx import load
     from specstream_mlx.drafters.choice import TAKE_NUM_DRAFT_TOKENS
     from specstream_mlx.engine.exactness import plain_model
     from specstream_mlx.models.identity import calibration_key
+    from specstream_mlx.models.load import model_directory
 
-    path = str(default_model_path()) if name is None else name
-    target, tokenizer = load(path, adapter=adapter)
+    path = model_directory(name, revision, trust_remote_code=trust_remote_code)
+    target, tokenizer = load(path, adapter=adapter, trust_remote_code=trust_remote_code)
     stock = plain_model(target, path, adapter)
     in_use = target.adapter
     second = None if draft_model is None else load_draft_model(target, draft_model)
@@ -227,7 +240,7 @@ def load_arms(
         arms.append(stock_arm(TWO_MODEL, stock, tokenizer, size, max_tokens, **more))
     key = calibration_key(target)
     about = {
-        "model": Path(path).name,
+        "model": path.name if name is None or Path(name).expanduser().is_dir() else name,
         "model_type": target.model_type,
         "dtype": key["dtype"],
         "quantization": key["quantization"],
@@ -289,18 +302,20 @@ def workloads(
     max_tokens: int,
     remark: Callable[[str], None],
 ) -> list[Workload]:
-    from specstream_mlx.calibration.measure import encode_prompt, find_samples, read_prompts
+    from specstream_mlx.calibration.measure import find_samples
+    from specstream_mlx.formats.prompts import encode_prompt, read_prompts
+    from specstream_mlx.models.load import model_directory
 
-    samples = find_samples(name)
+    samples = find_samples(model_directory(name))
     if not files and samples is None:
         raise InvalidInputError("no samples.jsonl beside the model; give --prompts-file")
     limit = target.context_length or 1 << 30
     loads = []
     for file in files or ([samples] if samples is not None else []):
         rows = read_prompts(file)
-        own = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-        found = [next((row[key] for key in REFERENCES if isinstance(row.get(key), str)), None) for row in rows]
-        texts = [row["prompt"] for row in rows]
+        own = [encode_prompt(tokenizer, row) for row in rows]
+        found = [next((row.row[key] for key in REFERENCES if isinstance(row.row.get(key), str)), None) for row in rows]
+        texts = [row.text for row in rows]
         references = [text for text in found[:count] if text is not None]
         complete = references if len(references) == len(found[:count]) else None
         loads.append(Workload(file.name, own[:count], texts[:count], complete))

@@ -14,6 +14,7 @@ from specstream_cli.drafting import (
     choose_drafters,
     load_draft_model,
 )
+from specstream_cli.options import Adapter, Revision, TrustRemoteCode
 from specstream_cli.plots import check_plot, draw
 from specstream_cli.tables import table
 from specstream_cli.terminal import answer, progress_bar, quieten_libraries, to_stderr
@@ -26,9 +27,9 @@ def calibrate(
         str | None,
         typer.Option(help="MLX model directory or Hugging Face repository; default: the model shipped here."),
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Directory with a stream adapter for this base (convert --adapter-only).")
-    ] = None,
+    adapter: Adapter = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     drafter: ChosenDrafter = None,
     draft_model: DraftModel = None,
     num_draft_tokens: NumDraftTokens = None,
@@ -58,18 +59,19 @@ def calibrate(
         within(1)(length)
     check_plot(plot)
     places = {"--model": model, "--adapter": adapter, "--draft-model": draft_model}
-    quieten_libraries(offline=not any_repo_id(places), debug=debug)
+    quieten_libraries(offline=not any_repo_id(places, revision), debug=debug)
     with answer() as out:
         check_drafter(drafter, draft_model, num_draft_tokens)
         from specstream_mlx import load
-        from specstream_mlx.calibration.measure import encode_prompt, find_samples, measure, read_prompts
+        from specstream_mlx.calibration.measure import find_samples, measure
+        from specstream_mlx.formats.prompts import encode_prompt, read_prompts
+        from specstream_mlx.models.load import model_directory
         from specstream_mlx.planning.store import save
 
-        file = prompts_file
-        if file is None:
-            file = find_samples(model)
+        directory = model_directory(model, revision, trust_remote_code=trust_remote_code)
+        file = prompts_file if prompts_file is not None else find_samples(directory)
         rows = read_prompts(file)[:prompts] if file is not None else None
-        target, tokenizer = load(model, adapter=adapter)
+        target, tokenizer = load(directory, adapter=adapter, trust_remote_code=trust_remote_code)
         second = None if draft_model is None else load_draft_model(target, draft_model)
         who = "two-model" if second is not None else drafter
         chosen = choose_drafters(target, [who], second, num_draft_tokens)[who]
@@ -77,7 +79,7 @@ def calibrate(
             calibration = measure(
                 target,
                 tokenizer,
-                [encode_prompt(tokenizer, row["prompt"]) for row in rows] if rows is not None else None,
+                [encode_prompt(tokenizer, row) for row in rows] if rows is not None else None,
                 drafter=chosen,
                 text=f"{file.name}, {len(rows)} prompts" if file is not None and rows is not None else None,
                 contexts=context,

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from specstream_cli.batch import SEPARATOR, Batch, totals, totals_line
-from specstream_cli.chat_template import ChatTemplate
+from specstream_cli.chat_template import ask, chat_template
 from specstream_cli.drafting import ChosenDrafter, DraftModel, NumDraftTokens, check_drafter, drafter_arguments
 from specstream_cli.exact import ExactCheck
+from specstream_cli.options import Adapter, Revision, TrustRemoteCode, place_of
 from specstream_cli.passes import Decode, Pass, PassLines, is_coloured, legend
 from specstream_cli.sampling import (
     ContextSize,
@@ -22,6 +23,7 @@ from specstream_cli.sampling import (
     LogitBias,
     MinP,
     MinTokensToKeep,
+    ModelDefaults,
     PresencePenalty,
     RepetitionPenalty,
     Sampling,
@@ -42,19 +44,20 @@ from specstream_cli.terminal import (
     quieten_libraries,
     to_stderr,
 )
-from specstream_cli.validation import any_repo_id, tree_spec, utf8, utf8_each, within
+from specstream_cli.validation import any_repo_id, tree_spec, unescaped, unescaped_each, utf8, utf8_each, within
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.options import DrafterName, DraftMode, Insertion
 
 
 def generate(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Option(help="MLX model directory or Hugging Face repository; default: the model shipped here."),
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Directory with a stream adapter for this base (convert --adapter-only).")
-    ] = None,
+    adapter: Adapter = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -65,7 +68,8 @@ def generate(
         ),
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="Answer the prompts of a file in turn: JSON lines with a 'prompt' each.")
+        Path | None,
+        typer.Option(help="Answer the prompts of a file in turn: JSON lines with a 'prompt' or 'messages', or text."),
     ] = None,
     system_prompt: Annotated[
         str | None, typer.Option(callback=utf8, help="System message of the chat template.")
@@ -84,7 +88,7 @@ def generate(
     ] = 256,
     stop: Annotated[
         list[str] | None,
-        typer.Option(callback=utf8_each, help="End the answer before this text; may be repeated."),
+        typer.Option(callback=unescaped_each, help=r"End the answer before this text, \n a new line; may be repeated."),
     ] = None,
     extra_eos_token: Annotated[
         list[str] | None,
@@ -104,6 +108,7 @@ def generate(
     frequency_penalty: FrequencyPenalty = 0.0,
     frequency_context_size: ContextSize = 20,
     logit_bias: LogitBias = None,
+    use_generation_config: ModelDefaults = False,
     seed: Seed = None,
     drafter: ChosenDrafter = None,
     draft_model: DraftModel = None,
@@ -165,7 +170,7 @@ def generate(
     if show_passes and quiet and not as_json:
         raise UsageError("--show-passes: contradicts --quiet, which leaves nothing to show; drop one, or add --json")
     sampling = Sampling.of(locals())
-    chat = ChatTemplate.of(system_prompt, chat_template_config, ignore_chat_template, prefill_response)
+    chat = chat_template(system_prompt, chat_template_config, ignore_chat_template, prefill_response)
     if prompts_file is not None and prompt is not None:
         raise UsageError("--prompts-file: contradicts --prompt; drop one")
     if prompt is None and prompts_file is None and (model is not None or prompt_cache_file is not None):
@@ -174,11 +179,11 @@ def generate(
     if prompt_cache_file is not None and (prompts_file is not None or check_exact):
         option = "--prompts-file" if prompts_file is not None else "--check-exact"
         raise UsageError(f"--prompt-cache-file: an answer uses the cache up, which {option} cannot do; drop one")
-    if check_exact and temp > 0 and seed is None:
+    if check_exact and (temp > 0 or use_generation_config) and seed is None:
         raise UsageError("--check-exact: sampled text can be compared for the same seed only; give --seed")
     question = None if prompt is None else read_prompt(prompt)
     places = {"--model": model, "--adapter": adapter, "--draft-model": draft_model}
-    quieten_libraries(offline=not any_repo_id(places), debug=debug)
+    quieten_libraries(offline=not any_repo_id(places, revision), debug=debug)
     with answer() as out:
         check_drafter(drafter, draft_model, num_draft_tokens)
         from specstream_mlx import DraftOptions, load, stream_generate
@@ -191,15 +196,22 @@ def generate(
             if not quiet:
                 to_stderr(question)
         caches = None
+        place = place_of(revision, trust_remote_code)
         if prompt_cache_file is None:
-            target, tokenizer = load(model, adapter=adapter)
+            target, tokenizer = load(model, adapter=adapter, **place)
         else:
-            from specstream_mlx.target.prompt_cache import load_prompt_cache, model_of
+            from specstream_mlx.target.prompt_cache import load_prompt_cache, model_of, revision_of
 
             cache_file = Path(prompt_cache_file).expanduser()
-            target, tokenizer = load(model_of(cache_file, model), adapter=adapter)
+            named = model_of(cache_file, model)
+            place = place_of(revision_of(cache_file, revision), trust_remote_code)
+            target, tokenizer = load(named, adapter=adapter, **place)
+            if system_prompt is not None:
+                to_stderr("note: --system-prompt has no effect: the prompt cache holds what comes before the question")
             caches = load_prompt_cache(cache_file, target)
         add_eos_tokens(tokenizer, extra_eos_token or [])
+        if use_generation_config:
+            sampling = sampling.with_model_defaults(Path(tokenizer.name_or_path), context)
         sampling.check(target.args.vocab_size)
         how: dict[str, Any] = {
             "sampler": sampling.sampler(tokenizer),
@@ -212,7 +224,8 @@ def generate(
             "max_kv_size": max_kv_size,
         }
         drafting = drafter_arguments(target, drafter, draft_model, num_draft_tokens)
-        check = ExactCheck(target, model, adapter, how) if check_exact else None
+        continued: dict[str, Any] = {} if prefill_response is None else {"continues_text": True}
+        check = ExactCheck(target, model, adapter, how, revision) if check_exact else None
 
         def start(prompt: str | list[int], progress: Progress | None) -> Iterator[Any]:
             return iter(
@@ -228,15 +241,16 @@ def generate(
                     prompt_cache=caches,
                     **drafting,
                     **how,
+                    **continued,
                 )
             )
 
         session = _Session(out, as_json, quiet, tokenizer, start, check, show_passes)
         if batch is not None:
-            statistics = session.answer_batch(batch, batch.encode(target, tokenizer, chat.prompt))
+            statistics = session.answer_batch(batch, batch.encode(target, tokenizer, chat))
         else:
             assert question is not None
-            statistics = session.answer_prompt(chat.prompt(tokenizer, question, cached=caches is not None))
+            statistics = session.answer_prompt(ask(chat, tokenizer, question, cached=caches is not None))
     if not quiet:
         to_stderr(statistics)
     if check is not None:
@@ -288,18 +302,18 @@ class _Session:
         # A bar and a text on one terminal would overwrite each other.
         hidden = self.quiet or (not self.as_json and self.out.stream.isatty())
         with _keeping(finish), progress_bar(quiet=hidden) as progress:
-            for index, (prompt, line, ids) in enumerate(zip(batch.prompts, batch.lines, encoded, strict=True)):
+            for index, (prompt, ids) in enumerate(zip(batch.prompts, encoded, strict=True)):
                 if index and not self.as_json:
                     self.out.write(f"{SEPARATOR}\n")
-                run = self.run(f"{batch.path}:{line}")
+                run = self.run(prompt.place)
 
-                def keep(run: _Run = run, prompt: str = prompt) -> None:
+                def keep(run: _Run = run, asked: Any = prompt.asked) -> None:
                     run.end_line()
                     if run.last is not None:
-                        answers.append({"prompt": prompt} | run.document())
+                        answers.append({"prompt": asked} | run.document())
 
                 with _keeping(keep):
-                    self._consume(run, ids, self.start(ids, None), f"{batch.path}:{line}: ")
+                    self._consume(run, ids, self.start(ids, None), f"{prompt.place}: ")
                 if progress is not None:
                     progress("prompts", index + 1, len(encoded))
         return totals_line(answers)
@@ -408,7 +422,7 @@ def refuse_contradictions(
 def read_prompt(prompt: str) -> str:
     """The text of ``--prompt``; ``-`` is standard input, taken as it is."""
     if prompt != "-":
-        text = prompt.replace("\\n", "\n").replace("\\t", "\t")  # as mlx-lm does
+        text = unescaped(prompt)
     elif sys.stdin is None:
         raise InvalidInputError("standard input is closed; pipe the prompt in, or give --prompt TEXT")
     else:

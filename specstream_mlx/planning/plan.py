@@ -68,7 +68,8 @@ def make_plan(
         raise UsageError(f"prune_threshold is {options.prune_threshold}, expected a probability 0..1")
     if gamma == 0 and mode in ("tree", "chain"):
         raise UsageError(
-            f"draft {mode!r} needs streams and this model has none; use draft 'off', a converted model or another drafter"
+            f"draft {mode!r} needs streams and this model has none; use draft 'off', a converted model, or another "
+            "drafter"
         )
     if mode in ("off", "chain") and options.tree is not None:
         raise UsageError(f"tree {options.tree!r} goes with draft 'tree' or 'auto', not {mode!r}")

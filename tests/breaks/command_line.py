@@ -5,16 +5,16 @@ from tests.breaks import Break
 BREAKS = (
     Break(
         "the text behind a prompt cache begins at its beginning",
-        "cli/specstream_cli/chat_template.py",
-        "text = text[place:]",
-        "pass",
+        "specstream_mlx/formats/chat_template.py",
+        "return text[begin:]",
+        "return text",
         "tests/cli/test_cli_cache_prompt.py::test_either_program",
     ),
     Break(
         "an answer is kept in the conversation without its question",
         "cli/specstream_cli/chat.py",
-        'self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]',
-        'self.messages += [{"role": "assistant", "content": text}]',
+        'self.messages += [{"role": "user", "content": question}, answer_message(text)]',
+        "self.messages += [answer_message(text)]",
         "tests/cli/test_cli_chat.py::test_every_answer",
     ),
     Break(

@@ -193,7 +193,7 @@ def test_an_adapter_is_measured_against_what_mlx_lm_makes_of_it(run, tmp_path, k
     if kind == "lossless":
         wrong = benchmark(run, make_another(base), "--adapter", str(adapter))
         assert (wrong.code, wrong.stderr.count("\n")) == (3, 1)
-        assert "this is another base than 'org/base'" in wrong.stderr
+        assert "this is another base or revision than 'org/base'" in wrong.stderr
 
 
 def make_another(base):

@@ -15,7 +15,8 @@ from tests.passes import early_exit_logits, verify
 from tests.tiny import FAMILIES, make_model, random_prompt, stream_config
 from tests.training.training_cases import with_lora
 
-ATOL = 2e-5  # float32, logits around 10, other orders of summation
+ATOL = 2e-5
+"""Float32 logits around 10 of one program whose rows come in other passes: other orders of summation."""
 CASES = {
     "low-rank": {},
     "lossless": {"mode": "lossless", "stream_init": {"type": "identity"}},
