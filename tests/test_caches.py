@@ -401,7 +401,7 @@ def test_a_kept_prefix_is_not_run_again(draft):
         assert {cache.offset for cache in kept.caches} == {len(kept.tokens)} == {len(ids) + 9}
 
 
-@pytest.mark.parametrize("call", [2, 30], ids=["prompt", "answer"])
+@pytest.mark.parametrize("call", [2, 10], ids=["prompt", "answer"])
 def test_a_kept_prefix_outlives_an_interrupted_pass(call):
     """Red when: rows that only some layers got are believed."""
     model = make_model("qwen3", seed=8)

@@ -91,8 +91,8 @@ def test_nothing_of_a_16_bit_base_is_raised_to_float32(mode: str) -> None:
     streams = forward_streams(model, main.trunk, main.keys_values, np.array([[2]], dtype=np.int32))
     exits = early_exit_logits(model, main.trunk)
     verified = verify(model, mx.array([3]), DraftTree.chain(0), model.make_cache(), insertion="leaf")
-    assert verified.stream_logits is not None
-    found = [*main.arrays, streams, exits, verified.logits, verified.stream_logits]
+    assert verified.rider_logits is not None
+    found = [*main.arrays, streams, exits, verified.logits, verified.rider_logits]
     assert {array.dtype for array in found} == {mx.bfloat16}
 
 
