@@ -46,7 +46,7 @@ def test_draft_heads_are_arms(run, directory, base, tmp_path, with_streams):
     assert [found["arm"] for found in load["arms"]] == names
     assert {found["prompts_with_equal_tokens"] for found in load["arms"]} == {2}
     assert all(sum(found["drafted_by_depth"]) > 0 for found in load["arms"][2:])
-    refused = run("benchmark", "--model", str(path), "--head", str(directory))
+    refused = run("benchmark", "--model", str(path), "--head", str(directory), "--quiet")
     assert (refused.code, refused.stderr.count("\n")) == (2, 1)
     assert "holds no draft head" in refused.stderr
 
