@@ -130,7 +130,14 @@ BREAKS = (
         "convert/specstream_torch/heads/eagle.py",
         "out.flatten(0, 1)[learned - 1]",
         "out.flatten(0, 1)[learned]",
-        "tests/tasks/test_head_training.py::test_training_lowers_the_loss_and_mlx_runs_what_was_trained",
+        "tests/tasks/test_head_training.py::test_a_layer_that_knows_the_next_features_is_always_right",
+    ),
+    Break(
+        "EAGLE-3's steps are held against the tokens of the step before",
+        "convert/specstream_torch/heads/eagle3.py",
+        "rows = batch.main_rows - 1 - step",
+        "rows = batch.main_rows - max(step, 1)",
+        "tests/tasks/test_head_training.py::test_a_layer_that_knows_the_next_features_is_always_right",
     ),
     Break(
         "a head counts across the end of an answer",

@@ -114,6 +114,41 @@ def test_a_layer_reads_a_packed_row_as_its_text_alone(tiny: Any, kind: str) -> N
     assert np.allclose(whole.losses, means, atol=1e-5)
 
 
+def shifted(rows: Any, steps: int) -> Any:
+    return torch.cat([rows[:, steps:], rows[:, :steps]], 1)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_a_layer_that_knows_the_next_features_is_always_right(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Break: hold a row against its own feature, or against the one after the next."""
+    base = load_base(tiny.base)
+    shape = shape_of(base)
+    reading = reading_of(base, KINDS[kind], shape, cycles(5), 1)
+    final = reading.states[max(reading.states)]
+    if kind == "eagle":
+        monkeypatch.setattr("specstream_torch.heads.eagle.NOISE", 0.0)
+
+        class Oracle(torch.nn.Module):
+            def forward(self, features: Any, embedded: Any, positions: Any, visible: Any) -> Any:
+                return shifted(features, 1)
+
+        result = KINDS[kind].loss(Oracle(), reading, torch.Generator())
+        assert result.losses[0] == 0
+        assert result.agreement == [1.0]
+        return
+
+    class Step(torch.nn.Module):
+        def forward(self, features: Any, embedded: Any, positions: Any, visible: Any, kept: list[Any]) -> Any:
+            kept.append(None)
+            return shifted(final, len(kept))
+
+    head: Any = KINDS[kind].make(shape, base.lm_head.weight.detach())
+    head.midlayer, head.norm = Step(), torch.nn.Identity()
+    assert KINDS[kind].loss(head, reading, torch.Generator()).agreement == [1.0] * 3
+
+
 def test_the_layers_are_those_of_the_formulas(tiny: Any) -> None:
     """EAGLE's rows, and EAGLE-3's steps as a draft would make them. Break: a step sees a later row's step before it."""
     base = load_base(tiny.base)
