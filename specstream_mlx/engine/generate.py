@@ -138,12 +138,71 @@ def stream_generate(
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
-    if max_tokens == 0 or max_tokens < -1:
-        raise UsageError(f"max_tokens is {max_tokens}, expected at least 1, or -1 for no limit")
+    check_stop(stop)
     if prefill_step_size < 1:
         raise UsageError(f"prefill_step_size is {prefill_step_size}, expected at least 1")
-    if any(not text for text in stop):
-        raise UsageError("stop holds an empty string, which would stop at once; remove it")
+    session, ids = new_session(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        draft=draft,
+        seed=seed,
+        prompt_cache=prompt_cache,
+        drafter=drafter,
+        draft_model=draft_model,
+        num_draft_tokens=num_draft_tokens,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start,
+        max_kv_size=max_kv_size,
+        draft_options=draft_options,
+        keeps_cache=prompt_cache is not None,
+    )
+    report = session.report
+    with wired(model):
+        outcomes = passes(session, ids, prefill_step_size, prompt_progress_callback)
+        try:
+            yield from _responses(session, outcomes, Text(tokenizer, stop, session.max_tokens), len(ids), report)
+        finally:
+            outcomes.close()
+
+
+def new_session(
+    model: SpecStreamModel,
+    tokenizer: TokenizerWrapper,
+    prompt: str | Sequence[int] | mx.array,
+    *,
+    max_tokens: int = 256,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    draft: DraftMode = "auto",
+    seed: int | None = None,
+    prompt_cache: list[Any] | None = None,
+    drafter: str | Drafter | None = None,
+    draft_model: Target | None = None,
+    num_draft_tokens: int | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START,
+    max_kv_size: int | None = None,
+    draft_options: DraftOptions | None = None,
+    keeps_cache: bool = False,
+) -> tuple[Session, list[int]]:
+    """A sequence that is about to begin, with the adapter in use, and the ids of its prompt.
+
+    Args:
+        prompt_cache: caches that hold what comes before ``prompt``.
+        keeps_cache: whether somebody goes on with the caches afterwards.
+        model, tokenizer, max_tokens and the others: as for ``stream_generate``.
+
+    Raises:
+        InvalidInputError, UsageError, UnsupportedError: as ``stream_generate``.
+    """
+    if max_tokens == 0 or max_tokens < -1:
+        raise UsageError(f"max_tokens is {max_tokens}, expected at least 1, or -1 for no limit")
     options = draft_options or DraftOptions()
     if drafter is None or isinstance(drafter, str):
         drafter = choose_drafter(drafter, model.drafter, draft_model, num_draft_tokens)
@@ -159,29 +218,34 @@ def stream_generate(
     max_tokens = model.tokens_within_context(max_tokens, caches[0].offset + len(ids))
     growth.check(model, prompt_cache, len(ids) + max_tokens if max_tokens > 0 else None)
     stop_tokens = set(tokenizer.eos_token_ids)
+    draws = TargetSampler(
+        sampler, logits_processors, model.args.vocab_size, seed, max_tokens=max_tokens, stop_tokens=stop_tokens
+    )
     session = Session(
         model,
         drafter,
         caches,
         plan,
         control,
-        TargetSampler(
-            sampler, logits_processors, model.args.vocab_size, seed, max_tokens=max_tokens, stop_tokens=stop_tokens
-        ),
+        draws,
         max_tokens=max_tokens,
         stop_tokens=stop_tokens,
         growth=growth,
         mount=model.mounted,
-        keeps_cache=prompt_cache is not None,
+        keeps_cache=keeps_cache,
         keeps_history=bool(logits_processors),
     )
-    report = plan.report(drafter.name if drafter is not None else "none")
-    with wired(model):
-        outcomes = passes(session, ids, prefill_step_size, prompt_progress_callback)
-        try:
-            yield from _responses(session, outcomes, Text(tokenizer, stop, max_tokens), len(ids), report)
-        finally:
-            outcomes.close()
+    return session, ids
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Refuse a stop string that would stop at once.
+
+    Raises:
+        UsageError: an empty string.
+    """
+    if any(not text for text in stop):
+        raise UsageError("stop holds an empty string, which would stop at once; remove it")
 
 
 def _responses(

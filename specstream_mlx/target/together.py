@@ -156,14 +156,14 @@ class Together:
         ]
         return keys, values
 
-    def attend(self, queries: mx.array, **arguments: Any) -> mx.array:
+    def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
         """Attention of (1, H, L, D_h) queries, each row over its own sequence."""
         main, beside = [], []
         for cache, mask, seat, (keys, values) in zip(
             self._caches, self._masks, self._seats, self._fetched, strict=True
         ):
             own = _rows(queries, seat)
-            out = _stock_attention(own, keys, values, cache=cache, mask=mask, **arguments)
+            out = _stock_attention(own, keys, values, cache, scale, mask, sinks)
             num_main = seat.rows.num_main
             main.append(out[:, :, :num_main] if seat.mounted else out)
             if seat.mounted:
@@ -183,12 +183,13 @@ def _rows(packed: mx.array, seat: Seat) -> mx.array:
 _stock_attention: Callable[..., mx.array] = stock.scaled_dot_product_attention
 
 
-def _attention(queries: mx.array, keys: Any, values: Any, cache: Any, **arguments: Any) -> mx.array:
+def _attention(
+    queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None
+) -> mx.array:
     """mlx-lm's attention, which rows of several sequences do not share."""
     if isinstance(cache, Together):
-        arguments.pop("mask", None)
-        return cache.attend(queries, **arguments)
-    return _stock_attention(queries, keys, values, cache=cache, **arguments)
+        return cache.attend(queries, scale, sinks)
+    return _stock_attention(queries, keys, values, cache, scale, mask, sinks)
 
 
 def install_attention(family: DecoderFamily) -> bool:
