@@ -152,7 +152,14 @@ def serve(
         scheduler.start()
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
-        run(make_app(scheduler, surface), listener, GRACE, log_level, lambda: to_stderr(f"listening on {address}"))
+        run(
+            make_app(scheduler, surface),
+            listener,
+            grace=GRACE,
+            log_level=log_level,
+            ready=lambda: to_stderr(f"listening on {address}"),
+            abandon=scheduler.abandon,
+        )
     finally:
         listener.close()
         scheduler.stop()

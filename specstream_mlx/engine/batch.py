@@ -24,7 +24,7 @@ from specstream_mlx.target.target import Passed, Target
 from specstream_mlx.target.tree import DraftTree
 
 _CLEAR_CACHE_EVERY = 64  # rounds
-_PLAIN_EVERY = 12  # rounds in which nothing is drafted, while it is not known what rows cost
+_PLAIN_EVERY = 3  # rounds of which one drafts nothing, while it is not known what rows cost
 
 
 @dataclass(eq=False)
@@ -294,9 +294,14 @@ class Batch:
             left = session.remaining
             depth = session.plan.gamma if left is None else min(session.plan.gamma, left - 1)
             sharing.append((session, Asking(rates.tolist(), max(depth, 0), _beside(self.target, session))))
-        probing = self.costs.wants_variety and self.counts.rounds % _PLAIN_EVERY == 0
-        if probing:
-            trees = [DraftTree.chain(0) for _ in sharing]
+        if self.costs.wants_variety:  # nothing can be weighed yet: the plan's trees, and now and then none
+            plain = DraftTree.chain(0)
+            trees = [
+                plain
+                if self.counts.rounds % _PLAIN_EVERY == 0
+                else (session.plan.tree or plain).truncate(asking.max_depth)
+                for session, asking in sharing
+            ]
         else:
             trees = share_rows(self.costs.seconds, len(group), [asking for _, asking in sharing])
         for (session, _), tree in zip(sharing, trees, strict=True):

@@ -82,7 +82,7 @@ def _probability(path: Path, rates: Rates) -> float:
 class RowCosts:
     """What passes cost by their rows: a straight line through what was measured, recent passes first.
 
-    Until enough was measured, a row costs ``ASSUMED`` of a pass.
+    Until enough was measured, ``seconds`` is a guess: a row costs ``ASSUMED`` of a pass.
     """
 
     ASSUMED = 0.04
@@ -96,7 +96,7 @@ class RowCosts:
     @property
     def wants_variety(self) -> bool:
         """Whether passes of another number of rows would tell more."""
-        return self._seen < self.ENOUGH or self._spread() < 1.0
+        return self._seen < self.ENOUGH or self._spread() < 0.25
 
     def observe(self, rows: float, seconds: float) -> None:
         """Take note of what a pass took; one that took far longer than expected says nothing."""

@@ -129,11 +129,15 @@ class Scheduler:
         """What tells the parts of an answer apart; it asks the tokenizer for nothing but its marks and parsers."""
         return Splitter(self._tokenizer, reasoning=reasoning, tools=tools)
 
-    def stop(self) -> None:
-        """End all answers, write what is to be kept, and end the thread."""
+    def abandon(self) -> None:
+        """End all answers with an error; from any thread. Prompts are kept as ever."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
+
+    def stop(self) -> None:
+        """End all answers, write what is to be kept, and end the thread."""
+        self.abandon()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -154,10 +158,12 @@ class Scheduler:
         with wired(self._model):
             while self._serve():
                 pass
-        for running in [*self._waiting, *self._running.values()]:
-            running.job.emit(Failed("the server is shutting down", 503, "shutting_down"))
+        ended = Failed("the server is shutting down", 503, "shutting_down")
+        for job in [*self._incoming, *(running.job for running in self._waiting)]:
+            job.emit(ended)
+        for running in list(self._running.values()):
             self._batch.remove(running.session)
-            self._keep(running)
+            self._end(running, ended)
         while self._prefixes.save_one():
             pass
 
