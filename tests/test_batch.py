@@ -231,3 +231,79 @@ def test_end_of_text_is_the_last_token():
         session, _ = new_session(MODEL, NumberTokenizer(), prompt, max_tokens=200)
         tokens, _ = run(Batch(MODEL), [(0, session, prompt)])
         assert END_OF_TEXT not in tokens[id(session)][:-1]
+
+
+def test_batch_generate_is_mlx_lms_and_each_is_alone():
+    """The answers, ids and log-probabilities of ``batch_generate`` are those of single generations."""
+    from specstream_mlx import batch_generate
+
+    class Tokenizer(NumberTokenizer):
+        def decode(self, ids):
+            return " ".join(map(str, ids))
+
+    prompts = [random_prompt(length, length) for length in (3, 9, 5)]
+    limits = [6, 12, 20]
+    answers = batch_generate(
+        MODEL,
+        Tokenizer(),
+        prompts,
+        max_tokens=limits,
+        return_token_ids=True,
+        return_logprobs=True,
+        return_prompt_caches=True,
+        completion_batch_size=2,
+    )
+    for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        text = plain_tokens(MODEL.base, prompt, limit)
+        ids = answers.token_ids[index]
+        assert ids == [token for token in text if token != END_OF_TEXT]
+        assert answers.texts[index] == " ".join(map(str, ids))
+        assert answers.caches[index][0].offset == len(prompt) + len(text)
+        rows = MODEL(mx.array([[*prompt, *ids]]))[0, len(prompt) - 1 : -1]
+        rows = rows - mx.logsumexp(rows, axis=-1, keepdims=True)
+        expected = rows[mx.arange(len(ids)), mx.array(ids)].tolist()
+        assert answers.logprobs[index] == pytest.approx(expected, abs=1e-3)
+    assert answers.stats.generation_tokens == sum(len(ids) for ids in answers.token_ids) + sum(
+        len(plain_tokens(MODEL.base, p, n)) - len(ids)
+        for p, n, ids in zip(prompts, limits, answers.token_ids, strict=True)
+    )
+    before = [cache.offset for cache in answers.caches[0]]
+    again = batch_generate(MODEL, Tokenizer(), [[7, 8]], prompt_caches=[answers.caches[0]], max_tokens=4)
+    assert [cache.offset for cache in answers.caches[0]] == before
+    assert again.texts[0]
+
+
+def test_a_pass_that_fails_can_be_tried_again_with_fewer(monkeypatch):
+    """Red when: rows of a pass that failed half-way stay in the caches."""
+    prompts = [random_prompt(5, index) for index in range(3)]
+    texts = [plain_tokens(MODEL.base, prompt, 14, end_of_text=()) for prompt in prompts]
+    batch = Batch(MODEL)
+    sessions = []
+    for prompt in prompts:
+        session, ids = new_session(MODEL, NumberTokenizer(()), prompt, draft="chain", max_tokens=14)
+        batch.add(session, ids)
+        sessions.append(session)
+    tokens: dict[int, list[int]] = {id(session): [] for session in sessions}
+    errors: dict[int, Exception] = {}
+    for _ in range(5):
+        for step in batch.step():
+            take(step, tokens, errors)
+    layer = MODEL.layers[2]
+    kind = type(layer)
+    real = kind.__call__
+
+    def failing(self, hidden, mask, cache):
+        if self is layer:
+            raise RuntimeError("[malloc] out of memory")
+        return real(self, hidden, mask, cache)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "__call__", failing)
+        with pytest.raises(RuntimeError, match="malloc"):
+            batch.step()
+    batch.remove(sessions[2])
+    while len(batch):
+        for step in batch.step():
+            take(step, tokens, errors)
+    assert not errors
+    assert [tokens[id(session)] for session in sessions[:2]] == texts[:2]

@@ -54,7 +54,8 @@ def generate(
         ),
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="Answer the prompts of a file in turn: JSON lines with a 'prompt' each.")
+        Path | None,
+        typer.Option(help="Answer the prompts of a file, several at once: JSON lines with a 'prompt' each."),
     ] = None,
     system_prompt: Annotated[
         str | None, typer.Option(callback=utf8, help="System message of the chat template.")
@@ -205,7 +206,23 @@ def generate(
                 )
             )
 
-        session = _Session(out, as_json, quiet, tokenizer, start, check)
+        def start_batch(prompts: list[list[int]]) -> Iterator[tuple[int, Any]]:
+            from specstream_mlx.engine.batch_generate import stream_batch
+
+            return iter(
+                stream_batch(
+                    target,
+                    tokenizer,
+                    prompts,
+                    max_tokens,
+                    draft=draft,
+                    draft_options=DraftOptions(tree=tree, insertion=insertion, prune_threshold=prune_threshold),
+                    stop=tuple(stop or ()),
+                    **how,
+                )
+            )
+
+        session = _Session(out, as_json, quiet, tokenizer, start, start_batch, check)
         if batch is not None:
             statistics = session.answer_batch(batch, batch.encode(target, tokenizer, chat.prompt))
         else:
@@ -226,6 +243,7 @@ class _Session:
     quiet: bool
     tokenizer: Any
     start: Callable[[str | list[int], Progress | None], Iterator[Any]]
+    start_batch: Callable[[list[list[int]]], Iterator[tuple[int, Any]]]
     check: ExactCheck | None
 
     def answer_prompt(self, prompt: str | list[int]) -> str:
@@ -241,36 +259,50 @@ class _Session:
         return statistics_line(run.last)
 
     def answer_batch(self, batch: Batch, encoded: list[list[int]]) -> str:
-        """Answer the prompts of a file in turn; the line of statistics."""
-        answers: list[dict[str, Any]] = []
+        """Answer the prompts of a file, several at once, and print them in turn; the line of statistics."""
+        runs = [_Run(None if self.as_json else self.out) for _ in batch.prompts]
+        later: list[list[Any]] = [[] for _ in runs]  # responses whose turn to be printed has not come
+        turn = 0
+
+        def answers() -> list[dict[str, Any]]:
+            told = zip(batch.prompts, runs, strict=True)
+            return [{"prompt": prompt} | run.document() for prompt, run in told if run.last is not None]
 
         def finish() -> None:
             if self.as_json:
-                self.out.write_json({"answers": answers} | totals(answers))
+                self.out.write_json({"answers": answers()} | totals(answers()))
+            elif turn < len(runs):
+                runs[turn].end_line()
 
         # A bar and a text on one terminal would overwrite each other.
         hidden = self.quiet or (not self.as_json and self.out.stream.isatty())
+        done = 0
         with _keeping(finish), progress_bar(quiet=hidden) as progress:
-            for index, (prompt, line, ids) in enumerate(zip(batch.prompts, batch.lines, encoded, strict=True)):
-                if index and not self.as_json:
-                    self.out.write(f"{SEPARATOR}\n")
-                run = _Run(None if self.as_json else self.out)
-
-                def keep(run: _Run = run, prompt: str = prompt) -> None:
-                    run.end_line()
-                    if run.last is not None:
-                        answers.append({"prompt": prompt} | run.document())
-
-                with _keeping(keep):
-                    self._consume(run, ids, self.start(ids, None), f"{batch.path}:{line}: ")
+            for index, response in self.start_batch(encoded):
+                if self.as_json or index == turn:
+                    runs[index].consume([response])
+                else:
+                    later[index].append(response)
+                if response.finish_reason is None:
+                    continue
+                done += 1
                 if progress is not None:
-                    progress("prompts", index + 1, len(encoded))
-        return totals_line(answers)
+                    progress("prompts", done, len(encoded))
+                while not self.as_json and turn < len(runs) and runs[turn].finished:
+                    runs[turn].end_line()
+                    turn += 1
+                    if turn < len(runs):
+                        self.out.write(f"{SEPARATOR}\n")
+                        runs[turn].consume(later[turn])
+            if self.check is not None:
+                for run, line, ids in zip(runs, batch.lines, encoded, strict=True):
+                    run.exact = self.check.compare(self.tokenizer, ids, run.token_ids, f"{batch.path}:{line}: ")
+        return totals_line(answers())
 
-    def _consume(self, run: "_Run", prompt: str | list[int], responses: Iterable[Any], name: str = "") -> None:
+    def _consume(self, run: "_Run", prompt: str | list[int], responses: Iterable[Any]) -> None:
         run.consume(responses)
         if self.check is not None:
-            run.exact = self.check.compare(self.tokenizer, prompt, run.token_ids, name)
+            run.exact = self.check.compare(self.tokenizer, prompt, run.token_ids, "")
 
 
 @contextlib.contextmanager
@@ -303,6 +335,10 @@ class _Run:
             self.token_ids.extend(int(token) for token in response.tokens)
             if self.out is not None and response.text:
                 self.out.write(response.text)
+
+    @property
+    def finished(self) -> bool:
+        return self.last is not None and self.last.finish_reason is not None
 
     def end_line(self) -> None:
         if self.out is not None and self.last is not None:

@@ -18,6 +18,7 @@ from specstream_mlx.drafters.protocol import Anchor
 from specstream_mlx.engine.session import Outcome, Session, first_draft
 from specstream_mlx.engine.single import passes_from
 from specstream_mlx.planning.shared import Asking, RowCosts, share_rows
+from specstream_mlx.target.caches import drop_rows, is_full
 from specstream_mlx.target.mounts import Mount
 from specstream_mlx.target.rows import Draft, Riders
 from specstream_mlx.target.target import Passed, Target
@@ -129,7 +130,11 @@ class Batch:
             self.remove(session)
 
     def step(self) -> list[Step]:
-        """A chunk of one prompt, if any waits, and a pass over all sequences that are ready."""
+        """A chunk of one prompt, if any waits, and a pass over all sequences that are ready.
+
+        What goes wrong with one sequence ends that one. An error of the pass itself, such as want of memory, is raised,
+        and the round can be tried again with fewer sequences.
+        """
         steps = self._prefill()
         ready = [seated for seated in self._seated if seated.prefilling is None]
         if not ready:
@@ -224,9 +229,18 @@ class Batch:
                     steps.append(self._failed(seated, error))
             if not drafts:
                 return steps
-            with self.target.building(mount):
-                parts = [seated.session.part(draft, seated.session.remaining) for seated, draft in drafts]
-                every = self.target.verify_together(parts)
+            starts = [seated.session.caches[0].offset for seated, _ in drafts]
+            try:
+                with self.target.building(mount):
+                    parts = [seated.session.part(draft, seated.session.remaining) for seated, draft in drafts]
+                    every = self.target.verify_together(parts)
+                mx.eval([passed.logits for passed in every], [passed.arrays for passed in every])
+            except Exception:
+                for (seated, _), start in zip(drafts, starts, strict=True):
+                    if not is_full(seated.session.caches):  # what it overwrote is lost
+                        for cache in seated.session.caches:
+                            drop_rows(cache, min(start, cache.offset))
+                raise
             drawn = {}
             in_order = [seated.session.sampler.in_order for seated, _ in drafts]
             for last in (False, True):  # those that read back in mid-draw come last
@@ -237,7 +251,7 @@ class Batch:
                         except Exception as error:
                             steps.append(self._failed(seated, error))
                 if not last:
-                    mx.eval([found.tokens for found in drawn.values()], [passed.arrays for passed in every])
+                    mx.eval([found.tokens for found in drawn.values()])
             mx.eval([found.tokens for found in drawn.values()])
         finished = []
         for index, found in drawn.items():

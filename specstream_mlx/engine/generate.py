@@ -1,7 +1,7 @@
 """Text from a prompt, in mlx-lm's manner: the engine's tokens decoded, stopped and counted."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,11 +161,14 @@ def stream_generate(
         draft_options=draft_options,
         keeps_cache=prompt_cache is not None,
     )
-    report = session.report
     with wired(model):
         outcomes = passes(session, ids, prefill_step_size, prompt_progress_callback)
+        narrator = Narrator(session, Text(tokenizer, stop, session.max_tokens), len(ids))
         try:
-            yield from _responses(session, outcomes, Text(tokenizer, stop, session.max_tokens), len(ids), report)
+            for outcome in outcomes:
+                yield narrator.tell(outcome)
+                if narrator.text.finish_reason is not None:
+                    return
         finally:
             outcomes.close()
 
@@ -248,37 +251,39 @@ def check_stop(stop: Sequence[str]) -> None:
         raise UsageError("stop holds an empty string, which would stop at once; remove it")
 
 
-def _responses(
-    session: Session, outcomes: Iterable[Outcome], text: Text, prompt_tokens: int, report: DraftReport
-) -> Generator[GenerationResponse, None, None]:
-    """What users are told of each pass."""
-    started = time.perf_counter()
-    prompt_seconds = 0.0
-    for outcome in outcomes:
-        if not prompt_seconds:
-            prompt_seconds = time.perf_counter() - started
-            started = time.perf_counter()
-        tokens, segment = text.take(outcome.tokens)
-        statistics = session.statistics
-        yield GenerationResponse(
+class Narrator:
+    """What users are told of each pass of a generation."""
+
+    def __init__(self, session: Session, text: Text, prompt_tokens: int) -> None:
+        self.text = text
+        self._session, self._prompt_tokens, self._report = session, prompt_tokens, session.report
+        self._started = time.perf_counter()
+        self._prompt_seconds = 0.0
+
+    def tell(self, outcome: Outcome) -> GenerationResponse:
+        """The response for the next pass."""
+        if not self._prompt_seconds:
+            self._prompt_seconds = time.perf_counter() - self._started
+            self._started = time.perf_counter()
+        tokens, segment = self.text.take(outcome.tokens)
+        statistics = self._session.statistics
+        return GenerationResponse(
             text=segment,
             tokens=tokens,
-            finish_reason=text.finish_reason,
-            prompt_tokens=prompt_tokens,
-            prompt_tps=prompt_tokens / prompt_seconds,
-            generation_tokens=text.num_tokens,
-            generation_tps=text.num_tokens / max(time.perf_counter() - started, 1e-9),
+            finish_reason=self.text.finish_reason,
+            prompt_tokens=self._prompt_tokens,
+            prompt_tps=self._prompt_tokens / self._prompt_seconds,
+            generation_tokens=self.text.num_tokens,
+            generation_tps=self.text.num_tokens / max(time.perf_counter() - self._started, 1e-9),
             target_passes=statistics.target_passes,
-            stream_passes=session.state.own_passes,
-            tokens_per_pass=text.num_tokens / statistics.target_passes,
+            stream_passes=self._session.state.own_passes,
+            tokens_per_pass=self.text.num_tokens / statistics.target_passes,
             drafted_by_depth=list(statistics.drafted_by_depth),
             accepted_by_depth=list(statistics.accepted_by_depth),
             peak_memory=mx.get_peak_memory() / 1e9,
-            draft=report,
+            draft=self._report,
             outcome=outcome,
         )
-        if text.finish_reason is not None:
-            return
 
 
 def generate(
