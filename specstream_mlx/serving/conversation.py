@@ -14,6 +14,15 @@ from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.serving.jobs import Message
 
 Kind = Literal["content", "reasoning", "call"]
+_CHANNELS = {
+    "normal": [
+        ("<|start|>assistant", "normal"),
+        ("<|channel|>analysis<|message|>", "reasoning"),
+        ("<|channel|>final<|message|>", "normal"),
+        ("<|end|>", "normal"),
+    ],
+    "reasoning": [("<|end|>", "normal")],
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class Splitter:
 
     def __init__(self, tokenizer: Any, *, reasoning: bool, tools: Sequence[Mapping[str, Any]] | None) -> None:
         self._tokenizer, self._tools = tokenizer, list(tools) if tools else None
-        self._state = make_text_state_machine(tokenizer).make_state("reasoning" if reasoning else "normal")
+        self._state = _machine(tokenizer).make_state("reasoning" if reasoning else "normal")
         self._call = ""
         self._in_call = False
 
@@ -106,6 +115,14 @@ class Splitter:
             return [("call", Call(str(call["name"]), _arguments(call.get("arguments")))) for call in calls]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, SyntaxError):
             return [("content", text)] if text.strip() else []  # what is no call is shown as it is
+
+
+def _machine(tokenizer: Any) -> TextStateMachine:
+    """mlx-lm's marks of a tokenizer; those of gpt-oss's channels are not among them."""
+    vocabulary = tokenizer.get_vocab()
+    if "<|channel|>" in vocabulary and "<|message|>" in vocabulary and not tokenizer.has_thinking:
+        return TextStateMachine(_CHANNELS)
+    return make_text_state_machine(tokenizer)
 
 
 def _arguments(arguments: Any) -> str:

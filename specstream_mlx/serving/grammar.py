@@ -62,7 +62,7 @@ class Grammars:
             for function in functions
         ]
         marks = [self._mark(mark) for mark in (self._tokenizer.tool_call_start, self._tokenizer.tool_call_end)]
-        schema = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+        schema = (kinds[0] if len(kinds) == 1 else {"anyOf": kinds}) | {"x-guidance": _WHITESPACE}
         lark = f'start: {marks[0]} "\\n"? call "\\n"? {marks[1]}\ncall: %json {json.dumps(schema)}\n'
         return self._constraint(guidance.LLMatcher.grammar_from_lark(lark), prompt_length)
 
