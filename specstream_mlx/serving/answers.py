@@ -21,6 +21,7 @@ class Choice:
     calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    stop_string: str | None = None
     num_tokens: int = 0
     target_passes: int = 0
     prompt_tokens: int = 0
@@ -30,6 +31,7 @@ class Choice:
         """Take a piece; what it adds: ("content" or "reasoning", text) or ("call", its entry)."""
         self.num_tokens, self.target_passes = piece.num_tokens, piece.target_passes
         self.logprobs += piece.logprobs
+        self.stop_string = piece.stop_string
         final = piece.finish_reason is not None
         parts: list[tuple[Any, Any]] = (
             [("content", piece.text)] if self.splitter is None else list(self.splitter.feed(piece.text, final=final))

@@ -34,8 +34,10 @@ from specstream_mlx.serving.answers import (
 )
 from specstream_mlx.serving.body import BadRequest, Body
 from specstream_mlx.serving.jobs import Admitted, Event, Failed, Job, Piece, Question, SamplingWish
+from specstream_mlx.serving.messages import MessageShape, NamedEvent, as_chat, error_object
 from specstream_mlx.serving.scheduler import Scheduler
 
+_MESSAGES = "/v1/messages"
 KEEP_ALIVE = 10.0  # seconds without a word in a stream
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "testserver")
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -72,6 +74,7 @@ def make_app(scheduler: Scheduler, surface: Surface) -> Starlette:
         Route("/v1/models/{name:path}", server.model, methods=["GET"]),
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
         Route("/v1/completions", server.completions, methods=["POST"]),
+        Route(_MESSAGES, server.messages, methods=["POST"]),
     ]
     middleware = [Middleware(_Gate, surface=surface)]
     if surface.origins:
@@ -80,7 +83,11 @@ def make_app(scheduler: Scheduler, surface: Surface) -> Starlette:
         )
         middleware.insert(0, cors)
     handlers: dict[Any, Callable[[Request, Any], Response]] = {
-        BadRequest: lambda request, error: _refuse(error),
+        BadRequest: lambda request, error: (
+            JSONResponse(error_object(error), status_code=error.status)
+            if request.url.path == _MESSAGES
+            else _refuse(error)
+        ),
         HTTPException: lambda request, error: _refuse(
             BadRequest(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code), error.headers
         ),
@@ -166,6 +173,23 @@ class _Server:
         questions = bodies.completion_questions(body, self._surface.defaults, self._surface.max_tokens, model)
         return await self._answer(request, body, questions, CompletionShape)
 
+    async def messages(self, request: Request) -> Response:
+        """``/v1/messages``, Anthropic's."""
+        body = as_chat(await self._body(request))
+        model = self._named(body.text("model"))
+        questions = bodies.chat_questions(body, self._surface.defaults, self._surface.max_tokens, model)
+        shape = MessageShape(model)
+        answers = Answers(self._scheduler, questions)
+        try:
+            choices = await answers.admitted()
+            if not body.flag("stream"):
+                await self._collect(request, answers, choices)
+                return JSONResponse(shape.whole(choices[0]))
+        except BaseException:
+            answers.cancel()
+            raise
+        return _streamed(_named_lines(answers, shape.stream(choices[0], answers.events())))
+
     def _card(self, name: str) -> dict[str, Any]:
         card = {"id": name, "object": "model", "created": self._started, "owned_by": "specstream-mlx"}
         length = self._scheduler.context_length
@@ -215,11 +239,7 @@ class _Server:
         except BaseException:
             answers.cancel()
             raise
-        return StreamingResponse(
-            _lines(answers, shape.stream(choices, answers.events())),
-            media_type="text/event-stream",
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
-        )
+        return _streamed(_lines(answers, shape.stream(choices, answers.events())))
 
     async def _collect(self, request: Request, answers: "Answers", choices: list[Choice]) -> list[Choice]:
         """All of an answer, unless the client goes away first."""
@@ -249,6 +269,20 @@ class _Server:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         return choices
+
+
+def _streamed(lines: AsyncIterator[bytes]) -> StreamingResponse:
+    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+    return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
+
+
+async def _named_lines(answers: "Answers", events: AsyncIterator[NamedEvent]) -> AsyncIterator[bytes]:
+    """Server-sent events with names; the answer ends when the client is gone."""
+    try:
+        async for name, data in events:
+            yield f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+    finally:
+        answers.cancel()
 
 
 async def _lines(answers: "Answers", chunks: AsyncIterator[dict[str, Any] | str | None]) -> AsyncIterator[bytes]:

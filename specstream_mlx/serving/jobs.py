@@ -94,6 +94,7 @@ class Piece:
     Attributes:
         accepted: how many of the tokens were drafted.
         target_passes, num_tokens: running totals.
+        stop_string: the stop string that ended the text, if one did.
     """
 
     text: str
@@ -103,6 +104,7 @@ class Piece:
     num_tokens: int
     finish_reason: str | None
     logprobs: list[TokenLogprob]
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True)

@@ -419,6 +419,7 @@ class Scheduler:
                 running.text.num_tokens,
                 finish,
                 logprobs,
+                running.text.stop_string,
             )
         )
         if finish is not None:

@@ -254,3 +254,42 @@ def test_the_servers_defaults_hold_where_a_request_says_nothing(scheduler):
     asked = post(scheduler, "/v1/completions", body | {"temperature": 1.5, "max_tokens": 9}).json()
     assert default["choices"] == asked["choices"]
     assert default["usage"]["completion_tokens"] <= 9
+
+
+def test_messages_of_anthropics_form(scheduler, reference):
+    text = text_of(reference, PROMPTS[0], max_tokens=30)
+    body = {"model": NAME, "max_tokens": 30, "messages": [{"role": "user", "content": PROMPTS[0]}]}
+    whole = post(scheduler, "/v1/messages", body).json()
+    assert whole["content"] == [{"type": "text", "text": text}]
+    assert whole["stop_reason"] in ("end_turn", "max_tokens")
+    stopped = post(scheduler, "/v1/messages", body | {"stop_sequences": ["no such", text[5:9]]}).json()
+    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", text[5:9])
+    assert stopped["content"][0]["text"] == text[: text.index(text[5:9])]
+    lines = post(scheduler, "/v1/messages", body | {"stream": True}).text.split("\n\n")
+    named = [line.split("\n") for line in lines if line]
+    data = [json.loads(second.removeprefix("data: ")) for _, second in named]
+    assert [first.removeprefix("event: ") for first, _ in named] == [entry["type"] for entry in data]
+    kinds = [entry["type"] for entry in data if entry["type"] != "ping"]
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    deltas = [entry["delta"]["text"] for entry in data if entry["type"] == "content_block_delta"]
+    assert "".join(deltas) == text
+    assert data[-2]["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
+    blocks = [
+        {"role": "user", "content": [{"type": "text", "text": "x"}]},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "3"}]},
+    ]
+    tools = [{"name": "f", "input_schema": {"type": "object"}}]
+    answer = post(scheduler, "/v1/messages", body | {"messages": blocks, "tools": tools, "system": "be brief"})
+    assert answer.status_code == 200
+    for change, word in (
+        ({"max_tokens": None}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "image"),
+        ({"tools": [{"name": "f"}]}, "input_schema"),
+        ({"tool_choice": {"type": "tool", "name": "g"}}, "tool_choice"),
+    ):
+        refused = post(scheduler, "/v1/messages", body | change)
+        assert refused.status_code == 400
+        assert refused.json()["type"] == "error"
+        assert word in refused.json()["error"]["message"]
