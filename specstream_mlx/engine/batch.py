@@ -146,9 +146,11 @@ class Batch:
             return [*steps, self._single(ready[0])]
         steps += self._settle()
         ready = [seated for seated in ready if seated.begin is not None]
-        groups: dict[int, list[Seated]] = {}
+        groups: dict[tuple[int, ...], list[Seated]] = {}
         for seated in ready:
-            groups.setdefault(id(seated.session.mount), []).append(seated)
+            mount = seated.session.mount
+            in_place = () if mount is None else tuple(id(layer.adapted) for layer in mount.layers)
+            groups.setdefault(in_place, []).append(seated)
         for group in groups.values():
             steps += self._together(group, group[0].session.mount)
         return steps

@@ -13,8 +13,6 @@ import pytest
 
 from specstream_mlx import load, stream_generate
 from specstream_mlx.bundled import samples
-from specstream_mlx.drafters.streams.parameters import Streams
-from tests.tiny import make_model, randomise, save_streams, stream_config
 
 anthropic = pytest.importorskip("anthropic")
 openai = pytest.importorskip("openai")
@@ -176,26 +174,3 @@ def test_a_running_answer_is_finished_and_prompts_outlive_the_server(server, kep
             assert found > 0
     finally:
         assert again.end() == (0, "")
-
-
-def test_adapters_are_models(tmp_path, plain):
-    """A request names the adapter; answers of several adapters are made at once."""
-    config = stream_config(num_stream_layers=2, prune=None)
-    streams = Streams(config, 192)
-    randomise(streams, 5, 0.02)
-    holder = make_model("llama")
-    holder.stream_config, holder.streams = config, streams
-    save_streams(holder, tmp_path / "other")
-    found = Server("--adapter", f"second={tmp_path / 'other'}")
-    try:
-        client = found.client()
-        assert [model.id for model in client.models.list()] == ["second", NAME]
-
-        def ask(job: tuple[str, str]) -> str:
-            return client.completions.create(model=job[0], prompt=job[1], max_tokens=25).choices[0].text
-
-        jobs = [(name, prompt) for prompt in PROMPTS[:2] for name in ("second", NAME)]
-        with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(ask, jobs)) == [plain(prompt, 25) for _, prompt in jobs]
-    finally:
-        assert found.end()[0] == 0

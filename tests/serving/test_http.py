@@ -11,9 +11,11 @@ import pytest
 
 from specstream_mlx import load, stream_generate
 from specstream_mlx.bundled import samples
+from specstream_mlx.drafters.streams.parameters import Streams
 from specstream_mlx.serving.app import Surface, make_app
 from specstream_mlx.serving.jobs import SamplingWish
 from specstream_mlx.serving.scheduler import Scheduler, ServerSettings
+from tests.tiny import make_model, randomise, save_streams, stream_config
 
 PROMPTS = [sample["prompt"] for sample in samples()[:4]]
 NAME = "specstream-text-to-sql"
@@ -293,3 +295,30 @@ def test_messages_of_anthropics_form(scheduler, reference):
         assert refused.status_code == 400
         assert refused.json()["type"] == "error"
         assert word in refused.json()["error"]["message"]
+
+
+def test_adapters_are_models(tmp_path, reference):
+    """A request names the adapter; answers of several adapters are made at once."""
+    config = stream_config(num_stream_layers=3, prune=None)
+    holder = make_model("llama")
+    holder.stream_config, holder.streams = config, Streams(config, 192)
+    randomise(holder.streams, 5, 0.02)
+    save_streams(holder, tmp_path / "other")
+    found = Scheduler(ServerSettings(adapters={"second": str(tmp_path / "other")}, cache_size=4))
+    found.start()
+
+    async def work(client):
+        bodies = [
+            {"model": name, "prompt": prompt, "max_tokens": 20} for prompt in PROMPTS[:2] for name in ("second", NAME)
+        ]
+        return await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
+
+    try:
+        assert [entry["id"] for entry in get(found, "/v1/models").json()["data"]] == ["second", NAME]
+        answers = [response.json() for response in ask(found, work)]
+        assert [answer["model"] for answer in answers] == ["second", NAME] * 2
+        texts = [answer["choices"][0]["text"] for answer in answers]
+        assert texts == [text_of(reference, prompt, max_tokens=20) for prompt in PROMPTS[:2] for _ in range(2)]
+        assert max(found._batch.counts.history) > 2  # streams of both rode in one pass: their base is the same
+    finally:
+        found.stop()
