@@ -9,8 +9,9 @@ import mlx.core as mx
 from mlx_lm.generate import BatchResponse, BatchStats
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from specstream_mlx.engine import arguments
 from specstream_mlx.engine.batch import Batch
-from specstream_mlx.engine.generate import GenerationResponse, Narrator, check_stop, new_session
+from specstream_mlx.engine.generate import GenerationResponse, Narrator, new_session
 from specstream_mlx.engine.session import Session
 from specstream_mlx.engine.text import Text
 from specstream_mlx.engine.wired import wired
@@ -29,7 +30,8 @@ def stream_batch(
     prompt_caches: Sequence[list[Any]] | None = None,
     completion_batch_size: int = BATCH_SIZE,
     prefill_step_size: int = 2048,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] | None = None,
+    continues_text: bool = False,
     sessions: list[Session] | None = None,
     **how: Any,
 ) -> Generator[tuple[int, GenerationResponse], None, None]:
@@ -41,7 +43,8 @@ def stream_batch(
         prompt_caches: what comes before each prompt, changed in place.
         completion_batch_size: most answers that are made at once; the others follow.
         prefill_step_size: prompt tokens that are run between two passes.
-        stop: strings that end an answer.
+        stop: a string, or strings, that end an answer.
+        continues_text: as for ``stream_generate``.
         sessions: a list that receives the sequences, in the order of the prompts.
         how: further arguments of ``stream_generate``, for every answer.
 
@@ -53,9 +56,9 @@ def stream_batch(
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
-    check_stop(stop)
-    if completion_batch_size < 1 or prefill_step_size < 1:
-        raise UsageError("completion_batch_size and prefill_step_size: expected at least 1")
+    stop = arguments.stop(stop)
+    completion_batch_size = arguments.at_least_one("completion_batch_size", completion_batch_size)
+    prefill_step_size = arguments.at_least_one("prefill_step_size", prefill_step_size)
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     if len(limits) != len(prompts) or (prompt_caches is not None and len(prompt_caches) != len(prompts)):
         raise UsageError(f"{len(prompts)} prompts, but not as many of max_tokens or prompt_caches; give one for each")
@@ -82,7 +85,7 @@ def stream_batch(
                 while waiting and len(batch) < completion_batch_size:
                     index, (session, ids) = waiting.pop()
                     batch.add(session, ids)
-                    text = Text(tokenizer, stop, session.max_tokens)
+                    text = Text(tokenizer, stop, session.max_tokens, behind=ids[-1] if continues_text else None)
                     tellers[id(session)] = index, Narrator(session, text, len(ids))
                 for step in batch.step():
                     if step.error is not None:

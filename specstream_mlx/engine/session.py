@@ -137,14 +137,10 @@ class Session:
         Args:
             before: the tokens that the caches hold already, where they are known, for the drafter and the processors.
         """
-        chunks = prefill_chunks(
-            self.target, list(prompt[:-1]), self.caches, step_size, progress, len(prompt), self.growth
+        tokens = list(prompt[:-1])
+        yield from prefill_chunks(
+            self.target, tokens, self.caches, step_size, progress, len(prompt), self.growth, self._mount
         )
-        while True:
-            with self.target.building(self._mount):
-                if next(chunks, chunks) is chunks:
-                    break
-            yield
         if self.history is not None:
             self.history = [*before, *prompt[:-1]]
         if self.drafter is not None:
@@ -186,14 +182,14 @@ class Session:
         """(gamma, K) how often guesses are right, as far as the control knows; None without one."""
         return None if self.control is None else self.control.rates
 
-    def choose(self) -> None:
-        """Decide how to draft the next tree."""
+    def choose(self, cached: int | None = None) -> None:
+        """Decide how to draft the next tree, whose root follows ``cached`` rows; None: those that are cached now."""
         if not self.may_draft:
             self.choice = None
         elif self.control is None:
             self.choice = (self.plan.tree, self.plan.way)
         else:
-            self.choice = self.control.choose(self.caches[0].offset)
+            self.choice = self.control.choose(self.caches[0].offset if cached is None else cached)
             if self.choice is not None and self.plan.tree is None:
                 self.choice = (None, self.choice[1])
 
@@ -279,8 +275,7 @@ class Session:
     def finish(self, token: int) -> None:
         """Run the newest token too where somebody goes on with the caches, and let nothing be pending in them."""
         if self.keeps_cache:
-            with self.target.building(self._mount):
-                prefill(self.target, [token], self.caches, 2048, None, 1, self.growth)
+            prefill(self.target, [token], self.caches, 2048, None, 1, self.growth, self._mount)
 
 
 def prefill(
@@ -291,9 +286,10 @@ def prefill(
     progress: Callable[[int, int], None] | None,
     total: int,
     growth: CacheGrowth | None = None,
+    mount: Mount | None = None,
 ) -> None:
-    """Run tokens through the base in chunks, as mlx-lm does."""
-    for _ in prefill_chunks(target, tokens, caches, step_size, progress, total, growth):
+    """Run tokens through the base in chunks, as mlx-lm does; ``mount`` is in place while a chunk is built."""
+    for _ in prefill_chunks(target, tokens, caches, step_size, progress, total, growth, mount):
         pass
 
 
@@ -305,13 +301,15 @@ def prefill_chunks(
     progress: Callable[[int, int], None] | None,
     total: int,
     growth: CacheGrowth | None = None,
+    mount: Mount | None = None,
 ) -> Generator[None, None, None]:
     """As ``prefill``, yielding after every chunk."""
     for begin in range(0, len(tokens), step_size):
         if progress is not None:
             progress(begin, total)
         with mx.stream(generation_stream):
-            target(mx.array(tokens[begin : begin + step_size])[None], cache=caches)
+            with target.building(mount):
+                target(mx.array(tokens[begin : begin + step_size])[None], cache=caches)
             if growth is not None:
                 growth.advance(caches)
             mx.eval([cache.state for cache in caches])

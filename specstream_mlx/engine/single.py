@@ -143,6 +143,10 @@ def passes_from(
         current = foreseen = None
         yield outcome
         return None
+    except GeneratorExit:
+        if current is None and outcome is not None and not finished:  # closed while nothing was under way
+            session.finish(outcome.tokens[-1])
+        raise
     finally:
         if current is not None:  # closed while passes were under way: the first one's root has been yielded, no more
             if foreseen is not None and not foreseen.certain:
@@ -150,8 +154,6 @@ def passes_from(
             elif foreseen is not None:
                 session.sampler.advance(-foreseen.num_tokens)
             session.target.commit(current.passed, [0], session.caches)
-        elif outcome is not None and not finished:  # closed while nothing was
-            session.finish(outcome.tokens[-1])
         session.growth.advance(session.caches)
         session.sampler.finish()
 
@@ -192,12 +194,11 @@ def _foresee(session: Session, current: _Pass) -> _Foreseen | None:
     else:
         if session.sampler.in_order:
             return None
-        session.choose()
+        session.choose(cached)
         wish = session.wish(left, cached)
         if wish is None or not session.state.foresees(passed, tree.leaf, wish):
             return None
-        if tree.size > 1 and session.growth.changes(session.caches, cached):  # which could not be taken back
-            return None
+        assert not session.growth.changes(session.caches, cached), "no wish reaches so far: it could not be taken back"
     before = None if tree.size == 1 else [_attributes(cache) for cache in session.caches]
     drawn = current.drawn.tokens
     session.commit(passed, range(num_tokens), drawn[:num_tokens])

@@ -4,6 +4,7 @@ Everything that touches the model, its tokenizer or a cache happens in this one 
 streams belong to threads.
 """
 
+import gc
 import logging
 import threading
 import time
@@ -19,12 +20,13 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from specstream_mlx.drafters.choice import choose_drafter
 from specstream_mlx.engine.batch import Batch, Step
-from specstream_mlx.engine.generate import check_stop, new_session, prompt_ids
+from specstream_mlx.engine.generate import new_session
 from specstream_mlx.engine.sampling import LogitsProcessor
 from specstream_mlx.engine.session import Session
 from specstream_mlx.engine.text import Text
 from specstream_mlx.engine.wired import wired
 from specstream_mlx.errors import InvalidInputError, SpecStreamError, UnsupportedError, UsageError
+from specstream_mlx.formats.prompts import prompt_ids
 from specstream_mlx.models.identity import stored_calibration
 from specstream_mlx.models.load import load
 from specstream_mlx.models.model import SpecStreamModel
@@ -99,6 +101,7 @@ class Scheduler:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="specstream-model", daemon=True)
         self._loaded: Future[None] = Future()
+        self._ended = threading.Event()
         self._waiting: deque[_Running] = deque()
         self._running: dict[int, _Running] = {}
 
@@ -138,13 +141,13 @@ class Scheduler:
     def stop(self) -> None:
         """End all answers, write what is to be kept, and end the thread."""
         self.abandon()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self._thread.is_alive() and self._loaded.done() and self._loaded.exception() is None:
+            self._ended.wait()
 
     @property
     def alive(self) -> bool:
         """Whether requests can be answered."""
-        return self._thread.is_alive() and self._loaded.done()
+        return self._thread.is_alive() and self._loaded.done() and not self._stopping
 
     # From here on, everything is in the model's thread.
 
@@ -166,6 +169,13 @@ class Scheduler:
             self._end(running, ended)
         while self._prefixes.save_one():
             pass
+        for name in ("_batch", "_model", "_prefixes", "_how", "_grammars"):
+            delattr(self, name)
+        self._waiting.clear()
+        gc.collect()
+        self._ended.set()
+        # MLX ends a stream of a thread when the thread ends; where the process ends at the same time, it aborts.
+        threading.Event().wait()
 
     def _load(self) -> None:
         settings = self.settings
@@ -285,7 +295,6 @@ class Scheduler:
         question = job.question
         name = question.model
         self._use(name)
-        check_stop(question.stop)
         ids = self._ids(question)
         cached, found = self._prefixes.take(name, ids)
         processors = self._processors(question, len(ids))
