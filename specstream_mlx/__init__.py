@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specstream_mlx.bundled import default_model_path
+    from specstream_mlx.engine.batch_generate import batch_generate
     from specstream_mlx.engine.generate import GenerationResponse, generate, stream_generate
     from specstream_mlx.errors import (
         InvalidInputError,
@@ -34,6 +35,7 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "VerificationError",
+    "batch_generate",
     "default_model_path",
     "generate",
     "load",
@@ -51,6 +53,7 @@ _HOMES = {
     "UnsupportedError": "errors",
     "UsageError": "errors",
     "VerificationError": "errors",
+    "batch_generate": "engine.batch_generate",
     "default_model_path": "bundled",
     "generate": "engine.generate",
     "load": "models.load",

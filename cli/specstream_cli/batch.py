@@ -1,5 +1,6 @@
-"""``--prompts-file``: the prompts of a file, answered one after another."""
+"""``--prompts-file``: the prompts of a file, answered several at once and told one after another."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,29 @@ class Batch:
         if problems:
             raise InvalidInputError("\n".join(problems))
         return encoded
+
+
+class Turns:
+    """Answers that are made at once, given out one after another."""
+
+    def __init__(self, responses: Iterator[tuple[int, Any]]) -> None:
+        """``responses``: of all answers, each with the index of its prompt."""
+        self._responses = responses
+        self._early: dict[int, list[Any]] = {}
+
+    def answer(self, index: int) -> Iterator[Any]:
+        """The responses of one answer, as they are made; those of others wait for their turn."""
+        for response in self._early.pop(index, []):
+            yield response
+            if response.finish_reason is not None:
+                return
+        for place, response in self._responses:
+            if place == index:
+                yield response
+                if response.finish_reason is not None:
+                    return
+            else:
+                self._early.setdefault(place, []).append(response)
 
 
 def totals(answers: list[dict[str, Any]]) -> dict[str, Any]:

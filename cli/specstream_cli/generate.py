@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from specstream_cli.batch import SEPARATOR, Batch, totals, totals_line
+from specstream_cli.batch import SEPARATOR, Batch, Turns, totals, totals_line
 from specstream_cli.chat_template import ask, chat_template
 from specstream_cli.drafting import ChosenDrafter, DraftModel, NumDraftTokens, check_drafter, drafter_arguments
 from specstream_cli.exact import ExactCheck
@@ -69,7 +69,9 @@ def generate(
     ] = None,
     prompts_file: Annotated[
         Path | None,
-        typer.Option(help="Answer the prompts of a file in turn: JSON lines with a 'prompt' or 'messages', or text."),
+        typer.Option(
+            help="Answer the prompts of a file, several at once: JSON lines with a 'prompt' or 'messages', or text."
+        ),
     ] = None,
     system_prompt: Annotated[
         str | None, typer.Option(callback=utf8, help="System message of the chat template.")
@@ -245,7 +247,23 @@ def generate(
                 )
             )
 
-        session = _Session(out, as_json, quiet, tokenizer, start, check, show_passes)
+        def start_batch(prompts: list[list[int]]) -> Turns:
+            from specstream_mlx.engine.batch_generate import stream_batch
+
+            more: dict[str, Any] = drafting | how | continued
+            found = stream_batch(
+                target,
+                tokenizer,
+                prompts,
+                max_tokens,
+                draft=draft,
+                draft_options=DraftOptions(tree=tree, insertion=insertion, prune_threshold=prune_threshold),
+                stop=tuple(stop or ()),
+                **more,
+            )
+            return Turns(found)
+
+        session = _Session(out, as_json, quiet, tokenizer, start, start_batch, check, show_passes)
         if batch is not None:
             statistics = session.answer_batch(batch, batch.encode(target, tokenizer, chat))
         else:
@@ -266,6 +284,7 @@ class _Session:
     quiet: bool
     tokenizer: Any
     start: Callable[[str | list[int], Progress | None], Iterator[Any]]
+    start_batch: Callable[[list[list[int]]], Turns]
     check: ExactCheck | None
     show_passes: bool
 
@@ -292,7 +311,7 @@ class _Session:
         return statistics_line(run.last)
 
     def answer_batch(self, batch: Batch, encoded: list[list[int]]) -> str:
-        """Answer the prompts of a file in turn; the line of statistics."""
+        """Answer the prompts of a file, several at once, and print them in turn; the line of statistics."""
         answers: list[dict[str, Any]] = []
 
         def finish() -> None:
@@ -301,6 +320,7 @@ class _Session:
 
         # A bar and a text on one terminal would overwrite each other.
         hidden = self.quiet or (not self.as_json and self.out.stream.isatty())
+        turns = self.start_batch(encoded)
         with _keeping(finish), progress_bar(quiet=hidden) as progress:
             for index, (prompt, ids) in enumerate(zip(batch.prompts, encoded, strict=True)):
                 if index and not self.as_json:
@@ -313,7 +333,7 @@ class _Session:
                         answers.append({"prompt": asked} | run.document())
 
                 with _keeping(keep):
-                    self._consume(run, ids, self.start(ids, None), f"{prompt.place}: ")
+                    self._consume(run, ids, turns.answer(index), f"{prompt.place}: ")
                 if progress is not None:
                     progress("prompts", index + 1, len(encoded))
         return totals_line(answers)

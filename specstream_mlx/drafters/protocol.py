@@ -70,6 +70,11 @@ class DraftState:
         """Whether ``propose`` at this node of a pass under way reads nothing back and makes no pass of its own."""
         return False
 
+    def missing(self, passed: Passed, node: int, wish: Wish) -> Riders | None:
+        """Riders of this node that ``propose`` would run in a pass of their own; whoever runs them puts them into the
+        pass as if they had been beside the tree."""
+        return None
+
     def propose(self, anchor: Anchor, wish: Wish) -> Draft:
         """The next tree and its tokens; the root alone where nothing is to be guessed."""
         raise NotImplementedError

@@ -60,13 +60,22 @@ class ScriptedState(MarginalState):
         self._vocab_size: int = target.args.vocab_size
 
     @property
-    def own_passes(self) -> int:  # type: ignore[override]
+    def own_passes(self) -> int:
         """As ``DraftState``."""
         return self._beside.own_passes if self._beside is not None else 0
+
+    @own_passes.setter
+    def own_passes(self, count: int) -> None:
+        if self._beside is not None:
+            self._beside.own_passes = count
 
     def riders(self, wish: Wish | None) -> Riders | None:
         """As ``DraftState``."""
         return self._beside.riders(wish) if self._beside is not None else None
+
+    def missing(self, passed: Passed, node: int, wish: Wish) -> Riders | None:
+        """As ``DraftState``."""
+        return None if self._beside is None else self._beside.missing(passed, node, wish)
 
     def foresees(self, passed: Passed, node: int, wish: Wish) -> bool:
         """As ``DraftState``."""

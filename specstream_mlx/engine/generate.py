@@ -1,7 +1,7 @@
 """Text from a prompt, in mlx-lm's manner: the engine's tokens decoded, stopped and counted."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,11 +145,77 @@ def stream_generate(
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
-    max_tokens = arguments.max_tokens(max_tokens)
     prefill_step_size = arguments.at_least_one("prefill_step_size", prefill_step_size)
-    sampler, logits_processors = arguments.sampler(sampler), arguments.logits_processors(logits_processors)
-    seed, stop = arguments.seed(seed), arguments.stop(stop)
+    stop = arguments.stop(stop)
     arguments.callback("prompt_progress_callback", prompt_progress_callback)
+    session, ids = new_session(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        draft=draft,
+        seed=seed,
+        prompt_cache=prompt_cache,
+        drafter=drafter,
+        draft_model=draft_model,
+        num_draft_tokens=num_draft_tokens,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start,
+        max_kv_size=max_kv_size,
+        draft_options=draft_options,
+        keeps_cache=prompt_cache is not None,
+    )
+    with wired(model):
+        outcomes = passes(session, ids, prefill_step_size, prompt_progress_callback)
+        try:
+            text = Text(tokenizer, stop, session.max_tokens, behind=ids[-1] if continues_text else None)
+            narrator = Narrator(session, text, len(ids))
+            for outcome in outcomes:
+                yield narrator.tell(outcome)
+                if text.finish_reason is not None:
+                    return
+        finally:
+            outcomes.close()
+
+
+def new_session(
+    model: SpecStreamModel,
+    tokenizer: TokenizerWrapper,
+    prompt: str | Sequence[int] | mx.array,
+    max_tokens: int = 256,
+    *,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    draft: DraftMode = "auto",
+    seed: int | None = None,
+    prompt_cache: list[Any] | None = None,
+    drafter: str | Drafter | None = None,
+    draft_model: Target | None = None,
+    num_draft_tokens: int | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START,
+    max_kv_size: int | None = None,
+    draft_options: DraftOptions | None = None,
+    keeps_cache: bool = False,
+) -> tuple[Session, list[int]]:
+    """A sequence that is about to begin, with the adapter in use, and the ids of its prompt.
+
+    Args:
+        model: as for ``stream_generate``, like all that is not named here.
+        tokenizer: an mlx-lm ``TokenizerWrapper``.
+        prompt_cache: caches that hold what comes before ``prompt``.
+        keeps_cache: whether somebody goes on with the caches afterwards.
+
+    Raises:
+        InvalidInputError, UsageError, UnsupportedError: as ``stream_generate``.
+    """
+    max_tokens = arguments.max_tokens(max_tokens)
+    sampler, logits_processors = arguments.sampler(sampler), arguments.logits_processors(logits_processors)
+    seed = arguments.seed(seed)
     options = draft_options or DraftOptions()
     with model.building():  # no other thread changes the adapter meanwhile
         mount = model.mounted
@@ -168,63 +234,59 @@ def stream_generate(
     max_tokens = model.tokens_within_context(max_tokens, caches[0].offset + len(ids))
     growth.check(model, prompt_cache, len(ids) + max_tokens if max_tokens > 0 else None)
     stop_tokens = set(tokenizer.eos_token_ids)
+    draws = TargetSampler(
+        sampler, logits_processors, model.args.vocab_size, seed, max_tokens=max_tokens, stop_tokens=stop_tokens
+    )
     session = Session(
         model,
         drafter,
         caches,
         plan,
         control,
-        TargetSampler(
-            sampler, logits_processors, model.args.vocab_size, seed, max_tokens=max_tokens, stop_tokens=stop_tokens
-        ),
+        draws,
         max_tokens=max_tokens,
         stop_tokens=stop_tokens,
         growth=growth,
         mount=mount,
-        keeps_cache=prompt_cache is not None,
+        keeps_cache=keeps_cache,
         keeps_history=bool(logits_processors),
     )
-    report = plan.report(drafter.name if drafter is not None else "none")
-    with wired(model):
-        outcomes = passes(session, ids, prefill_step_size, prompt_progress_callback)
-        try:
-            text = Text(tokenizer, stop, max_tokens, behind=ids[-1] if continues_text else None)
-            yield from _responses(session, outcomes, text, len(ids), report)
-        finally:
-            outcomes.close()
+    return session, ids
 
 
-def _responses(
-    session: Session, outcomes: Iterable[Outcome], text: Text, prompt_tokens: int, report: DraftReport
-) -> Generator[GenerationResponse, None, None]:
-    """What users are told of each pass."""
-    started = time.perf_counter()
-    prompt_seconds = 0.0
-    for outcome in outcomes:
-        if not prompt_seconds:
-            prompt_seconds = time.perf_counter() - started
-            started = time.perf_counter()
-        tokens, segment = text.take(outcome.tokens)
-        statistics = session.statistics
-        yield GenerationResponse(
+class Narrator:
+    """What users are told of each pass of a generation."""
+
+    def __init__(self, session: Session, text: Text, prompt_tokens: int) -> None:
+        self.text = text
+        self._session, self._prompt_tokens, self._report = session, prompt_tokens, session.report
+        self._started = time.perf_counter()
+        self._prompt_seconds = 0.0
+
+    def tell(self, outcome: Outcome) -> GenerationResponse:
+        """The response for the next pass."""
+        if not self._prompt_seconds:
+            self._prompt_seconds = time.perf_counter() - self._started
+            self._started = time.perf_counter()
+        tokens, segment = self.text.take(outcome.tokens)
+        statistics = self._session.statistics
+        return GenerationResponse(
             text=segment,
             tokens=tokens,
-            finish_reason=text.finish_reason,
-            prompt_tokens=prompt_tokens,
-            prompt_tps=prompt_tokens / prompt_seconds,
-            generation_tokens=text.num_tokens,
-            generation_tps=text.num_tokens / max(time.perf_counter() - started, 1e-9),
+            finish_reason=self.text.finish_reason,
+            prompt_tokens=self._prompt_tokens,
+            prompt_tps=self._prompt_tokens / self._prompt_seconds,
+            generation_tokens=self.text.num_tokens,
+            generation_tps=self.text.num_tokens / max(time.perf_counter() - self._started, 1e-9),
             target_passes=statistics.target_passes,
-            stream_passes=session.state.own_passes,
-            tokens_per_pass=text.num_tokens / statistics.target_passes,
+            stream_passes=self._session.state.own_passes,
+            tokens_per_pass=self.text.num_tokens / statistics.target_passes,
             drafted_by_depth=list(statistics.drafted_by_depth),
             accepted_by_depth=list(statistics.accepted_by_depth),
             peak_memory=mx.get_peak_memory() / 1e9,
-            draft=report,
+            draft=self._report,
             outcome=outcome,
         )
-        if text.finish_reason is not None:
-            return
 
 
 def generate(

@@ -1,6 +1,6 @@
 """One sequence between passes: its caches, its draws, its drafter's state, and what it does next."""
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,12 +11,15 @@ from mlx_lm.generate import generation_stream
 from specstream_mlx.drafters.protocol import Anchor, Drafter, DraftState, Wish, root_alone
 from specstream_mlx.engine.acceptance import Accepted, accept
 from specstream_mlx.engine.sampling import Drawn, TargetSampler
+from specstream_mlx.options import DraftReport
 from specstream_mlx.planning.control import Control
 from specstream_mlx.planning.plan import DraftPlan
+from specstream_mlx.planning.planner import FloatArray
 from specstream_mlx.target.caches import CacheGrowth, is_full
 from specstream_mlx.target.mounts import Mount
 from specstream_mlx.target.rows import Draft
 from specstream_mlx.target.target import Passed, Target
+from specstream_mlx.target.together import Part
 from specstream_mlx.target.tree import DraftTree
 
 
@@ -104,6 +107,7 @@ class Session:
         """
         self.target, self.caches, self.plan, self.control, self.sampler = target, caches, plan, control, sampler
         self.drafter = drafter if plan.drafts else None
+        self._drafter_name = drafter.name if drafter is not None else "none"
         self.max_tokens, self.stop_tokens = max_tokens, stop_tokens
         self.growth = growth or CacheGrowth()
         self.keeps_cache = keeps_cache
@@ -117,17 +121,45 @@ class Session:
         self, prompt: Sequence[int], step_size: int = 2048, progress: Callable[[int, int], None] | None = None
     ) -> Draft:
         """Run the prompt but its last token; returns that token as the first draft, a root alone."""
-        prompt_tokens, read = list(prompt[:-1]), None
+        for _ in self.prefilling(prompt, step_size, progress):
+            pass
+        return first_draft(prompt)
+
+    def prefilling(
+        self,
+        prompt: Sequence[int],
+        step_size: int = 2048,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        before: Sequence[int] = (),
+    ) -> Generator[None, None, None]:
+        """As ``prefill``, yielding after every chunk; ``first_draft`` goes on from there.
+
+        Args:
+            before: the tokens that the caches hold already, where they are known, for the drafter and the processors.
+        """
+        tokens, read = list(prompt[:-1]), None
         if self.drafter is not None:
-            self.state = self.drafter.begin(self.target, prompt)
-            if self.state.reads_prompt:
+            self.state = self.drafter.begin(self.target, [*before, *prompt])
+            if self.state.reads_prompt:  # the rows that are cached already are not run again for it
+                self.state = self.drafter.begin(self.target, prompt)
                 read = partial(_read, self.target, self.caches, self.drafter.taps, self.state)
-        growth, mount = self.growth, self._mount
-        prefill(self.target, prompt_tokens, self.caches, step_size, progress, len(prompt), growth, mount, read)
+        yield from prefill_chunks(
+            self.target, tokens, self.caches, step_size, progress, len(prompt), self.growth, self._mount, read
+        )
         if self.history is not None:
-            self.history = prompt_tokens
+            self.history = [*before, *tokens]
         self.choose()
-        return Draft(DraftTree.chain(0), mx.array([prompt[-1]]))
+
+    @property
+    def report(self) -> DraftReport:
+        """The plan, as users are told."""
+        return self.plan.report(self._drafter_name)
+
+    @property
+    def mount(self) -> Mount | None:
+        """Layers that are in place while its passes are built."""
+        return self._mount
 
     @property
     def remaining(self) -> int | None:
@@ -148,6 +180,11 @@ class Session:
     def wants_times(self) -> bool:
         """Whether the control has yet to learn what passes cost."""
         return self.control is not None and self.control.wants_times
+
+    @property
+    def rates(self) -> FloatArray | None:
+        """(gamma, K) how often guesses are right, as far as the control knows; None without one."""
+        return None if self.control is None else self.control.rates
 
     def choose(self, cached: int | None = None) -> None:
         """Decide how to draft the next tree, whose root follows ``cached`` rows; None: those that are cached now."""
@@ -175,14 +212,22 @@ class Session:
         depth = depth if reach is None else min(depth, reach)
         return Wish(depth, tree, self.plan.budget, way) if depth > 0 else None
 
-    def verify(self, draft: Draft, remaining: int | None) -> tuple[Passed, Drawn]:
-        """A pass over a draft, with the target's draws; one of the ``remaining`` tokens at least will be its."""
+    def part(self, draft: Draft, remaining: int | None) -> Part:
+        """What a pass over a draft runs; one of the ``remaining`` tokens at least will be its."""
         following = self.wish(None if remaining is None else remaining - 1, self.caches[0].offset + 1)
         taps = self.drafter.taps if self.drafter is not None else ()
-        with self.target.building(self._mount):
-            passed = self.target.verify(draft, self.caches, riders=self.state.riders(following), taps=taps)
+        return Part(draft, self.caches, self.state.riders(following), taps)
+
+    def draw(self, passed: Passed) -> Drawn:
+        """The target's draws at the nodes of a pass."""
         history = mx.array(self.history) if self.history else None
-        return passed, self.sampler.draw(passed.logits, passed.draft.tree, passed.draft.tokens, history)
+        return self.sampler.draw(passed.logits, passed.draft.tree, passed.draft.tokens, history)
+
+    def verify(self, draft: Draft, remaining: int | None) -> tuple[Passed, Drawn]:
+        """A pass over a draft, with the target's draws."""
+        with self.target.building(self._mount):
+            (passed,) = self.target.verify_together([self.part(draft, remaining)])
+        return passed, self.draw(passed)
 
     def outcome(self, passed: Passed, drawn: Drawn) -> Outcome:
         """Read the pass back and walk the accepted path."""
@@ -253,10 +298,26 @@ def prefill(
 
     ``read``: runs a chunk in the base's place.
     """
-    with mx.stream(generation_stream):
-        for begin in range(0, len(tokens), step_size):
-            if progress is not None:
-                progress(begin, total)
+    for _ in prefill_chunks(target, tokens, caches, step_size, progress, total, growth, mount, read):
+        pass
+
+
+def prefill_chunks(
+    target: Target,
+    tokens: list[int],
+    caches: list[Any],
+    step_size: int,
+    progress: Callable[[int, int], None] | None,
+    total: int,
+    growth: CacheGrowth | None = None,
+    mount: Mount | None = None,
+    read: Callable[[list[int]], None] | None = None,
+) -> Generator[None, None, None]:
+    """As ``prefill``, yielding after every chunk."""
+    for begin in range(0, len(tokens), step_size):
+        if progress is not None:
+            progress(begin, total)
+        with mx.stream(generation_stream):
             with target.building(mount):
                 if read is not None and not is_full(caches):
                     read(tokens[begin : begin + step_size])
@@ -266,6 +327,12 @@ def prefill(
                 growth.advance(caches)
             mx.eval([cache.state for cache in caches])
             mx.clear_cache()
+        yield
+
+
+def first_draft(prompt: Sequence[int]) -> Draft:
+    """The last token of a prompt as a root alone."""
+    return Draft(DraftTree.chain(0), mx.array([prompt[-1]]))
 
 
 def _read(target: Target, caches: list[Any], taps: Sequence[int], state: DraftState, tokens: list[int]) -> None:

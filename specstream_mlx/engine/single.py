@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -64,24 +65,49 @@ def passes(
 
     However the generator ends, the caches then hold the prompt and every token yielded, as mlx-lm leaves them.
     """
-    draft: Draft | None = session.prefill(prompt, prefill_step_size, progress)
+    draft = session.prefill(prompt, prefill_step_size, progress)
+    yield from passes_from(session, draft, progress=progress and partial(progress, len(prompt), len(prompt)))
+
+
+def passes_from(
+    session: Session,
+    begin: Draft | tuple[Passed, Outcome],
+    *,
+    progress: Callable[[], None] | None = None,
+    gives_up: Callable[[], bool] = bool,
+) -> Generator[Outcome, None, tuple[Passed, Outcome] | None]:
+    """As ``passes``, from a first draft, or from after a pass that was committed and yielded.
+
+    Args:
+        progress: called when the first pass is done.
+        gives_up: whether somebody else is to go on; asked before a pass is launched.
+
+    Returns:
+        Where it gave up, the last pass, committed and yielded; None where the text ended.
+    """
+    draft = begin if isinstance(begin, Draft) else None
+    passed, outcome = (None, None) if isinstance(begin, Draft) else begin
+    told = outcome is not None
     current: _Pass | None = None
     foreseen: _Foreseen | None = None
-    passed: Passed | None = None
-    outcome: Outcome | None = None
     finished = False
     clock = _Clock()
     try:
         while True:
             was_foreseen = current is not None
-            if not clock.alone:  # the next pass is under way when tokens are yielded
+            alone = clock.alone or gives_up()
+            if not alone:  # the next pass is under way when tokens are yielded
                 current = _start(session, current, draft, passed, outcome)
                 with mx.stream(generation_stream):
                     foreseen = _foresee(session, current)
-            if outcome is not None:
+            if outcome is not None and not told:
                 away = time.perf_counter()
                 yield outcome
                 clock.left(time.perf_counter() - away)
+            told = False
+            if current is None and passed is not None and outcome is not None and gives_up():
+                finished = True
+                return passed, outcome
             if foreseen is not None and not foreseen.certain and foreseen.thread != threading.get_ident():
                 _withdraw(session, foreseen)
                 foreseen = None
@@ -91,7 +117,7 @@ def passes(
             passed = current.passed
             outcome = session.outcome(passed, current.drawn)
             if progress is not None and session.statistics.target_passes == 0:
-                progress(len(prompt), len(prompt))
+                progress()
             nodes, tokens = outcome.accepted.nodes, outcome.tokens
             telling = was_foreseen or current.drafted or clock.alone  # not the plain pass after a drafted one
             seconds = clock.lap(session.wants_times)
@@ -116,6 +142,7 @@ def passes(
             session.finish(tokens[-1])
         current = foreseen = None
         yield outcome
+        return None
     except GeneratorExit:
         if current is None and outcome is not None and not finished:  # closed while nothing was under way
             session.finish(outcome.tokens[-1])

@@ -31,6 +31,11 @@ class Text:
         self._stop = StopText(stop)
         self._max_tokens = max_tokens
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text; None: it has not ended, or in another way."""
+        return self._stop.found
+
     def take(self, tokens: Sequence[int]) -> tuple[list[int], str]:
         """The tokens that count, and the text that is certain by now."""
         kept = []
@@ -59,6 +64,7 @@ class StopText:
         self._stop = tuple(stop)
         self._held = ""
         self._stopped = False
+        self.found: str | None = None
 
     def feed(self, segment: str) -> bool:
         """Add decoded text; True once a stop string is complete, after which more text is ignored."""
@@ -67,7 +73,9 @@ class StopText:
         self._held += segment
         hits = [index for text in self._stop if (index := self._held.find(text)) >= 0]
         if hits:
-            self._held = self._held[: min(hits)]
+            first = min(hits)
+            self.found = next(text for text in self._stop if self._held.startswith(text, first))
+            self._held = self._held[:first]
             self._stopped = True
         return self._stopped
 

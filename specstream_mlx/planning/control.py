@@ -169,6 +169,11 @@ class Control:
         return self._costs.wants_times
 
     @property
+    def rates(self) -> FloatArray:
+        """(gamma, K), how often guesses are right of late."""
+        return self._acceptance.rates()
+
+    @property
     def stays_plain(self) -> bool:
         """Whether the pass after the next one is plain too."""
         return self._plain_left > 1

@@ -14,18 +14,21 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from specstream_mlx.families import family_of
 from specstream_mlx.target.caches import commit_rows, drop_rows
-from specstream_mlx.target.masks import BoolMatrix, Reach, WindowView, reach, windows_of
+from specstream_mlx.target.masks import BoolMatrix, Reach, reach, windows_of
 from specstream_mlx.target.mounts import BARE, Mount
 from specstream_mlx.target.rotary import PassContext, install
-from specstream_mlx.target.rows import Depths, Draft, Riders, Rows, riders_alone, rows_of, stretch
+from specstream_mlx.target.rows import Depths, Draft, Riders
+from specstream_mlx.target.together import Part, Seat, Together, install_attention, place
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,54 +174,90 @@ class Target(nn.Module):
             riders: rows to run beside the tree. Their early exit reads back from the device in mid-pass.
             taps: layers after which to keep the hidden states of the tree's rows; 0 is the embedding.
         """
-        start = caches[0].offset
-        early_exit = riders.early_exit if riders is not None else None
-        exit_layer = early_exit.layer if early_exit is not None and draft.tree.size > 1 else 0
-        rider_layer = riders.layer if riders is not None and riders.count else len(self.layers)
-        kept: Sequence[int] = range(draft.tree.size)
-        rows = rows_of(draft.tree)
-        hidden = self.family.embed(draft.tokens[None], start + rows.depths)
-        tapped: dict[int, mx.array] = {}
-        anchors: tuple[int, ...] = ()
+        return self.verify_together([Part(draft, caches, riders, taps)])[0]
+
+    def verify_together(self, parts: Sequence[Part]) -> list[Passed]:
+        """As ``verify`` for the drafts of several sequences, whose rows run through every linear layer together.
+
+        Rows see their own sequence alone, on its own caches. Models whose attention is written out in their blocks
+        verify one draft after another.
+        """
+        if len(parts) > 1 and not self.runs_together:
+            return [self._verify([part])[0] for part in parts]
+        return self._verify(parts)
+
+    @cached_property
+    def runs_together(self) -> bool:
+        """Whether rows of several sequences can run in one pass."""
+        return install_attention(self.family)
+
+    def _verify(self, parts: Sequence[Part]) -> list[Passed]:
+        """The pass over all parts: rows of trees first, riders of all parts behind them."""
+        seats = [Seat(part, len(self.layers)) for part in parts]
+        tokens = mx.concatenate([part.draft.tokens for part in parts]) if len(parts) > 1 else parts[0].draft.tokens
+        depths = [seat.start + seat.rows.depths for seat in seats]
+        hidden = self.family.embed(tokens[None], np.concatenate(depths) if len(parts) > 1 else depths[0])
+        place(seats)
         layer = 0
-        for boundary in sorted({0, exit_layer, rider_layer, len(self.layers), *taps}):
-            hidden = self._run(hidden, range(layer, boundary), caches, start, rows, riders if anchors else None)
+        for boundary in sorted({0, len(self.layers)}.union(*(seat.boundaries for seat in seats))):
+            hidden = self._run(hidden, range(layer, boundary), seats)
             layer = boundary
-            if early_exit is not None and layer == exit_layer > 0:
-                kept = early_exit.surviving(hidden[:, : draft.tree.size], draft)
-                if len(kept) < draft.tree.size:
-                    assert not anchors, "riders must begin after nodes were dropped"
-                    chosen = mx.array(kept)
-                    draft = Draft(draft.tree.select(kept), draft.tokens[chosen])
-                    hidden = hidden[:, chosen]
-                    tapped = {at: value[:, chosen] for at, value in tapped.items()}
-                    rows = rows_of(draft.tree)
-            if layer in taps:
-                tapped[layer] = hidden[:, : draft.tree.size]
-            if riders is not None and layer == rider_layer < len(self.layers):
-                anchors = riders.anchors(draft.tree)
-                if anchors:
-                    every = len(anchors) == draft.tree.size
-                    ends = hidden if every else mx.concatenate([hidden[:, a : a + 1] for a in anchors], axis=1)
-                    hidden = mx.concatenate([hidden, riders.begin(ends)], axis=1)
-                    rows = rows_of(draft.tree, anchors, riders.depths)
-        rider_hidden = rider_logits = None
-        size = draft.tree.size
-        if len(anchors) > 1:  # only one anchor's riders will be wanted
-            hidden, rider_hidden = hidden[:, :size], hidden[:, size:]
+            for seat in seats:
+                if layer == seat.exit_layer > 0:
+                    hidden = seat.drop(hidden)
+                    place(seats)
+            for seat in seats:
+                if layer in seat.part.taps:
+                    seat.tapped[layer] = hidden[:, seat.main]
+                riders = seat.part.riders
+                if riders is not None and layer == seat.rider_layer < len(self.layers):
+                    hidden = seat.mount(hidden, riders)
+                    place(seats)
+        return self._read_out(hidden, seats)
+
+    def _read_out(self, hidden: mx.array, seats: Sequence[Seat]) -> list[Passed]:
+        """The logits of every row that is certain to be wanted, and what else the pass gave."""
+        riding = sorted((seat for seat in seats if seat.anchors), key=lambda seat: seat.beside.start)
+        left = {id(seat): hidden[:, seat.beside] for seat in riding if len(seat.anchors) > 1}
+        behind = seats[-1].main.stop
+        places: dict[int, slice] = {}
+        wanted = [seat for seat in riding if id(seat) not in left]  # of several anchors, only one's will be
+        for seat in wanted:
+            places[id(seat)] = slice(behind, behind + seat.beside.stop - seat.beside.start)
+            behind = places[id(seat)].stop
+        if left:
+            rows = [hidden[:, : seats[-1].main.stop], *(hidden[:, seat.beside] for seat in wanted)]
+            hidden = mx.concatenate(rows, axis=1) if wanted else rows[0]
         logits = self.logits(hidden)
-        if len(anchors) == 1:
-            logits, rider_logits = logits[:size], logits[size:]
-        return Passed(draft, logits, tapped, riders, anchors, rider_logits, rider_hidden, start, kept, exit_layer)
+        passed = []
+        for seat in seats:
+            rider_logits = logits[places[id(seat)]] if id(seat) in places else None
+            whole = len(seats) == 1 and len(logits) == seat.main.stop
+            passed.append(
+                Passed(
+                    seat.draft,
+                    logits if whole else logits[seat.main],
+                    seat.tapped,
+                    seat.part.riders,
+                    seat.anchors,
+                    rider_logits,
+                    left.get(id(seat)),
+                    seat.start,
+                    seat.kept,
+                    seat.exit_layer,
+                )
+            )
+        return passed
 
     def read(self, tokens: mx.array, caches: Sequence[Any], taps: Sequence[int]) -> dict[int, mx.array]:
         """Append a stretch of text, (L,) ids, to ``caches``; its (1, L, D) hidden states after the layers ``taps``."""
-        start, rows = caches[0].offset, stretch(len(tokens))
-        hidden = self.family.embed(tokens[None], start + rows.depths)
+        seat = Seat.of_text(len(tokens), caches)
+        place([seat])
+        hidden = self.family.embed(tokens[None], seat.start + seat.rows.depths)
         tapped: dict[int, mx.array] = {}
         layer = 0
         for boundary in sorted({0, len(self.layers), *taps}):
-            hidden = self._run(hidden, range(layer, boundary), caches, start, rows, None)
+            hidden = self._run(hidden, range(layer, boundary), [seat])
             layer = boundary
             if layer in taps:
                 tapped[layer] = hidden
@@ -244,39 +283,53 @@ class Target(nn.Module):
             assert passed.riders is not None
             first = passed.anchors.index(node) * passed.riders.count
             return self.logits(passed.rider_hidden[:, first : first + count])
-        hidden = riders.begin(passed.taps[riders.layer][:, node : node + 1])
-        upper = range(riders.layer, len(self.layers))
-        start = caches[upper[0]].offset
-        hidden = self._run(hidden, upper, caches, start, riders_alone(riders.depths), riders)
-        for index in upper:
-            drop_rows(caches[index], start)
-        return self.logits(hidden)
+        return self.ride_together([(passed, node, riders, caches)])[0]
+
+    def ride_together(self, rides: Sequence[tuple[Passed, int, Riders, Sequence[Any]]]) -> list[mx.array]:
+        """As ``ride`` in a pass of their own, for the riders of several sequences that begin after the same layer."""
+        if len(rides) > 1 and not self.runs_together:
+            return [self.ride_together([ride])[0] for ride in rides]
+        seats, begun = [], []
+        for passed, node, riders, caches in rides:
+            begun.append(riders.begin(passed.taps[riders.layer][:, node : node + 1]))
+            seats.append(Seat.of_riders(riders, caches))
+        place(seats)
+        upper = range(rides[0][2].layer, len(self.layers))
+        hidden = self._run(mx.concatenate(begun, axis=1) if len(begun) > 1 else begun[0], upper, seats)
+        for seat in seats:
+            for index in upper:
+                drop_rows(seat.part.caches[index], seat.start)
+        logits = self.logits(hidden)
+        return [logits[seat.beside] for seat in seats] if len(seats) > 1 else [logits]
 
     def logits(self, hidden: mx.array) -> mx.array:
         """The final norm and the LM head: (1, L, D) after the last layer -> (L, V)."""
         return self.family.head(self.family.norm(hidden))[0]
 
-    def _run(
-        self,
-        hidden: mx.array,
-        layers: range,
-        caches: Sequence[Any],
-        start: int,
-        rows: Rows,
-        riders: Riders | None,
-    ) -> mx.array:
-        """Run (1, L, D) rows through some layers; ``riders`` when there are some among them."""
+    def _run(self, hidden: mx.array, layers: range, seats: Sequence[Seat]) -> mx.array:
+        """Run (1, L, D) rows through some layers, each row over the caches of its own sequence."""
         if not layers:
             return hidden
-        positions = None if rows.consecutive else mx.array(rows.depths + start)
-        reaches = self.reaches(start, rows.depths, rows.visible)
-        view = riders.view if riders is not None else None
-        numbers = mx.array(rows.numbers) if view is not None else None
-        with self.context.rows_at(positions, None if riders is None else rows.num_main):
+        alone = seats[0] if len(seats) == 1 else None
+        num_main = seats[-1].main.stop
+        riding = any(seat.mounted for seat in seats)
+        if alone is not None:
+            positions = None if alone.rows.consecutive else mx.array(alone.rows.depths + alone.start)
+        else:
+            positions = mx.array(
+                np.concatenate([*(seat.positions[0] for seat in seats), *(seat.positions[1] for seat in seats)])
+            )
+        reaches = [self.reaches(seat.start, seat.rows.depths, seat.rows.visible) for seat in seats]
+        numbers = [seat.numbers for seat in seats]
+        with self.context.rows_at(positions, num_main if riding else None):
             for index in layers:
-                seen = reaches[self.windows[index]]
-                cache = WindowView(caches[index], seen.first) if seen.first else caches[index]
-                if view is not None and numbers is not None:
-                    cache = view(cache, numbers)
-                hidden = self.layers[index](hidden, seen.mask, cache)
+                seen = [of_seat[self.windows[index]] for of_seat in reaches]
+                caches = [
+                    seat.cache(index, sight.first, own) for seat, sight, own in zip(seats, seen, numbers, strict=True)
+                ]
+                if alone is not None:
+                    hidden = self.layers[index](hidden, seen[0].mask, caches[0])
+                else:
+                    together = Together(caches, [sight.mask for sight in seen], seats)
+                    hidden = self.layers[index](hidden, None, together)
         return hidden

@@ -132,18 +132,19 @@ def test_a_file_and_a_prompt_contradict(run, directory, prompts_file):
 @pytest.mark.parametrize("as_json", [False, True])
 def test_an_interrupted_batch_keeps_what_there_is(run, directory, prompts_file, monkeypatch, as_json):
     """Red when: finished answers are lost with the one under way."""
-    import specstream_mlx
+    from specstream_mlx.engine import batch_generate
 
-    real, calls = specstream_mlx.stream_generate, []
+    real = batch_generate.stream_batch
 
     def interrupted(*arguments, **options):
-        calls.append(1)
-        for response in real(*arguments, **options):
-            yield response
-            if len(calls) == 2:
+        first_is_done = False
+        for index, response in real(*arguments, completion_batch_size=1, **options):
+            yield index, response
+            if first_is_done:
                 raise KeyboardInterrupt
+            first_is_done = response.finish_reason is not None
 
-    monkeypatch.setattr(specstream_mlx, "stream_generate", interrupted)
+    monkeypatch.setattr(batch_generate, "stream_batch", interrupted)
     result = generate(run, directory, "--prompts-file", prompts_file, *["--json"] * as_json)
     assert (result.code, result.stderr) == (130, "interrupted\n")
     if as_json:

@@ -51,6 +51,10 @@ COMMANDS = {
     "--prompts-file --prompts --repeats --max-tokens --context --drafter --draft "
     "--tree --insertion --draft-model --num-draft-tokens --prompt-lookup --ignore-eos --noise-streams "
     "--allow-differences --costs --random-weights --dtype --q-bits --plot --json --quiet --debug",
+    "serve": "--model --adapter --adapter-path --host --port --api-key-env --allowed-origins --draft --drafter "
+    "--draft-model --num-draft-tokens --max-concurrency --max-tokens --temp --top-p --top-k --min-p --chat-template "
+    "--prefill-step-size --prompt-cache-size --prompt-cache-bytes --prompt-cache-dir --request-timeout "
+    "--trust-remote-code --log-level --debug",
     "train": "--model --revision "
     "--data --self-distill --adapter-path --overwrite --config --mode --gamma --num-stream-layers "
     "--stream-init-rank --value-rotation --stream-position --prune-rank --pruner-only --rank --scale --num-layers "

@@ -128,6 +128,10 @@ class StreamsState(MarginalState):
         """As ``DraftState``: the node's streams are in the pass, and neither the tree nor pruning reads back."""
         return wish.tree is not None and self._early_exit is None and passed.carried(node, wish.depth)
 
+    def missing(self, passed: Passed, node: int, wish: Wish) -> Riders | None:
+        """As ``DraftState``."""
+        return None if passed.carried(node, wish.depth) else self._riders(wish.depth, "deferred")
+
     def marginals(self, anchor: Anchor, depth: int) -> mx.array:
         """As ``MarginalState``."""
         if not anchor.passed.carried(anchor.node, depth):

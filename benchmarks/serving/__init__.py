@@ -1,0 +1,1 @@
+"""What the server and its batches cost, and whether they last."""

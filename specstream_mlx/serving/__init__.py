@@ -1,0 +1,1 @@
+"""Answers over HTTP: requests of several clients go through one batch, in one thread that owns the model."""
