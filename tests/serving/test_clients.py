@@ -157,9 +157,10 @@ def test_a_client_that_goes_away_ends_its_answer(server):
 def test_a_running_answer_is_finished_and_prompts_outlive_the_server(server, kept):
     """The last test on this server: SIGTERM ends it, and another one finds its prompts."""
     with ThreadPoolExecutor(1) as pool:
-        body = {"prompt": PROMPTS[5], "max_tokens": 100}
+        body = LONG | {"prompt": PROMPTS[5], "max_tokens": 120}
         future = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
-        time.sleep(0.1)
+        while server.metric("running_requests") < 1 and not future.done():
+            time.sleep(0.02)
         code, errors = server.end()
         assert future.result().status_code == 200
     assert (code, errors) == (0, "")
