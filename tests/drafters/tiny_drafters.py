@@ -44,6 +44,7 @@ def make_head(kind: str, target: Target, seed: int = 7) -> Head:
         ids = np.sort(np.random.default_rng(seed).permutation(sizes.vocab_size)[:size])
         head.weights.d2t = mx.array(ids - np.arange(size), dtype=mx.int32)
     head.weights.eval()
+    mx.eval(head.weights.parameters())  # as loaded weights are: another thread can go on with them
     return head
 
 
