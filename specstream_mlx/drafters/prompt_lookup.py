@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from specstream_mlx.drafters.protocol import Anchor, DraftState, Wish, root_alone
+from specstream_mlx.drafters.protocol import Anchor, DraftState, Wish
 from specstream_mlx.target.rows import Draft
 from specstream_mlx.target.target import Target
 from specstream_mlx.target.tree import DraftTree, Path
@@ -45,16 +45,20 @@ class PromptLookupState(DraftState):
         self._pending.append(tokens)
 
     def propose(self, anchor: Anchor, wish: Wish) -> Draft:
+        """As ``DraftState``."""
+        return self.open(anchor.root, wish)
+
+    def open(self, root: mx.array, wish: Wish) -> Draft:
         """As ``DraftState``: for a chain what followed last, for a tree also what followed before that."""
         self._read()
         chain = wish.tree is not None and wish.tree.is_chain
         budget = wish.budget if wish.tree is None else wish.tree.size - 1
         paths, tokens = self._continuations(wish.depth, budget, 1 if chain else budget)
         if not paths:
-            return root_alone(anchor)
+            return Draft(DraftTree.chain(0), root)
         tree = DraftTree.from_paths(paths)
-        drafted = mx.array([tokens[path] for path in tree.paths[1:]], dtype=anchor.root.dtype)
-        return Draft(tree, mx.concatenate([anchor.root, drafted]))
+        drafted = mx.array([tokens[path] for path in tree.paths[1:]], dtype=root.dtype)
+        return Draft(tree, mx.concatenate([root, drafted]))
 
     def _read(self) -> None:
         """Take the tokens that came since into the text; they are known by now."""

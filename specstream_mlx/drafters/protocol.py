@@ -75,6 +75,10 @@ class DraftState:
         pass as if they had been beside the tree."""
         return None
 
+    def open(self, root: mx.array, wish: Wish) -> Draft | None:
+        """The draft of the first pass, whose (1,) root ends the prompt; None where a pass must tell something first."""
+        return None
+
     def propose(self, anchor: Anchor, wish: Wish) -> Draft:
         """The next tree and its tokens; the root alone where nothing is to be guessed."""
         raise NotImplementedError

@@ -74,11 +74,15 @@ class TwoModelState(DraftState):
         self._pending.append(tokens[right:])
 
     def propose(self, anchor: Anchor, wish: Wish) -> Draft:
+        """As ``DraftState``."""
+        return self.open(anchor.root, wish)
+
+    def open(self, root: mx.array, wish: Wish) -> Draft:
         """As ``DraftState``; nothing is read back where the tree is given."""
         feed = mx.concatenate([_ids(tokens) for tokens in self._pending])
         depth = self._draft.tokens_within_context(wish.depth, self._rows + len(feed) - 1)
         if depth < 1:
-            return root_alone(anchor)
+            return Draft(DraftTree.chain(0), root)
         wish, self._pending = replace(wish, depth=depth), []
         while len(feed) > _MOST_AT_ONCE:  # without the LM head
             part = feed[: min(_PREFILL_STEP, len(feed) - 1)]
@@ -98,7 +102,7 @@ class TwoModelState(DraftState):
         candidates = mx.concatenate(steps)
         self._guesses = candidates[:, 0]
         mx.async_eval(self._guesses)  # type: ignore[no-untyped-call]  # another thread may compare it with the text
-        return fill_candidates(anchor.root, candidates, tree)
+        return fill_candidates(root, candidates, tree)
 
     def _keep(self, rows: int) -> None:
         for cache in self._caches:

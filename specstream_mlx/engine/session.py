@@ -120,10 +120,13 @@ class Session:
     def prefill(
         self, prompt: Sequence[int], step_size: int = 2048, progress: Callable[[int, int], None] | None = None
     ) -> Draft:
-        """Run the prompt but its last token; returns that token as the first draft, a root alone."""
+        """Run the prompt but its last token; returns the first draft, whose root is that token."""
         for _ in self.prefilling(prompt, step_size, progress):
             pass
-        return first_draft(prompt)
+        draft = first_draft(prompt)
+        wish = self.wish(self.remaining, self.caches[0].offset)
+        opening = self.state.open(draft.tokens, wish) if wish is not None else None
+        return opening or draft
 
     def prefilling(
         self,
