@@ -74,6 +74,10 @@ class Turns:
             else:
                 self._early.setdefault(place, []).append(response)
 
+    def rest(self) -> list[tuple[int, list[Any]]]:
+        """What was made of answers whose turn has not come, by prompt."""
+        return sorted(self._early.items())
+
 
 def totals(answers: list[dict[str, Any]]) -> dict[str, Any]:
     """What ``--json`` says about all answers together."""

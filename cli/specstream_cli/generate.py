@@ -318,24 +318,38 @@ class _Session:
             if self.as_json:
                 self.out.write_json({"answers": answers} | totals(answers))
 
+        def one(index: int, responses: Iterable[Any], check: bool) -> None:
+            prompt = batch.prompts[index]
+            if index and not self.as_json:
+                self.out.write(f"{SEPARATOR}\n")
+            run = self.run(prompt.place)
+
+            def keep() -> None:
+                run.end_line()
+                if run.last is not None:
+                    answers.append({"prompt": prompt.asked} | run.document())
+
+            with _keeping(keep):
+                if check:
+                    self._consume(run, encoded[index], responses, f"{prompt.place}: ")
+                else:
+                    run.consume(responses)
+
         # A bar and a text on one terminal would overwrite each other.
         hidden = self.quiet or (not self.as_json and self.out.stream.isatty())
         turns = self.start_batch(encoded)
         with _keeping(finish), progress_bar(quiet=hidden) as progress:
-            for index, (prompt, ids) in enumerate(zip(batch.prompts, encoded, strict=True)):
-                if index and not self.as_json:
-                    self.out.write(f"{SEPARATOR}\n")
-                run = self.run(prompt.place)
-
-                def keep(run: _Run = run, asked: Any = prompt.asked) -> None:
-                    run.end_line()
-                    if run.last is not None:
-                        answers.append({"prompt": asked} | run.document())
-
-                with _keeping(keep):
-                    self._consume(run, ids, turns.answer(index), f"{prompt.place}: ")
-                if progress is not None:
-                    progress("prompts", index + 1, len(encoded))
+            try:
+                for index in range(len(encoded)):
+                    one(index, turns.answer(index), check=True)
+                    if progress is not None:
+                        progress("prompts", index + 1, len(encoded))
+            except ReaderGone:
+                raise
+            except BaseException:  # what the answers behind the one under way have by now
+                for index, responses in turns.rest():
+                    one(index, responses, check=False)
+                raise
         return totals_line(answers)
 
     def _consume(self, run: "_Run", prompt: str | list[int], responses: Iterable[Any], name: str = "") -> None:

@@ -135,22 +135,25 @@ def test_an_interrupted_batch_keeps_what_there_is(run, directory, prompts_file, 
     from specstream_mlx.engine import batch_generate
 
     real = batch_generate.stream_batch
+    made = {}
 
     def interrupted(*arguments, **options):
         first_is_done = False
-        for index, response in real(*arguments, completion_batch_size=1, **options):
+        for index, response in real(*arguments, **options):
+            made.setdefault(index, []).extend(response.tokens)
             yield index, response
-            if first_is_done:
+            if first_is_done and len(made) > 1:
                 raise KeyboardInterrupt
-            first_is_done = response.finish_reason is not None
+            first_is_done |= index == 0 and response.finish_reason is not None
 
     monkeypatch.setattr(batch_generate, "stream_batch", interrupted)
     result = generate(run, directory, "--prompts-file", prompts_file, *["--json"] * as_json)
     assert (result.code, result.stderr) == (130, "interrupted\n")
     if as_json:
         answers = json.loads(result.stdout)["answers"]
-        assert [answer["finish_reason"] is None for answer in answers] == [False, True]
+        assert len(answers) == len(made) > 1
+        assert [answer["token_ids"] for answer in answers] == [made[index] for index in sorted(made)]
     else:
-        first, second = result.stdout.split("==========\n")
-        assert first.endswith("\n")
-        assert second.endswith("\n")
+        texts = result.stdout.split("==========\n")
+        assert len(texts) == len(made) > 1
+        assert all(text.endswith("\n") for text in texts)
