@@ -414,7 +414,10 @@ class EagleState(GrowingState):
         count = tapped[0].shape[1]
         tokens = mx.concatenate([_ids(tokens) for tokens in self._tokens])
         tokens, left = tokens[:count], tokens[count:]
-        self._tapped, self._tokens = [], [left]
+        self._tapped, self._tokens = [], []
+        if len(left):  # of the prompt; another thread may go on with them
+            mx.eval(left)
+            self._tokens.append(left)
         hidden = tapped[0]
         for begin in range(0, count, _MOST_AT_ONCE):
             span = slice(begin, min(begin + _MOST_AT_ONCE, count))
