@@ -53,7 +53,7 @@ STAGES = (
         "e2e_nlg",
         "e2e_first",
         {
-            "num_steps": 150,
+            "num_steps": 122,
             "seed": 1,
             "own_prompts": 1000,
             "own_step_tokens": 800,
@@ -61,6 +61,7 @@ STAGES = (
             "stream_weight": 0.5,
             "stream_learning_rate": 0.01,
         },
+        stop_step=92,
         share=0.25,
     ),
     Stage(
