@@ -3,7 +3,8 @@
     python -m benchmarks.tasks.adapter --task sql --base runs/smollm2/hf --checkpoint runs/tasks/shared/sql/adapter
 
 The conversion is that of `specstream-mlx convert`, verified: with the LoRA merged into the base against the logits of
-the checkpoint in PyTorch, and as an adapter, tensor by tensor. The trainer rounds the LoRA to float16 when it ends, so float16 loses nothing.
+the checkpoint in PyTorch, and as an adapter, tensor by tensor. The trainer rounds the LoRA to float16 when it ends, so
+float16 loses nothing.
 """
 
 from __future__ import annotations

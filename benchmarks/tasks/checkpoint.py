@@ -33,6 +33,7 @@ from .task import Row, Task, default_rows, find_task, read_rows, task_names
 from .text_to_sql.pretrain import keep_freed_memory
 
 MOST_CANDIDATES = 8  # of a stream
+TREES = (0, 8, 15)  # nodes below the root; 0 is a chain
 
 
 def checkpoint_figures(
@@ -44,6 +45,7 @@ def checkpoint_figures(
     device: str = "cpu",
     batch_size: int = 32,
     dtype: str | None = None,
+    trees: Sequence[int] = TREES,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the figures of a checkpoint (None: of the base) and its answers, "" where none ended."""
     tokenizer = AutoTokenizer.from_pretrained(str(base))
@@ -67,12 +69,12 @@ def checkpoint_figures(
     figures["products"] = dtype or "float32"
     figures["metric"] = {name: summary(values) for name, values in task.metric(rows, texts).items()}
     if streams is not None:
-        figures["counted_tokens_per_pass"] = counted_tokens_per_pass(fast, streams, found, device)
+        figures["counted_tokens_per_pass"] = counted_tokens_per_pass(fast, streams, found, device, trees)
     return figures, texts
 
 
 def counted_tokens_per_pass(
-    fast: PackedLlama, streams: Any, examples: Sequence[Example], device: str, trees: Sequence[int] = (0, 8)
+    fast: PackedLlama, streams: Any, examples: Sequence[Example], device: str, trees: Sequence[int] = TREES
 ) -> dict[str, float]:
     """Count the passes for the model's own answers, with a chain (0) and with best-first trees of so many nodes."""
     config = streams.config
@@ -149,6 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the products; default: float32")
+    parser.add_argument("--tree", type=int, action="append", help="nodes of a tree, 0 for a chain; may be repeated")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the figures here too")
     parser.add_argument("--answers", type=Path, help="write the answers here as JSON lines")
@@ -164,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         namespace.checkpoint,
         device=namespace.device,
         dtype=namespace.dtype,
+        trees=namespace.tree or TREES,
     )
     line = json.dumps(figures)
     print(line)

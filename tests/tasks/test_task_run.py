@@ -200,21 +200,27 @@ def test_a_tree_holds_the_likeliest_paths() -> None:
 def test_the_table_is_written_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = tmp_path / "sql" / "results"
     results.mkdir(parents=True)
-    lora = {"metric": {"exact match": {"mean": 40.0, "standard_error": 2.5, "n": 397}}}
-    shared = {
-        "prompts": 397,
+
+    def checkpoint(mean: float, error: float) -> dict[str, Any]:
+        metric = {"exact match": {"mean": mean, "standard_error": error, "n": 397}}
+        return {"metric": metric, "prompts": 397, "products": "float32"}
+
+    measured = {
+        "prompts": 20,
         "tokens": 1000,
         "tokens_per_pass": 3.214,
-        "metric": {"exact match": 41.0},
-        "standard_error": {"exact match": 2.4},
+        "metric": {"exact match": 44.0},
+        "standard_error": {"exact match": 9.0},
         "extra_parameters": 2304,
         "drafted_by_depth": [4, 4],
         "accepted_by_depth": [3, 2],
-        "draft": "tree",
-        "prompts_with_equal_text": 397,
+        "draft": "best-first:15",
+        "prompts_with_equal_text": 20,
         "speedup": 2.4,
+        "speedup_total": 2.1,
     }
-    for name, figures in (("lora", lora), ("shared", shared)):
+    shared = checkpoint(41.0, 2.4) | {"counted_tokens_per_pass": {"chain": 2.5}}
+    for name, figures in (("lora", checkpoint(40.0, 2.5)), ("shared", shared), ("run", measured)):
         (results / f"{name}.json").write_text(json.dumps(figures))
     task = find_task("sql")
     monkeypatch.setattr("benchmarks.tasks.task.FOLDER", tmp_path)
@@ -222,7 +228,8 @@ def test_the_table_is_written_from_files(tmp_path: Path, monkeypatch: pytest.Mon
     assert "| LoRA alone | 1.00 | 1.00 | 40.00 ± 2.50 | 0 |" in section
     assert "| Speculative Streaming | 2.40 | 3.21 | 41.00 ± 2.40 | 2.3e3 |" in section
     assert "*paper: Mistral-Instruct-7B* | Speculative Streaming | 2.93 | 3.67 | 84.50 | 8.2e4" in section
-    assert "397 of 397" in section
+    assert "20 of 20" in section
+    assert "chain 2.50" in section
 
 
 def test_the_paper_has_four_methods_for_three_models_on_each_task() -> None:

@@ -35,4 +35,5 @@ TASK = Task(
     published=published,
     source="Spider (taoyds/spider), CC BY-SA 4.0",
     max_tokens=192,
+    tree="best-first:15",
 )
