@@ -1,7 +1,7 @@
 """The paper's choices on one model and task: stream layers, streams, chain and tree, each with its cost of training.
 
-    python -m benchmarks.tasks.ablation --task e2e_nlg --base runs/smollm2/hf --start runs/tasks/shared/e2e_nlg/adapter \\
-      --data train.jsonl --test test.jsonl --steps 20
+    python -m benchmarks.tasks.ablation --task e2e_nlg --base runs/smollm2/hf --steps 20 \\
+      --start runs/tasks/shared/e2e_nlg/adapter --data train.jsonl --test test.jsonl
 
 Every setting goes on from the same checkpoint for the same steps on the same rows; streams of another depth or number
 begin as those of the checkpoint. Tokens per pass are counted on test prompts, as `checkpoint` does it, for a chain and

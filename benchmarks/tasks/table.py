@@ -126,8 +126,9 @@ def _sentences(results: dict[str, dict[str, Any]]) -> str:
             f"{a / d:.2f}" for a, d in zip(run["accepted_by_depth"], run["drafted_by_depth"], strict=True) if d
         )
         text.append(
-            f"Tokens per pass: `run`, {run['prompts']} prompts, {run['tokens']:,} tokens, draft `{run['draft']}`, accepted "
-            f"by depth {accepted}; texts equal to mlx-lm's on {run['prompts_with_equal_text']} of {run['prompts']}."
+            f"Tokens per pass: `run`, {run['prompts']} prompts, {run['tokens']:,} tokens, draft `{run['draft']}`, "
+            f"accepted by depth {accepted}; texts equal to mlx-lm's on {run['prompts_with_equal_text']} of "
+            f"{run['prompts']}."
         )
         if "speedup" in run:
             text.append(
