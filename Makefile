@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
 RUN = scripts/with-openblas
+KERNEL_TESTS = tests/test_parity.py tests/torch_twin tests/training/test_training_parity.py tests/training/test_loss.py \
+	tests/convert/test_convert_parity.py
 LOCK ?= lock
 TORCH ?= -r lock/torch.txt
 
@@ -24,10 +26,10 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest lint format lock clean
+.PHONY: help demo test test-newest test-kernels lint format lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed ## Install, answer a sample question pass by pass, and compare with mlx-lm
 	@$(RUN) $(BIN)/python benchmarks/side_by_side.py
@@ -37,6 +39,12 @@ test: $(VENV)/.tested ## Install with the test extras and run the tests
 
 test-newest: ## The tests with the newest packages that pyproject.toml allows, in .venv-newest
 	@$(MAKE) test VENV=.venv-newest LOCK=
+
+test-kernels: $(VENV)/.tested ## Parity and training tests with each BLAS kernel that this processor can run (x86-64 Linux)
+	@for kernel in Haswell Zen $$(grep -qm1 avx512f /proc/cpuinfo 2>/dev/null && echo SkylakeX); do \
+	  echo "== OPENBLAS_CORETYPE=$$kernel"; \
+	  OPENBLAS_CORETYPE=$$kernel $(RUN) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(KERNEL_TESTS) || exit; \
+	done
 
 lint: $(VENV)/.tested ## Check style, format and types
 	$(BIN)/ruff check .

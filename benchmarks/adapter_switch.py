@@ -25,8 +25,8 @@ from mlx.utils import tree_flatten
 from specstream_mlx import SpecStreamModel, default_model_path, load
 from specstream_mlx.calibration.shapes import DTYPES, SHAPES, random_model
 from specstream_mlx.errors import SpecStreamError
+from specstream_mlx.formats.adapter_directory import write_adapter
 from specstream_mlx.target import machine
-from specstream_mlx.training.output import write_adapter
 from specstream_mlx.training.settings import TrainSettings
 from specstream_mlx.training.trainable import attach, trained_tensors
 

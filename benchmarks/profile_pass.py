@@ -20,12 +20,14 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream
 
 from specstream_mlx import DraftOptions, load, stream_generate
-from specstream_mlx.calibration.measure import encode_prompt, find_samples, read_prompts
+from specstream_mlx.calibration.measure import find_samples
 from specstream_mlx.drafters.protocol import Anchor, Wish
 from specstream_mlx.engine.acceptance import accept
 from specstream_mlx.engine.sampling import TargetSampler
 from specstream_mlx.engine.session import prefill
 from specstream_mlx.engine.steering import steer
+from specstream_mlx.formats.prompts import encode_prompt, read_prompts
+from specstream_mlx.models.load import model_directory
 from specstream_mlx.options import Insertion
 from specstream_mlx.target.rows import Draft
 from specstream_mlx.target.tree import DraftTree
@@ -115,8 +117,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=60)
     arguments = parser.parse_args()
     model, tokenizer = load(arguments.model)
-    samples = find_samples(arguments.model)
-    text = read_prompts(samples)[0]["prompt"] if samples is not None else "Once upon a time"
+    samples = find_samples(model_directory(arguments.model))
+    text = read_prompts(samples)[0].text if samples is not None else "Once upon a time"
     options = DraftOptions(tree=arguments.tree, insertion=arguments.insertion)
     found = profile(model, tokenizer, encode_prompt(tokenizer, text), options, arguments.repeats)
     for name, milliseconds in found.items():

@@ -8,11 +8,12 @@ answered pass by pass before. The protocol is in benchmarks/README.md.
 """
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from specstream_mlx.options import DraftMode, Insertion
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,11 +46,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--draft",
         action="append",
-        choices=("auto", "tree", "chain", "off"),
+        choices=get_args(DraftMode),
         help="an arm beside mlx-lm; may be repeated (default: auto)",
     )
     parser.add_argument("--tree", help="tree of the tree and auto arms, such as best-first:8 or cartesian:2x2x1x1")
-    parser.add_argument("--insertion", choices=("leaf", "deferred", "parallel"), help="how streams are run")
+    parser.add_argument("--insertion", choices=get_args(Insertion), help="how streams are run")
     parser.add_argument("--allow-differences", action="store_true", help="print figures although 16-bit ties differ")
     parser.add_argument("--json", action="store_true", help="print one JSON object with every figure instead")
     return parser.parse_args(arguments)
@@ -95,22 +96,15 @@ def compare(options: argparse.Namespace, out: Any) -> None:
 
 def show_answer(arm: Any, load: Any, tokenizer: Any, out: Any) -> None:
     """Write the first question, the passes of its answer as they come, and the answer."""
-    from specstream_cli.passes import Pass, legend, pass_lines
+    from specstream_cli.passes import Pass, PassLines, is_coloured, legend
 
-    colour = out.stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    coloured = is_coloured(out.stream)
+    lines = PassLines(tokenizer.decode, coloured=coloured)
     steps: list[Any] = []
-
-    def passes() -> Iterator[Pass]:
-        before = 0
-        for step in arm.start(load.prompts[0]):
-            accepted = sum(step.accepted)
-            yield Pass(step.tokens, step.tokens[: accepted - before])
-            before = accepted
-            steps.append(step)
-
-    out.write(f"Question\n{indented(load.texts[0])}\n\nPasses: {legend(colour=colour)}\n")
-    for line in pass_lines(passes(), tokenizer.decode, colour=colour):
-        out.write(line + "\n")
+    out.write(f"Question\n{indented(load.texts[0])}\n\nPasses: {legend(coloured=coloured)}\n")
+    for step in arm.start(load.prompts[0]):
+        out.write(lines.line(Pass.of(step.response)) + "\n")
+        steps.append(step)
     text = "".join(step.text for step in steps)
     tokens = sum(len(step.tokens) for step in steps)
     out.write(f"\nAnswer: {tokens} tokens in {steps[-1].passes} passes\n{indented(text)}\n\n")

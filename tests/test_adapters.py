@@ -252,8 +252,8 @@ def in_pytorch_form(path):
 
 
 DAMAGES = [
-    ("lossless", of_another_base, "this is another base than 'org/other'"),
-    ("lossless", of_another_shape, "trained for hidden_size 64, this base has 32"),
+    ("lossless", of_another_base, "this is another base or revision than 'org/other'"),
+    ("lossless", of_another_shape, "base_model.hidden_size is 64, this base has 32"),
     ("lossless", truncated, f"{WEIGHTS_NAME}: .*the file has [0-9]+; .*incomplete"),
     ("lossless", another_gamma, r"stream_embeddings: shape \(4, 32\), .* need \(3, 32\)"),
     ("lossless", too_many_layers, "num_stream_layers is 5, the base has 4 layers"),

@@ -39,6 +39,7 @@ from specstream_mlx.target.caches import (
     drop_rows,
 )
 from tests.tiny import NumberTokenizer, drafter, make_model, our_tokens, plain_tokens, random_prompt
+from tests.tolerances import LOGITS
 
 KINDS = {
     "full": KVCache,
@@ -243,7 +244,7 @@ def test_a_prompt_cache_comes_back_as_mlx_lm_leaves_it(draft, kept):
         assert [(type(c), c.offset) for c in ours] == [(type(c), c.offset) for c in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         for array, reference in zip(*(fetched(cache.keys_and_values()) for cache in (mine, other)), strict=True):
-            assert mx.allclose(array.astype(mx.float32), reference.astype(mx.float32), atol=1e-4)
+            assert mx.allclose(array.astype(mx.float32), reference.astype(mx.float32), atol=LOGITS)
 
 
 def test_a_closed_generator_leaves_a_quantised_cache_at_what_was_yielded():
@@ -400,7 +401,7 @@ def test_a_kept_prefix_is_not_run_again(draft):
         assert {cache.offset for cache in kept.caches} == {len(kept.tokens)} == {len(ids) + 9}
 
 
-@pytest.mark.parametrize("call", [2, 30], ids=["prompt", "answer"])
+@pytest.mark.parametrize("call", [2, 10], ids=["prompt", "answer"])
 def test_a_kept_prefix_outlives_an_interrupted_pass(call):
     """Red when: rows that only some layers got are believed."""
     model = make_model("qwen3", seed=8)

@@ -12,8 +12,9 @@ from specstream_mlx import stream_generate
 from specstream_mlx.calibration import costs
 from specstream_mlx.calibration.acceptance import AcceptanceCounts, measure_acceptance
 from specstream_mlx.calibration.costs import PLAIN_STEPS, measure_costs, sample_tree, usable_contexts
-from specstream_mlx.calibration.measure import encode_prompt, measure, read_prompts
+from specstream_mlx.calibration.measure import measure
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.formats.prompts import encode_prompt, read_prompts
 from specstream_mlx.models.identity import calibration_key, model_digest, stored_calibration
 from specstream_mlx.planning.calibration import Calibration
 from specstream_mlx.planning.store import cache_directory, path_for, save
@@ -208,7 +209,7 @@ def test_where_calibrations_are_kept(monkeypatch, tmp_path):
     [
         (None, "cannot be read"),
         ("", "no prompts in it"),
-        ("[1]\n", ":1: expected a JSON object with a 'prompt'"),
+        ("[1]\n", ":1: a list, expected a JSON object with a 'prompt'"),
         ('{"prompt": "a"}\n{"prompt"\n', ":2: not JSON"),
         ('{"prompt": ""}\n', "not empty"),
     ],
@@ -226,10 +227,12 @@ def test_prompts_keep_what_else_their_lines_say(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "1 2", "answer": "3"}\n\n{"prompt": "4"}\n')
     rows = read_prompts(file)
-    assert rows == [{"prompt": "1 2", "answer": "3"}, {"prompt": "4"}]
+    assert [row.row for row in rows] == [{"prompt": "1 2", "answer": "3"}, {"prompt": "4"}]
+    assert [row.text for row in rows] == ["1 2", "4"]
+    assert [row.place for row in rows] == [f"{file}:1", f"{file}:3"]
     tokenizer = NumberTokenizer()
     tokenizer.__dict__["has_chat_template"] = False
-    assert encode_prompt(tokenizer, rows[0]["prompt"]) == [1, 2]
+    assert encode_prompt(tokenizer, rows[0]) == [1, 2]
 
 
 def test_calibrations_are_plain_data(calibration):

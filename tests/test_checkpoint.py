@@ -18,6 +18,7 @@ from specstream_mlx.formats.places import resolve
 from specstream_mlx.target.tree import DraftTree
 from tests.passes import stream_logits, verify
 from tests.tiny import make_model, our_tokens, random_prompt, save_directory, save_streams
+from tests.tolerances import LOGITS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:transformers.*")
 
@@ -111,9 +112,9 @@ def test_stream_only_lora_leaves_the_main_stream_bit_for_bit(copy):
         results.append((run.logits, stream_logits(each, run, 1, caches)))
     (base, base_streams), (deferred, deferred_streams), (parallel, parallel_streams) = results
     assert mx.array_equal(base, deferred)
-    assert mx.allclose(base, parallel, atol=1e-4)
-    assert mx.allclose(deferred_streams, parallel_streams, atol=1e-4)
-    assert not mx.allclose(base_streams, deferred_streams, atol=0.1)
+    assert mx.allclose(base, parallel, atol=LOGITS)
+    assert mx.allclose(deferred_streams, parallel_streams, atol=LOGITS)
+    assert not mx.allclose(base_streams, deferred_streams, atol=1000 * LOGITS)
 
 
 def test_half_precision_streams_follow_the_base(saved, copy):
@@ -148,7 +149,7 @@ def make_nan(tensors):
         (drop_embeddings, f"{WEIGHTS_NAME}:specstream.stream_embeddings: missing"),
         (add_stranger, f"{WEIGHTS_NAME}:specstream.other: not expected by {CONFIG_NAME}"),
         (drop_row, r"specstream.stream_embeddings: shape \(3, 32\), .* need \(4, 32\)"),
-        (make_integer, "specstream.stream_embeddings: dtype I32, expected one of F32, F16, BF16"),
+        (make_integer, "specstream.stream_embeddings: dtype I32, expected one of F32, BF16, F16"),
         (make_nan, "specstream.prune.up.weight: holds NaN or infinite values"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -171,14 +172,14 @@ def test_streams_of_another_base_are_refused(saved, copy):
     load(copy)
     wrong = fingerprint(model.base.model.norm.weight + 1)
     change_json(copy / CONFIG_NAME, base_model={"fingerprint": wrong, "name_or_path": "org/other"})
-    with pytest.raises(InvalidInputError, match="the shapes fit, but this is another base than 'org/other'"):
+    with pytest.raises(InvalidInputError, match="same shapes, but this is another base or revision than 'org/other'"):
         load(copy)
     change_json(copy / CONFIG_NAME, base_model={"hidden_size": 64, "vocab_size": 98})
     with pytest.raises(InvalidInputError) as caught:
         load(copy)
-    assert [line.split("for ")[1].split(",")[0] for line in str(caught.value).splitlines()] == [
-        "hidden_size 64",
-        "vocab_size 98",
+    assert [line.split("base_model.")[1].split(",")[0] for line in str(caught.value).splitlines()] == [
+        "hidden_size is 64",
+        "vocab_size is 98",
     ]
 
 
@@ -275,18 +276,6 @@ def test_unsupported_families(copy, model_type, reason):
         load(copy)
 
 
-def test_rotary_settings_that_mlx_lm_would_overlook_are_refused(copy):
-    config = json.loads((copy / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
-    (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match=r"rope_parameters .* put its rope_theta"):
-        load(copy)
-    nested = {"model_type": "gemma3", "text_config": {"rope_parameters": config["rope_parameters"]}}
-    (copy / "config.json").write_text(json.dumps(nested))
-    with pytest.raises(UnsupportedError, match=r"rope_parameters .* put its rope_theta"):
-        load(copy)
-
-
 def test_code_in_a_checkpoint_is_not_run(copy):
     (copy / "evil.py").write_text("raise SystemExit('ran')")
     change_json(copy / "config.json", model_file="evil.py")
@@ -317,7 +306,7 @@ def test_an_adapter_is_not_a_model(tmp_path):
 
 def test_a_file_is_not_a_model(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidInputError, match="file is not a directory; give the directory that holds config.json"):
+    with pytest.raises(InvalidInputError, match="file is not a directory; give the directory that holds config"):
         resolve(tmp_path / "file")
 
 

@@ -23,6 +23,7 @@ from specstream_mlx.target.tree import DraftTree
 from tests.adapter_cases import save_adapter
 from tests.passes import stream_logits, verify
 from tests.tiny import FAMILIES, make_base, our_tokens, plain_tokens, random_prompt
+from tests.tolerances import LOGITS
 
 INSERTIONS = ("leaf", "parallel", "deferred")
 PROMPT = random_prompt(9, seed=2)
@@ -128,7 +129,7 @@ def test_lora_acts_on_the_streams(family, kind, tmp_path):
             model.commit(run, TREE.ancestors(TREE.leaf), caches)
             found.append(stream_logits(model, run, TREE.leaf, caches).astype(mx.float32))
     *inserted, deferred, without = *found[:2], found[2], found[-1]
-    tolerance = 1e-4 if kind == "float32" else 0.25  # bfloat16, on logits of size 1 to 10
+    tolerance = LOGITS if kind == "float32" else 0.25  # bfloat16, on logits of size 1 to 10
     assert all(mx.allclose(logits, deferred, atol=tolerance) for logits in inserted)
     assert not mx.allclose(deferred, without, atol=2 * tolerance)
 

@@ -15,6 +15,7 @@ from tests import tiny
 from tests.family_cases import TOLERANCE, insertion_error
 from tests.passes import stream_logits, streams_of, trunk_of, verify
 from tests.tiny import make_base, make_model, random_prompt
+from tests.tolerances import LOGITS
 
 VARIANTS = {
     "default": {},
@@ -77,9 +78,9 @@ def test_streams_after_pruning_are_those_of_the_surviving_path(layer):
     tokens = pruned.draft.tokens[mx.array(path)]
     alone, fresh = run(DraftTree.chain(len(path) - 1), tokens, None)
     model.commit(alone, range(len(path)), fresh)
-    assert mx.allclose(pruned.logits[node], alone.logits[-1], atol=1e-4)
+    assert mx.allclose(pruned.logits[node], alone.logits[-1], atol=LOGITS)
     expected = stream_logits(model, alone, len(path) - 1, fresh)
-    assert mx.allclose(stream_logits(model, pruned, node, caches), expected, atol=1e-4)
+    assert mx.allclose(stream_logits(model, pruned, node, caches), expected, atol=LOGITS)
 
 
 def test_streams_differ_from_one_another_and_from_main():
@@ -104,7 +105,7 @@ def test_the_first_streams_alone_are_the_first_of_all(variant, insertion):
     model.commit(run, [0, 1], caches)
     whole = stream_logits(model, run, 1, caches)
     for count in range(1, model.gamma + 1):
-        assert mx.allclose(stream_logits(model, run, 1, caches, count), whole[:count], atol=1e-4)
+        assert mx.allclose(stream_logits(model, run, 1, caches, count), whole[:count], atol=LOGITS)
 
 
 def test_a_stock_call_is_the_base_model():

@@ -18,6 +18,7 @@ from specstream_mlx.target.rotary import PassContext, TreeRope
 from specstream_mlx.target.tree import DraftTree
 from tests.family_cases import TOLERANCE, tree_error
 from tests.tiny import EVERY_FAMILY, WINDOW, WINDOWED, make_base, make_model, random_prompt
+from tests.tolerances import CLOSE_LOGITS, FLOAT32
 
 
 @pytest.mark.parametrize("name", EVERY_FAMILY)
@@ -47,7 +48,8 @@ def test_what_the_seam_assumes_of_mlx_lm(name):
     mask = "causal" if family.SHARED_ATTENTION else mx.tri(9, dtype=mx.bool_)
     for layer in family.layers:
         hidden = layer(hidden, mask, None)
-    assert mx.allclose(base(tokens), family.head(family.norm(hidden)), atol=1e-5), "the parts no longer make the model"
+    logits = family.head(family.norm(hidden))
+    assert mx.allclose(base(tokens), logits, atol=CLOSE_LOGITS), "the parts no longer make the model"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_rope_gives_every_row_its_own_position(rope_scaling):
         rotated = wrapped(x, offset=7)
     for row, position in enumerate(positions):
         alone = rope(x[:, :, row : row + 1], offset=position)
-        assert mx.allclose(rotated[:, :, row : row + 1], alone, atol=1e-6)
+        assert mx.allclose(rotated[:, :, row : row + 1], alone, atol=FLOAT32)
     assert context.positions is None
 
 
@@ -187,6 +189,6 @@ def test_value_rotation_turns_stream_rows_only():
     _, turned = cache.update_and_fetch(values, values)
     numbers = np.array(values)[..., :2] + 1j * np.array(values)[..., 2:]
     expected = numbers * np.exp(1j * 0.5 * np.arange(3))[:, None]
-    assert np.allclose(np.array(turned)[..., :2], expected.real, atol=1e-6)
-    assert np.allclose(np.array(turned)[..., 2:], expected.imag, atol=1e-6)
+    assert np.allclose(np.array(turned)[..., :2], expected.real, atol=FLOAT32)
+    assert np.allclose(np.array(turned)[..., 2:], expected.imag, atol=FLOAT32)
     assert cache.offset == 3

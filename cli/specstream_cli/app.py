@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 a bug of ours, 2 usage, 3 invalid input, 4 unsupported, 5 ve
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from specstream_cli.generate import generate
 from specstream_cli.inspect import inspect
 from specstream_cli.terminal import ReaderGone, silence_stdout, to_stderr
 from specstream_cli.train import TrainCommand, train
-from specstream_mlx.errors import SpecStreamError
+from specstream_mlx.errors import SpecStreamError, UsageError
 
 PROGRAM = "specstream-mlx"
 INTERRUPTED = 130
@@ -92,7 +93,7 @@ def _report(error: Exception, debug: bool) -> int:
 
     if isinstance(error, SpecStreamError):
         for line in str(error).splitlines() or [type(error).__name__]:
-            to_stderr(f"error: {line}")
+            to_stderr(f"error: {_with_flag(line) if isinstance(error, UsageError) else line}")
         return error.exit_code
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
@@ -104,10 +105,19 @@ def _report(error: Exception, debug: bool) -> int:
     return 1
 
 
+def _with_flag(line: str) -> str:
+    """A library's message about an argument, by its flag."""
+    return re.sub(r"^(draft_model|num_draft_tokens|prune_threshold)(?= )", _flag, line)
+
+
+def _flag(argument: re.Match[str]) -> str:
+    return "--" + argument[0].replace("_", "-")
+
+
 def _usage_message(error: typer.TyperException) -> str:
     option = getattr(getattr(error, "param", None), "opts", None)
     if isinstance(error, typer.BadParameter) and option and error.message:
-        message = f"{max(option, key=len)}: {error.message}"
+        message = f"{max(option, key=len)}: {error.message.removeprefix('Value error, ')}"
     else:
         message = str(getattr(error, "format_message", error.__str__)())
     message = " ".join(message.split()).rstrip(".")

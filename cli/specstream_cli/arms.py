@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BASELINE = "mlx-lm"
-LOOKUP = "prompt-lookup"
-DRAFT_MODEL = "draft-model"
+TWO_MODEL = "mlx-lm two-model"
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,7 @@ class Step:
     passes: int
     drafted: Sequence[int] = ()  # by depth
     accepted: Sequence[int] = ()
+    response: Any = None  # of ours
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,19 @@ class Run:
 
 @dataclass
 class Arm:
-    """One way to generate; ``runs[repeat][prompt]``."""
+    """One way to generate; ``runs[repeat][prompt]``.
+
+    Attributes:
+        model: mlx-lm's, where it generates.
+        drafter, draft: who drafts and how, where ours does.
+    """
 
     name: str
     start: Callable[[list[int]], Iterator[Step]]
     weight_bytes: int = 0
-    model: Any = None  # of the baseline
+    model: Any = None
+    drafter: str | None = None
+    draft: str | None = None
     runs: list[list[Run]] = field(default_factory=list)
 
     def seconds(self, kind: str) -> list[float]:
@@ -136,6 +143,8 @@ def row(arm: Arm, baseline: Arm, num_different: int) -> dict[str, Any]:
     first = [1000 * run.first_seconds for round_ in arm.runs for run in round_]
     found: dict[str, Any] = {
         "arm": arm.name,
+        "drafter": arm.drafter,
+        "draft": arm.draft,
         "prompts": len(runs),
         "prompts_with_equal_tokens": len(runs) - num_different,
         "tokens": tokens,
@@ -179,18 +188,24 @@ def stock_arm(name: str, stock: Any, tokenizer: Any, weight_bytes: int, max_toke
     return Arm(name, start, weight_bytes, stock)
 
 
-def stream_arm(name: str, model: Any, tokenizer: Any, weight_bytes: int, max_tokens: int, **more: Any) -> Arm:
-    """Our generation."""
+def our_arm(
+    name: str, model: Any, tokenizer: Any, weight_bytes: int, max_tokens: int, *, drafter: Any, draft: str, **more: Any
+) -> Arm:
+    """Our generation; ``drafter`` is a drafter, or None for plain decoding."""
     from specstream_mlx import stream_generate
 
+    more |= {"max_tokens": max_tokens, "drafter": "none" if drafter is None else drafter, "draft": draft}
+
     def start(prompt: list[int]) -> Iterator[Step]:
-        for response in stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, **more):
+        for response in stream_generate(model, tokenizer, prompt, **more):
             yield Step(
                 response.tokens,
                 response.text,
                 response.target_passes,
                 response.drafted_by_depth,
                 response.accepted_by_depth,
+                response,
             )
 
-    return Arm(name, start, weight_bytes)
+    who = "none" if drafter is None or draft == "off" else drafter.name
+    return Arm(name, start, weight_bytes, drafter=who, draft=draft)

@@ -1,11 +1,13 @@
 """``--prompts-file``: the prompts of a file, answered one after another."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specstream_cli.chat_template import is_used
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.chat_template import ChatTemplate
+from specstream_mlx.formats.prompts import Prompt, encode_prompt, prompt_ids, read_prompts
 
 SEPARATOR = "=" * 10  # between answers, as mlx-lm writes it around one
 
@@ -15,38 +17,35 @@ class Batch:
     """The prompts of a file, checked before anything is generated."""
 
     path: Path
-    prompts: list[str]
-    lines: list[int]
+    prompts: list[Prompt]
 
     @classmethod
     def read(cls, path: Path) -> "Batch":
-        """JSON lines with a ``prompt`` each, as ``benchmark`` reads them.
+        """The file's prompts, as every command reads them.
 
         Raises:
             InvalidInputError: not such a file; the line is named.
         """
-        from specstream_mlx.calibration.measure import read_prompts
+        return cls(path, read_prompts(path))
 
-        rows = read_prompts(path)
-        lines = [number for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1) if line.strip()]
-        return cls(path, [row["prompt"] for row in rows], lines)
-
-    def encode(self, target: Any, tokenizer: Any, apply: Callable[[Any, str], str | list[int]]) -> list[list[int]]:
-        """All prompts as ids; ``apply`` puts one into the chat template.
+    def encode(self, target: Any, tokenizer: Any, chat: ChatTemplate) -> list[list[int]]:
+        """All prompts as ids.
 
         Raises:
+            UsageError: a flag needs a chat template and the tokenizer has none.
             InvalidInputError: prompts that the model cannot take, every one with its line.
         """
-        from specstream_mlx.engine.generate import check_context, prompt_ids
+        from specstream_mlx.engine.generate import check_context
 
+        is_used(chat, tokenizer)
         encoded, problems = [], []
-        for prompt, line in zip(self.prompts, self.lines, strict=True):
+        for prompt in self.prompts:
             try:
-                ids = prompt_ids(tokenizer, apply(tokenizer, prompt), target.args.vocab_size)
+                ids = prompt_ids(tokenizer, encode_prompt(tokenizer, prompt, chat), target.args.vocab_size)
                 check_context(target, 0, len(ids))
                 encoded.append(ids)
             except InvalidInputError as error:
-                problems.append(f"{self.path}:{line}: {error}")
+                problems.append(f"{prompt.place}: {error}")
         if problems:
             raise InvalidInputError("\n".join(problems))
         return encoded

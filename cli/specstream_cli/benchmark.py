@@ -1,44 +1,37 @@
 """``specstream-mlx benchmark``: stock mlx-lm and ours on the same weights, prompt by prompt in turn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from specstream_cli.arms import (
     BASELINE,
-    DRAFT_MODEL,
-    LOOKUP,
+    TWO_MODEL,
     Arm,
     Workload,
     differences,
     judge,
     measure,
+    our_arm,
     row,
     stock_arm,
-    stream_arm,
     warm_up,
 )
 from specstream_cli.costs import cost_lines, cost_table
+from specstream_cli.drafting import NumDraftTokens, check_drafters, choose_drafters, load_draft_model, one_of
+from specstream_cli.options import Revision, TrustRemoteCode
 from specstream_cli.plots import check_plot, draw
 from specstream_cli.quality import quality
 from specstream_cli.tables import table
 from specstream_cli.terminal import Progress, answer, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.validation import any_repo_id, tree_spec, within
 from specstream_mlx.errors import InvalidInputError, UsageError, VerificationError
-from specstream_mlx.options import Insertion
+from specstream_mlx.options import DrafterName, DraftMode, Insertion
 
-DRAFT_MODES = ("auto", "tree", "chain", "off")
 MOST_LINES = 8
 REFERENCES = ("answer", "reference", "completion", "target")
-
-
-def _draft_modes(values: list[str] | None) -> list[str] | None:
-    for value in values or []:
-        if value not in DRAFT_MODES:
-            raise typer.BadParameter(f"got {value!r}, expected one of {', '.join(DRAFT_MODES)}")
-    return values
 
 
 def benchmark(
@@ -48,8 +41,14 @@ def benchmark(
     ] = None,
     adapter: Annotated[
         str | None,
-        typer.Option(help="Directory with an adapter for this base; mlx-lm runs the base, or its fine-tune by a LoRA."),
+        typer.Option(
+            "--adapter",
+            "--adapter-path",
+            help="Directory with an adapter for this base; mlx-lm runs the base, or its fine-tune by a LoRA.",
+        ),
     ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     prompts_file: Annotated[
         list[Path] | None,
         typer.Option(
@@ -68,11 +67,20 @@ def benchmark(
             help="Also measure with the prompts at this length, filled up with text of the file; may be repeated."
         ),
     ] = None,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar=f"[{'|'.join(get_args(DrafterName))}]",
+            callback=one_of(get_args(DrafterName)),
+            help="Who drafts in our arms; may be repeated. Default: what the model or its adapter has.",
+        ),
+    ] = None,
     draft: Annotated[
         list[str] | None,
         typer.Option(
-            callback=_draft_modes,
-            help="An arm of ours: auto, tree, chain or off; may be repeated. Default: auto and off.",
+            metavar=f"[{'|'.join(get_args(DraftMode))}]",
+            callback=one_of(get_args(DraftMode)),
+            help="How to draft: for every drafter an arm of ours; may be repeated. Default: auto and off.",
         ),
     ] = None,
     tree: Annotated[
@@ -80,13 +88,15 @@ def benchmark(
     ] = None,
     insertion: Annotated[Insertion | None, typer.Option(help="How streams run: leaf, deferred or parallel.")] = None,
     draft_model: Annotated[
-        str | None, typer.Option(help="A second, smaller model: mlx-lm's own speculative decoding as an arm.")
+        str | None,
+        typer.Option(
+            metavar="DIR|REPO",
+            help="Second, smaller model: adds the drafter two-model, and mlx-lm's own two-model decoding as an arm.",
+        ),
     ] = None,
-    num_draft_tokens: Annotated[
-        int, typer.Option(callback=within(1), help="Tokens that the draft model or prompt lookup drafts.")
-    ] = 4,
+    num_draft_tokens: NumDraftTokens = None,
     prompt_lookup: Annotated[
-        bool, typer.Option("--prompt-lookup", help="Drafting from earlier text, without streams, as an arm.")
+        bool, typer.Option("--prompt-lookup", help="Adds the drafter prompt-lookup, which needs no weights.")
     ] = False,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after end-of-text, up to --max-tokens.")
@@ -117,19 +127,26 @@ def benchmark(
         within(1)(length)
     if random_weights is None and (dtype is not None or q_bits is not None):
         raise UsageError(f"--{'dtype' if dtype is not None else 'q-bits'}: goes with --random-weights")
-    for option, value in (("--model", model), ("--adapter", adapter)):
+    given = {"--model": model, "--adapter": adapter, "--drafter": drafter, "--draft-model": draft_model}
+    for option, value in given.items():
         if random_weights is not None and value is not None:
             raise UsageError(f"--random-weights: contradicts {option}; drop one")
+    drafters: list[str | None] = list(drafter or ()) or [None]
+    if prompt_lookup:
+        drafters.append("prompt-lookup")
+    if draft_model is not None:
+        drafters.append("two-model")
     check_plot(plot)
-    quieten_libraries(
-        offline=not any_repo_id({"--model": model, "--adapter": adapter, "--draft-model": draft_model}), debug=debug
-    )
+    places = {"--model": model, "--adapter": adapter, "--draft-model": draft_model}
+    quieten_libraries(offline=not any_repo_id(places, revision), debug=debug)
 
     def remark(line: str) -> None:
         if not quiet:
             to_stderr(line)
 
     with answer() as out, progress_bar(quiet=quiet) as progress:
+        check_drafters(drafters, draft_model, num_draft_tokens)
+        from specstream_mlx.models.load import model_directory
         from specstream_mlx.target import machine
 
         document: dict[str, Any] = {
@@ -140,27 +157,31 @@ def benchmark(
         if random_weights is not None:
             document |= _random_costs(random_weights, dtype or "float16", q_bits, context, repeats, progress)
         else:
+            directory = model_directory(model, revision, trust_remote_code=trust_remote_code)
             arms, tokenizer, target, about = load_arms(
                 model,
                 draft,
                 max_tokens,
                 remark,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
                 adapter=adapter,
                 tree=tree,
                 insertion=insertion,
+                drafters=drafters,
                 draft_model=draft_model,
                 num_draft_tokens=num_draft_tokens,
-                prompt_lookup=prompt_lookup,
             )
             document |= about | {"repeats": repeats, "max_tokens": max_tokens, "noise_streams": noise_streams}
             if ignore_eos:
                 tokenizer._eos_token_ids = set()
             if noise_streams:
                 _make_noise(target)
-            loads = workloads(model, prompts_file, prompts, context, tokenizer, target, max_tokens, remark)
+            loads = workloads(str(directory), prompts_file, prompts, context, tokenizer, target, max_tokens, remark)
             document["workloads"] = measure_all(arms, loads, repeats, allow_differences, progress)
             if costs:
-                document["costs"] = _costs(target, context, repeats, progress)
+                document["costs_of_drafter"] = target.drafter.name if target.drafter is not None else None
+                document["costs"] = _costs(target, target.drafter, context, repeats, progress)
         if plot is not None:
             draw(plot, _panels(document), f"{document['machine']['processor']}, {document['machine']['device']}")
         if as_json:
@@ -175,72 +196,100 @@ def load_arms(
     max_tokens: int,
     remark: Callable[[str], None],
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     adapter: str | None = None,
     tree: str | None = None,
     insertion: Insertion | None = None,
+    drafters: Sequence[str | None] = (None,),
     draft_model: str | None = None,
-    num_draft_tokens: int = 4,
-    prompt_lookup: bool = False,
+    num_draft_tokens: int | None = None,
 ) -> tuple[list[Arm], Any, Any, dict[str, Any]]:
-    """Every arm, the baseline first; mlx-lm's model and ours share the arrays of their weights."""
-    import mlx_lm
-    from mlx.utils import tree_flatten
+    """Every arm, the baseline first; mlx-lm's models and ours share the arrays of their weights.
 
-    from specstream_mlx import DraftOptions, default_model_path, load
+    Args:
+        drafters: their names, None being the model's own.
+
+    Returns:
+        The arms, the tokenizer, the target, and what the JSON document says about them.
+    """
+    from specstream_mlx import load
+    from specstream_mlx.drafters.choice import TAKE_NUM_DRAFT_TOKENS
     from specstream_mlx.engine.exactness import plain_model
     from specstream_mlx.models.identity import calibration_key
+    from specstream_mlx.models.load import model_directory
 
-    path = str(default_model_path()) if name is None else name
-    target, tokenizer = load(path, adapter=adapter)
+    path = model_directory(name, revision, trust_remote_code=trust_remote_code)
+    target, tokenizer = load(path, adapter=adapter, trust_remote_code=trust_remote_code)
     stock = plain_model(target, path, adapter)
     in_use = target.adapter
-    stock_bytes = sum(value.nbytes for _, value in tree_flatten(stock.parameters()))
-    our_bytes = sum(value.nbytes for _, value in tree_flatten(target.parameters()))
-    modes = list(dict.fromkeys(draft or ["auto", "off"]))
-    if target.gamma == 0:
-        needing = [mode for mode in modes if mode in ("tree", "chain")]
-        if needing:
-            remark(f"this model has no streams: no arm for --draft {', '.join(needing)}")
-        remark("this model has no streams: ours decodes plainly; nothing is said about drafting with streams")
-        modes = [mode for mode in modes if mode not in needing and mode != "auto"] or ["off"]
+    second = None if draft_model is None else load_draft_model(target, draft_model, trust_remote_code)
+    chosen = choose_drafters(target, drafters, second, num_draft_tokens)
+    stock_bytes, our_bytes = _num_bytes(stock), _num_bytes(target)
     arms = [stock_arm(BASELINE, stock, tokenizer, stock_bytes, max_tokens)]
-    for mode in modes:
-        options = DraftOptions(
-            tree=tree if mode in ("tree", "auto") else None, insertion=insertion if mode != "off" else None
+    for label, drafter, mode in _our_arms(chosen, list(dict.fromkeys(draft or ["auto", "off"])), remark):
+        size = our_bytes + (_num_bytes(second.base) if second is not None and label.startswith("two-model") else 0)
+        options = _draft_options(mode, drafter, tree, insertion)
+        arms.append(
+            our_arm(label, target, tokenizer, size, max_tokens, drafter=drafter, draft=mode, draft_options=options)
         )
-        arms.append(stream_arm(mode, target, tokenizer, our_bytes, max_tokens, draft=mode, draft_options=options))
-    if prompt_lookup:
-        more = {"drafter": "prompt-lookup", "num_draft_tokens": num_draft_tokens, "draft": "chain"}
-        arms.append(stream_arm(LOOKUP, target, tokenizer, our_bytes, max_tokens, **more))
-    if draft_model is not None:
-        try:
-            second, _, *_ = mlx_lm.load(draft_model)
-        except (ValueError, KeyError, OSError) as error:
-            raise InvalidInputError(
-                f"--draft-model: {draft_model} cannot be loaded ({' '.join(str(error).split())})"
-            ) from error
-        if second.args.vocab_size != target.args.vocab_size:
-            raise InvalidInputError(
-                f"--draft-model: vocabulary of {second.args.vocab_size} tokens, the model has "
-                f"{target.args.vocab_size}; give a draft model with the same tokenizer"
-            )
-        second_bytes = sum(value.nbytes for _, value in tree_flatten(second.parameters()))
-        more = {"draft_model": second, "num_draft_tokens": num_draft_tokens}
-        arms.append(stock_arm(DRAFT_MODEL, stock, tokenizer, stock_bytes + second_bytes, max_tokens, **more))
+    if second is not None:
+        plain_second = plain_model(second, draft_model)
+        more = {"draft_model": plain_second, "num_draft_tokens": chosen["two-model"].max_depth}
+        size = stock_bytes + _num_bytes(plain_second)
+        arms.append(stock_arm(TWO_MODEL, stock, tokenizer, size, max_tokens, **more))
     key = calibration_key(target)
     about = {
-        "model": Path(path).name,
+        "model": path.name if name is None or Path(name).expanduser().is_dir() else name,
         "model_type": target.model_type,
         "dtype": key["dtype"],
         "quantization": key["quantization"],
         "gamma": target.gamma,
         "adapter": None if adapter is None else target.adapter,
         "adapter_bytes": target.adapters[in_use].num_bytes if in_use is not None else 0,
+        "draft_model": None if draft_model is None else Path(draft_model).name,
+        "num_draft_tokens": {name: chosen[name].max_depth for name in TAKE_NUM_DRAFT_TOKENS if name in chosen},
         "weights_gb": our_bytes / 1e9,
         "tree": tree,
         "insertion": insertion,
     }
     return arms, tokenizer, target, about
+
+
+def _our_arms(
+    chosen: Mapping[str | None, Any], modes: Sequence[str], remark: Callable[[str], None]
+) -> list[tuple[str, Any, str]]:
+    """Name, drafter and draft mode of each arm of ours; plain decoding is the same for all drafters, and one arm."""
+    off = ("off", chosen.get(None), "off")
+    arms = []
+    for name, drafter in chosen.items():
+        for mode in modes:
+            if mode == "off":
+                arms.append(off)
+            elif drafter is not None:
+                arms.append((mode if name is None else f"{name} {mode}", drafter, mode))
+        missing = [mode for mode in modes if mode != "off"]
+        if name is None and drafter is None and missing:
+            remark(
+                f"this model has no drafter of its own: no arm for --draft {', '.join(missing)}; without a drafter "
+                "ours decodes plainly"
+            )
+            arms.append(off)
+    return list({arm[0]: arm for arm in arms or [off]}.values())
+
+
+def _draft_options(mode: str, drafter: Any, tree: str | None, insertion: Insertion | None) -> Any:
+    """What ``--tree`` and ``--insertion`` say about an arm."""
+    from specstream_mlx import DraftOptions
+
+    mine = insertion if drafter is not None and insertion in drafter.ways else None
+    return DraftOptions(tree=tree if mode in ("tree", "auto") else None, insertion=mine)
+
+
+def _num_bytes(model: Any) -> int:
+    from mlx.utils import tree_flatten
+
+    return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
 
 
 def workloads(
@@ -253,18 +302,20 @@ def workloads(
     max_tokens: int,
     remark: Callable[[str], None],
 ) -> list[Workload]:
-    from specstream_mlx.calibration.measure import encode_prompt, find_samples, read_prompts
+    from specstream_mlx.calibration.measure import find_samples
+    from specstream_mlx.formats.prompts import encode_prompt, read_prompts
+    from specstream_mlx.models.load import model_directory
 
-    samples = find_samples(name)
+    samples = find_samples(model_directory(name))
     if not files and samples is None:
         raise InvalidInputError("no samples.jsonl beside the model; give --prompts-file")
     limit = target.context_length or 1 << 30
     loads = []
     for file in files or ([samples] if samples is not None else []):
         rows = read_prompts(file)
-        own = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-        found = [next((row[key] for key in REFERENCES if isinstance(row.get(key), str)), None) for row in rows]
-        texts = [row["prompt"] for row in rows]
+        own = [encode_prompt(tokenizer, row) for row in rows]
+        found = [next((row.row[key] for key in REFERENCES if isinstance(row.row.get(key), str)), None) for row in rows]
+        texts = [row.text for row in rows]
         references = [text for text in found[:count] if text is not None]
         complete = references if len(references) == len(found[:count]) else None
         loads.append(Workload(file.name, own[:count], texts[:count], complete))
@@ -363,15 +414,15 @@ def _make_noise(target: Any) -> None:
 
 
 def _costs(
-    target: Any, contexts: Sequence[int] | None, repeats: int, progress: Progress | None
+    target: Any, drafter: Any, contexts: Sequence[int] | None, repeats: int, progress: Progress | None
 ) -> list[dict[str, Any]]:
     from specstream_mlx.calibration.costs import CONTEXTS, measure_costs, usable_contexts
     from specstream_mlx.planning.calibration import costs_to_dict
 
-    lengths = usable_contexts(target, contexts or CONTEXTS)
+    lengths = usable_contexts(target, contexts or CONTEXTS, drafter.max_depth if drafter is not None else 0)
     return [
         costs_to_dict(context, found)
-        for context, found in measure_costs(target, lengths, repeats=repeats, progress=progress)
+        for context, found in measure_costs(target, lengths, drafter, repeats=repeats, progress=progress)
     ]
 
 
@@ -396,7 +447,8 @@ def _random_costs(
         "gamma": target.gamma,
         "weights_gb": size / 1e9,
         "repeats": repeats,
-        "costs": _costs(target, contexts, repeats, progress),
+        "costs_of_drafter": target.drafter.name if target.drafter is not None else None,
+        "costs": _costs(target, target.drafter, contexts, repeats, progress),
     }
 
 
@@ -422,7 +474,7 @@ def tables(document: dict[str, Any]) -> str:
                 text.append(f"{found['arm']}: {_quality_line(found['quality'])}\n")
         text.append("\n")
     for costs in document.get("costs", ()):
-        text.append(f"{cost_table(costs)}\n")
+        text.append(f"{cost_table(costs, document['costs_of_drafter'])}\n")
     return "".join(text)
 
 
@@ -487,7 +539,7 @@ def _panels(document: dict[str, Any]) -> list[dict[str, Any]]:
                 "title": f"cost at context {costs['context']}",
                 "x": "rows of a pass",
                 "y": "milliseconds",
-                "lines": cost_lines(costs),
+                "lines": cost_lines(costs, document["costs_of_drafter"]),
             }
         )
     return panels

@@ -6,10 +6,20 @@ from typing import Annotated, Any
 import typer
 
 from specstream_cli.costs import cost_lines, cost_table
+from specstream_cli.drafting import (
+    ChosenDrafter,
+    DraftModel,
+    NumDraftTokens,
+    check_drafter,
+    choose_drafters,
+    load_draft_model,
+)
+from specstream_cli.options import Adapter, Revision, TrustRemoteCode
 from specstream_cli.plots import check_plot, draw
 from specstream_cli.tables import table
 from specstream_cli.terminal import answer, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.validation import any_repo_id, within
+from specstream_mlx.errors import UsageError
 
 
 def calibrate(
@@ -17,9 +27,12 @@ def calibrate(
         str | None,
         typer.Option(help="MLX model directory or Hugging Face repository; default: the model shipped here."),
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Directory with a stream adapter for this base (convert --adapter-only).")
-    ] = None,
+    adapter: Adapter = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    drafter: ChosenDrafter = None,
+    draft_model: DraftModel = None,
+    num_draft_tokens: NumDraftTokens = None,
     prompts_file: Annotated[
         Path | None,
         typer.Option(help="JSON lines with a 'prompt' each; default: samples.jsonl of the model, or text it samples."),
@@ -39,26 +52,35 @@ def calibrate(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no remarks on standard error.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
 ) -> None:
-    """Measure what passes cost here and how often streams are right, and store the draft plan."""
+    """Measure what passes cost here and how often drafts are right, and store the drafter's plan."""
+    if drafter == "none":
+        raise UsageError("--drafter none: plain decoding needs no plan; choose another drafter")
     for length in context or []:
         within(1)(length)
     check_plot(plot)
-    quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
+    places = {"--model": model, "--adapter": adapter, "--draft-model": draft_model}
+    quieten_libraries(offline=not any_repo_id(places, revision), debug=debug)
     with answer() as out:
+        check_drafter(drafter, draft_model, num_draft_tokens)
         from specstream_mlx import load
-        from specstream_mlx.calibration.measure import encode_prompt, find_samples, measure, read_prompts
+        from specstream_mlx.calibration.measure import find_samples, measure
+        from specstream_mlx.formats.prompts import encode_prompt, read_prompts
+        from specstream_mlx.models.load import model_directory
         from specstream_mlx.planning.store import save
 
-        file = prompts_file
-        if file is None:
-            file = find_samples(model)
+        directory = model_directory(model, revision, trust_remote_code=trust_remote_code)
+        file = prompts_file if prompts_file is not None else find_samples(directory)
         rows = read_prompts(file)[:prompts] if file is not None else None
-        target, tokenizer = load(model, adapter=adapter)
+        target, tokenizer = load(directory, adapter=adapter, trust_remote_code=trust_remote_code)
+        second = None if draft_model is None else load_draft_model(target, draft_model, trust_remote_code)
+        who = "two-model" if second is not None else drafter
+        chosen = choose_drafters(target, [who], second, num_draft_tokens)[who]
         with progress_bar(quiet=quiet) as progress:
             calibration = measure(
                 target,
                 tokenizer,
-                [encode_prompt(tokenizer, row["prompt"]) for row in rows] if rows is not None else None,
+                [encode_prompt(tokenizer, row) for row in rows] if rows is not None else None,
+                drafter=chosen,
                 text=f"{file.name}, {len(rows)} prompts" if file is not None and rows is not None else None,
                 contexts=context,
                 repeats=repeats,
@@ -85,8 +107,9 @@ def _milliseconds(seconds: float) -> str:
 
 def _tables(found: dict[str, Any]) -> str:
     text = []
+    drafter = _drafter(found)
     for costs, plan in zip(found["costs"], found["plans"], strict=True):
-        text.append(f"{cost_table(costs)}plan: {plan_line(plan)}\n\n")
+        text.append(f"{cost_table(costs, drafter)}plan: {plan_line(plan, drafter)}\n\n")
     acceptance = found["acceptance"]
     ranks = range(len(acceptance["rates"][0]))
     rows = [
@@ -99,13 +122,19 @@ def _tables(found: dict[str, Any]) -> str:
     return "".join(text)
 
 
-def plan_line(plan: dict[str, Any]) -> str:
+def _drafter(found: dict[str, Any]) -> str:
+    """Who drafts, by a calibration's document."""
+    return str(found["key"].get("drafter", "streams"))
+
+
+def plan_line(plan: dict[str, Any], drafter: str = "streams") -> str:
     """A plan in words."""
     if plan["nodes"] == 0:
         return "plain decoding; no draft pays here"
     shape = "chain" if plan["nodes"] == plan["depth"] else "tree"
+    insertion = f", {plan['insertion']} insertion" if drafter == "streams" else f", drafter {drafter}"
     return (
-        f"{shape} of {plan['nodes']} nodes, depth {plan['depth']}, {plan['insertion']} insertion: "
+        f"{shape} of {plan['nodes']} nodes, depth {plan['depth']}{insertion}: "
         f"{plan['expected_tokens_per_pass']:.2f} tokens in {_milliseconds(plan['seconds_per_pass'])} ms, "
         f"{plan['expected_speedup']:.2f}x plain decoding expected"
     )
@@ -119,10 +148,10 @@ def _panels(found: dict[str, Any]) -> list[dict[str, Any]]:
                 "title": f"context {costs['context']}",
                 "x": "rows of a pass",
                 "y": "milliseconds",
-                "lines": cost_lines(costs),
+                "lines": cost_lines(costs, _drafter(found)),
                 "marks": [
                     ("plain step", [1], [1000 * costs["plain"]]),
-                    ("plan, streams included", [plan["nodes"] + 1], [1000 * plan["seconds_per_pass"]]),
+                    ("plan, drafting included", [plan["nodes"] + 1], [1000 * plan["seconds_per_pass"]]),
                 ],
             }
         )

@@ -1,16 +1,19 @@
 """``specstream-mlx chat``: turn after turn, keeping the cache of what the turns have in common."""
 
 import contextlib
+import select
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from specstream_cli.chat_template import ChatTemplate, Message
+from specstream_cli.chat_template import chat_template, is_used
+from specstream_cli.drafting import check_drafter, drafter_arguments
 from specstream_cli.generate import (
     add_eos_tokens,
     generate,
@@ -19,21 +22,32 @@ from specstream_cli.generate import (
     statistics_line,
     to_json,
 )
-from specstream_cli.options import of
-from specstream_cli.sampling import Sampling
+from specstream_cli.options import of, place_of
+from specstream_cli.sampling import ModelDefaults, Sampling
 from specstream_cli.terminal import Answer, answer, progress_bar, quieten_libraries, to_stderr
-from specstream_cli.validation import any_repo_id, within
+from specstream_cli.validation import any_repo_id, unescaped, within
 from specstream_mlx.errors import InvalidInputError
-from specstream_mlx.options import DraftMode, Insertion
+from specstream_mlx.formats.chat_template import ChatTemplate, Message, answer_message
+from specstream_mlx.formats.prompts import prompt_ids, template_ids
+from specstream_mlx.options import DrafterName, DraftMode, Insertion
 
-HELP = "q: quit   r: reset, forgetting the conversation   h: help   Ctrl-C: stop the answer, or quit"
+QUOTE = '"""'
+HELP = (
+    "q: quit   r: reset, forgetting the conversation   h: help   Ctrl-C: stop the answer, or quit   "
+    f"{QUOTE}...{QUOTE}: a question of several lines, or one that is a command"
+)
 PROMPT = "> "
+MORE = ". "
+PASTE_SECONDS = 0.05  # lines that arrive within it were pasted together
 
 
 @of(generate)
 def chat(
+    context: typer.Context,
     model: str | None = None,
     adapter: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     system_prompt: str | None = None,
     chat_template_config: str | None = None,
     ignore_chat_template: bool = False,
@@ -54,9 +68,13 @@ def chat(
     frequency_penalty: float = 0.0,
     frequency_context_size: int = 20,
     logit_bias: str | None = None,
+    use_generation_config: ModelDefaults = False,
     seed: Annotated[
         int, typer.Option(callback=within(0, 2**64 - 1), help="Same seed and same questions, same answers.")
     ] = 0,
+    drafter: DrafterName | None = None,
+    draft_model: str | None = None,
+    num_draft_tokens: int | None = None,
     draft: DraftMode = "auto",
     tree: str | None = None,
     insertion: Insertion | None = None,
@@ -72,22 +90,29 @@ def chat(
     quiet: bool = False,
     debug: bool = False,
 ) -> None:
-    """Talk with a model; every line is a question. 'q' quits, 'r' forgets the conversation, 'h' helps."""
-    refuse_contradictions(draft, tree, insertion, prune_threshold)
+    """Talk with a model; every line is a question. 'q' quits, 'r' forgets the conversation, 'h' helps.
+
+    A question of several lines stands between triple quotes; lines that are pasted on a terminal are one question.
+    """
+    refuse_contradictions(draft, tree, insertion, prune_threshold, drafter)
     sampling = Sampling.of(locals())
-    template = ChatTemplate.of(system_prompt, chat_template_config, ignore_chat_template)
-    quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
+    template = chat_template(system_prompt, chat_template_config, ignore_chat_template)
+    places = {"--model": model, "--adapter": adapter, "--draft-model": draft_model}
+    quieten_libraries(offline=not any_repo_id(places, revision), debug=debug)
     with answer() as out:
+        check_drafter(drafter, draft_model, num_draft_tokens)
         import mlx.core as mx
 
         from specstream_mlx import DraftOptions, load
 
-        target, tokenizer = load(model, adapter=adapter)
+        target, tokenizer = load(model, adapter=adapter, **place_of(revision, trust_remote_code))
         add_eos_tokens(tokenizer, extra_eos_token or [])
+        if use_generation_config:
+            sampling = sampling.with_model_defaults(Path(tokenizer.name_or_path), context)
         sampling.check(target.args.vocab_size)
         mx.random.seed(seed)
         limits = {"kv_bits": kv_bits, "kv_group_size": kv_group_size, "quantized_kv_start": quantized_kv_start}
-        options = {
+        options = drafter_arguments(target, drafter, draft_model, num_draft_tokens, trust_remote_code) | {
             "sampler": sampling.sampler(tokenizer),
             "logits_processors": sampling.logits_processors(),
             "draft": draft,
@@ -130,7 +155,7 @@ class Conversation:
     num_reused: int = 0  # tokens of the last prompt that were not run again
 
     def __post_init__(self) -> None:
-        self.has_template = self.template.is_used(self.tokenizer)
+        self.has_template = is_used(self.template, self.tokenizer)
         self.reset()
 
     def reset(self) -> None:
@@ -142,12 +167,10 @@ class Conversation:
 
     def prompt(self, question: str) -> list[int]:
         """The ids of the whole conversation, ending with ``question``."""
-        from specstream_mlx.engine.generate import prompt_ids
-
         messages = [*self.messages, {"role": "user", "content": question}]
         if self.has_template:
             text = self.template.render(self.tokenizer, messages)
-            return list(self.tokenizer.encode(text, add_special_tokens=False))
+            return template_ids(self.tokenizer, text)
         ends = {"user": "", "assistant": "\n"}
         text = "".join(message["content"] + ends[message["role"]] for message in messages)
         return prompt_ids(self.tokenizer, text, self.model.args.vocab_size)
@@ -161,7 +184,7 @@ class Conversation:
         from specstream_mlx import PrefixCache, stream_generate
 
         if not self.has_template:
-            question = question.replace("\\n", "\n").replace("\\t", "\t")  # as in the prompt of `generate`
+            question = unescaped(question)  # as the prompt of `generate`
         ids = self.prompt(question)
         limit: dict[str, Any] = {"prompt_cache": None, "max_kv_size": self.max_kv_size}
         rest = ids
@@ -172,6 +195,8 @@ class Conversation:
         else:  # rows that were overwritten cannot be had again; processors must see every token
             self.kept = PrefixCache(self.model)
         self.num_reused = len(ids) - len(rest)
+        if not self.has_template:
+            limit["continues_text"] = True  # the next turn's prompt is this one's and the answer in one text
         responses = stream_generate(
             self.model,
             self.tokenizer,
@@ -193,7 +218,7 @@ class Conversation:
         finally:
             responses.close()
             if last is not None:
-                self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+                self.messages += [{"role": "user", "content": question}, answer_message(text)]
                 reused = {"prompt": question, "reused_tokens": self.num_reused}
                 self.turns.append(reused | to_json(text, tokens, last))
 
@@ -217,6 +242,11 @@ class _Session:
         if self.watched and not self.quiet:
             to_stderr(HELP)
         while (line := self._read()) is not None:
+            if line.startswith(QUOTE):
+                question = self._quoted(line.removeprefix(QUOTE))
+                if question:
+                    self._answer(question)
+                continue
             if line == "q":
                 return
             if line == "r":
@@ -224,17 +254,38 @@ class _Session:
                 self._say("reset, the conversation is forgotten")
             elif line == "h":
                 to_stderr(HELP)
-            elif line:
-                self._answer(line)
+            elif question := self._pasted(line):
+                self._answer(question)
+
+    def _quoted(self, first: str) -> str:
+        """The question from behind its opening quotes to the closing ones, or to the end of the input."""
+        lines = [first]
+        while not lines[-1].rstrip().endswith(QUOTE):
+            line = self._read(MORE)
+            if line is None:
+                return "\n".join(lines)
+            lines.append(line)
+        lines[-1] = lines[-1].rstrip().removesuffix(QUOTE)
+        return "\n".join(lines).strip("\n")
+
+    def _pasted(self, line: str) -> str:
+        """The line with those that were pasted along with it: on a terminal they are there already."""
+        lines = [line]
+        while self.watched and select.select([sys.stdin.fileno()], [], [], PASTE_SECONDS)[0]:
+            more = self._read("")
+            if more is None:
+                break
+            lines.append(more)
+        return "\n".join(lines).strip("\n")
 
     def _say(self, line: str) -> None:
         if not self.quiet:
             to_stderr(line)
 
-    def _read(self) -> str | None:
+    def _read(self, prompt: str = PROMPT) -> str | None:
         """The next line, None at the end of the input."""
         if self.watched:
-            sys.stderr.write(PROMPT)
+            sys.stderr.write(prompt)
             sys.stderr.flush()
         try:
             line = sys.stdin.buffer.readline()

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from specstream_cli.options import Revision, place_of
 from specstream_cli.signals import terminated_like_interrupted
 from specstream_cli.tables import table
 from specstream_cli.terminal import answer, progress_bar, quieten_libraries, to_stderr
@@ -23,6 +24,7 @@ def convert(
             "--hf-path", "--model", help="Base model, directory or repository; default: the one the adapter names."
         ),
     ] = None,
+    revision: Revision = None,
     adapter_path: Annotated[Path | None, typer.Option(help="PEFT directory (adapter_config.json and weights).")] = None,
     adapter_name: Annotated[str | None, typer.Option(help="Which adapter, where the directory holds several.")] = None,
     streams_path: Annotated[
@@ -96,7 +98,7 @@ def convert(
     if dry_run and upload_repo is not None:
         raise UsageError("--upload-repo: nothing is uploaded with --dry-run; drop one")
     if hf_path is not None:
-        is_repo_id(hf_path, "--hf-path")
+        is_repo_id(hf_path, "--hf-path", revision)
     quieten_libraries(offline=False, debug=debug)
     with answer() as out, terminated_like_interrupted():
         import specstream_convert as converter
@@ -127,6 +129,7 @@ def convert(
             dequantize=dequantize,
             upload_repo=upload_repo,
             trust_remote_code=trust_remote_code,
+            **place_of(revision, False),
         )
         with progress_bar(quiet=quiet, in_bytes=True) as progress:
             report = converter.convert(options, progress).to_dict()

@@ -6,17 +6,25 @@ from typing import Any
 
 from specstream_cli.terminal import to_stderr
 from specstream_mlx.errors import VerificationError
+from specstream_mlx.formats.prompts import prompt_ids
 
 
 class ExactCheck:
     """Compares answers; a difference that rounding does not explain is raised once everything is printed."""
 
-    def __init__(self, target: Any, model: str | None, adapter: str | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        target: Any,
+        model: str | None,
+        adapter: str | None,
+        options: dict[str, Any],
+        revision: str | None = None,
+    ) -> None:
         """``options``: sampler, logits processors, seed and prefill step, as the answers are made with."""
         from specstream_mlx.engine.exactness import plain_model
 
         self._target = target
-        self._plain = plain_model(target, model, adapter)
+        self._plain = plain_model(target, model, adapter, revision=revision)
         self._options = options
         self._num_tokens = 0
         self._failures: list[str] = []
@@ -24,7 +32,6 @@ class ExactCheck:
     def compare(self, tokenizer: Any, prompt: str | list[int], tokens: Sequence[int], name: str = "") -> dict[str, Any]:
         """What ``--json`` says about one answer; a difference is also said on standard error. ``name`` goes before."""
         from specstream_mlx.engine.exactness import check_exact
-        from specstream_mlx.engine.generate import prompt_ids
 
         ids = prompt_ids(tokenizer, prompt, self._target.args.vocab_size)
         difference = check_exact(self._plain, ids, tokens, **self._options)

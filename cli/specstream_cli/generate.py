@@ -12,14 +12,18 @@ from typing import Annotated, Any
 import typer
 
 from specstream_cli.batch import SEPARATOR, Batch, totals, totals_line
-from specstream_cli.chat_template import ChatTemplate
+from specstream_cli.chat_template import ask, chat_template
+from specstream_cli.drafting import ChosenDrafter, DraftModel, NumDraftTokens, check_drafter, drafter_arguments
 from specstream_cli.exact import ExactCheck
+from specstream_cli.options import Adapter, Revision, TrustRemoteCode, place_of
+from specstream_cli.passes import Decode, Pass, PassLines, is_coloured, legend
 from specstream_cli.sampling import (
     ContextSize,
     FrequencyPenalty,
     LogitBias,
     MinP,
     MinTokensToKeep,
+    ModelDefaults,
     PresencePenalty,
     RepetitionPenalty,
     Sampling,
@@ -30,20 +34,30 @@ from specstream_cli.sampling import (
     XtcProbability,
     XtcThreshold,
 )
-from specstream_cli.terminal import Answer, Progress, ReaderGone, answer, progress_bar, quieten_libraries, to_stderr
-from specstream_cli.validation import any_repo_id, tree_spec, utf8, utf8_each, within
+from specstream_cli.terminal import (
+    Answer,
+    Progress,
+    ReaderGone,
+    answer,
+    is_terminal,
+    progress_bar,
+    quieten_libraries,
+    to_stderr,
+)
+from specstream_cli.validation import any_repo_id, tree_spec, unescaped, unescaped_each, utf8, utf8_each, within
 from specstream_mlx.errors import InvalidInputError, UsageError
-from specstream_mlx.options import DraftMode, Insertion
+from specstream_mlx.options import DrafterName, DraftMode, Insertion
 
 
 def generate(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Option(help="MLX model directory or Hugging Face repository; default: the model shipped here."),
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Directory with a stream adapter for this base (convert --adapter-only).")
-    ] = None,
+    adapter: Adapter = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -54,7 +68,8 @@ def generate(
         ),
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="Answer the prompts of a file in turn: JSON lines with a 'prompt' each.")
+        Path | None,
+        typer.Option(help="Answer the prompts of a file in turn: JSON lines with a 'prompt' or 'messages', or text."),
     ] = None,
     system_prompt: Annotated[
         str | None, typer.Option(callback=utf8, help="System message of the chat template.")
@@ -73,7 +88,7 @@ def generate(
     ] = 256,
     stop: Annotated[
         list[str] | None,
-        typer.Option(callback=utf8_each, help="End the answer before this text; may be repeated."),
+        typer.Option(callback=unescaped_each, help=r"End the answer before this text, \n a new line; may be repeated."),
     ] = None,
     extra_eos_token: Annotated[
         list[str] | None,
@@ -93,7 +108,11 @@ def generate(
     frequency_penalty: FrequencyPenalty = 0.0,
     frequency_context_size: ContextSize = 20,
     logit_bias: LogitBias = None,
+    use_generation_config: ModelDefaults = False,
     seed: Seed = None,
+    drafter: ChosenDrafter = None,
+    draft_model: DraftModel = None,
+    num_draft_tokens: NumDraftTokens = None,
     draft: Annotated[
         DraftMode,
         typer.Option(help="How to draft; every choice gives the same tokens. 'off' decodes plainly."),
@@ -132,6 +151,12 @@ def generate(
     prompt_cache_file: Annotated[
         str | None, typer.Option(help="Go on from a prompt cache of cache_prompt or mlx-lm; --prompt is what follows.")
     ] = None,
+    show_passes: Annotated[
+        bool,
+        typer.Option(
+            "--show-passes", help="Also print each pass as a line: drafts accepted and rejected, and the certain token."
+        ),
+    ] = False,
     check_exact: Annotated[
         bool,
         typer.Option("--check-exact", help="Compare with plain decoding by mlx-lm; exit code 5 beyond rounding."),
@@ -141,9 +166,11 @@ def generate(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
 ) -> None:
     """Answer a prompt, printing the text as it is made."""
-    refuse_contradictions(draft, tree, insertion, prune_threshold)
+    refuse_contradictions(draft, tree, insertion, prune_threshold, drafter)
+    if show_passes and quiet and not as_json:
+        raise UsageError("--show-passes: contradicts --quiet, which leaves nothing to show; drop one, or add --json")
     sampling = Sampling.of(locals())
-    chat = ChatTemplate.of(system_prompt, chat_template_config, ignore_chat_template, prefill_response)
+    chat = chat_template(system_prompt, chat_template_config, ignore_chat_template, prefill_response)
     if prompts_file is not None and prompt is not None:
         raise UsageError("--prompts-file: contradicts --prompt; drop one")
     if prompt is None and prompts_file is None and (model is not None or prompt_cache_file is not None):
@@ -152,11 +179,13 @@ def generate(
     if prompt_cache_file is not None and (prompts_file is not None or check_exact):
         option = "--prompts-file" if prompts_file is not None else "--check-exact"
         raise UsageError(f"--prompt-cache-file: an answer uses the cache up, which {option} cannot do; drop one")
-    if check_exact and temp > 0 and seed is None:
+    if check_exact and (temp > 0 or use_generation_config) and seed is None:
         raise UsageError("--check-exact: sampled text can be compared for the same seed only; give --seed")
     question = None if prompt is None else read_prompt(prompt)
-    quieten_libraries(offline=not any_repo_id({"--model": model, "--adapter": adapter}), debug=debug)
+    places = {"--model": model, "--adapter": adapter, "--draft-model": draft_model}
+    quieten_libraries(offline=not any_repo_id(places, revision), debug=debug)
     with answer() as out:
+        check_drafter(drafter, draft_model, num_draft_tokens)
         from specstream_mlx import DraftOptions, load, stream_generate
 
         batch = None if prompts_file is None else Batch.read(prompts_file)
@@ -167,15 +196,22 @@ def generate(
             if not quiet:
                 to_stderr(question)
         caches = None
+        place = place_of(revision, trust_remote_code)
         if prompt_cache_file is None:
-            target, tokenizer = load(model, adapter=adapter)
+            target, tokenizer = load(model, adapter=adapter, **place)
         else:
-            from specstream_mlx.target.prompt_cache import load_prompt_cache, model_of
+            from specstream_mlx.target.prompt_cache import load_prompt_cache, model_of, revision_of
 
             cache_file = Path(prompt_cache_file).expanduser()
-            target, tokenizer = load(model_of(cache_file, model), adapter=adapter)
+            named = model_of(cache_file, model)
+            place = place_of(revision_of(cache_file, revision), trust_remote_code)
+            target, tokenizer = load(named, adapter=adapter, **place)
+            if system_prompt is not None:
+                to_stderr("note: --system-prompt has no effect: the prompt cache holds what comes before the question")
             caches = load_prompt_cache(cache_file, target)
         add_eos_tokens(tokenizer, extra_eos_token or [])
+        if use_generation_config:
+            sampling = sampling.with_model_defaults(Path(tokenizer.name_or_path), context)
         sampling.check(target.args.vocab_size)
         how: dict[str, Any] = {
             "sampler": sampling.sampler(tokenizer),
@@ -187,7 +223,9 @@ def generate(
             "quantized_kv_start": quantized_kv_start,
             "max_kv_size": max_kv_size,
         }
-        check = ExactCheck(target, model, adapter, how) if check_exact else None
+        drafting = drafter_arguments(target, drafter, draft_model, num_draft_tokens, trust_remote_code)
+        continued: dict[str, Any] = {} if prefill_response is None else {"continues_text": True}
+        check = ExactCheck(target, model, adapter, how, revision) if check_exact else None
 
         def start(prompt: str | list[int], progress: Progress | None) -> Iterator[Any]:
             return iter(
@@ -201,16 +239,18 @@ def generate(
                     stop=tuple(stop or ()),
                     prompt_progress_callback=prompt_progress(progress, prefill_step_size),
                     prompt_cache=caches,
+                    **drafting,
                     **how,
+                    **continued,
                 )
             )
 
-        session = _Session(out, as_json, quiet, tokenizer, start, check)
+        session = _Session(out, as_json, quiet, tokenizer, start, check, show_passes)
         if batch is not None:
-            statistics = session.answer_batch(batch, batch.encode(target, tokenizer, chat.prompt))
+            statistics = session.answer_batch(batch, batch.encode(target, tokenizer, chat))
         else:
             assert question is not None
-            statistics = session.answer_prompt(chat.prompt(tokenizer, question, cached=caches is not None))
+            statistics = session.answer_prompt(ask(chat, tokenizer, question, cached=caches is not None))
     if not quiet:
         to_stderr(statistics)
     if check is not None:
@@ -227,10 +267,21 @@ class _Session:
     tokenizer: Any
     start: Callable[[str | list[int], Progress | None], Iterator[Any]]
     check: ExactCheck | None
+    show_passes: bool
+
+    def run(self, name: str = "") -> "_Run":
+        """An answer to begin; ``name`` is said before its passes."""
+        out = None if self.as_json else self.out
+        if not self.show_passes:
+            return _Run(out)
+        drawn = None if self.quiet else _Drawn(self.tokenizer.decode, name, is_coloured(sys.stderr))
+        # Text and passes on one terminal would stand in one line, so the text follows there.
+        held = drawn is not None and is_terminal() and self.out.stream.isatty()
+        return _Run(out, passes=[], drawn=drawn, held=held)
 
     def answer_prompt(self, prompt: str | list[int]) -> str:
         """Answer one prompt; the line of statistics."""
-        run = _Run(None if self.as_json else self.out)
+        run = self.run()
         with progress_bar(quiet=self.quiet) as progress:
             responses = self.start(prompt, progress)
             first = next(responses)
@@ -251,18 +302,18 @@ class _Session:
         # A bar and a text on one terminal would overwrite each other.
         hidden = self.quiet or (not self.as_json and self.out.stream.isatty())
         with _keeping(finish), progress_bar(quiet=hidden) as progress:
-            for index, (prompt, line, ids) in enumerate(zip(batch.prompts, batch.lines, encoded, strict=True)):
+            for index, (prompt, ids) in enumerate(zip(batch.prompts, encoded, strict=True)):
                 if index and not self.as_json:
                     self.out.write(f"{SEPARATOR}\n")
-                run = _Run(None if self.as_json else self.out)
+                run = self.run(prompt.place)
 
-                def keep(run: _Run = run, prompt: str = prompt) -> None:
+                def keep(run: _Run = run, asked: Any = prompt.asked) -> None:
                     run.end_line()
                     if run.last is not None:
-                        answers.append({"prompt": prompt} | run.document())
+                        answers.append({"prompt": asked} | run.document())
 
                 with _keeping(keep):
-                    self._consume(run, ids, self.start(ids, None), f"{batch.path}:{line}: ")
+                    self._consume(run, ids, self.start(ids, None), f"{prompt.place}: ")
                 if progress is not None:
                     progress("prompts", index + 1, len(encoded))
         return totals_line(answers)
@@ -286,11 +337,29 @@ def _keeping(finish: Callable[[], None]) -> Iterator[None]:
     finish()
 
 
+class _Drawn:
+    """The passes of an answer as lines on standard error."""
+
+    def __init__(self, decode: Decode, name: str, coloured: bool) -> None:
+        self._lines = PassLines(decode, coloured=coloured)
+        to_stderr(f"{name + ': ' if name else ''}passes: {legend(coloured=coloured)}")
+
+    def add(self, one: Pass) -> None:
+        """Draw the next pass."""
+        to_stderr(self._lines.line(one))
+
+
 @dataclass
 class _Run:
-    """One answer so far, printed as it is made where ``out`` is given."""
+    """One answer so far, printed as it is made where ``out`` is given, or at the end where it is ``held``.
+
+    ``passes``: kept for ``--json`` where they are asked for.
+    """
 
     out: Answer | None
+    passes: list[Pass] | None = None
+    drawn: _Drawn | None = None
+    held: bool = False
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     last: Any = None
@@ -301,15 +370,22 @@ class _Run:
             self.last = response
             self.texts.append(response.text)
             self.token_ids.extend(int(token) for token in response.tokens)
-            if self.out is not None and response.text:
+            if self.out is not None and response.text and not self.held:
                 self.out.write(response.text)
+            if self.passes is not None:
+                one = Pass.of(response)
+                self.passes.append(one)
+                if self.drawn is not None:
+                    self.drawn.add(one)
 
     def end_line(self) -> None:
         if self.out is not None and self.last is not None:
-            self.out.write("\n")
+            self.out.write("".join(self.texts) + "\n" if self.held else "\n")
 
     def document(self) -> dict[str, Any]:
         found = to_json("".join(self.texts), self.token_ids, self.last)
+        if self.passes is not None:
+            found["passes"] = [one.to_json() for one in self.passes]
         return found if self.exact is None else found | {"exact": self.exact}
 
 
@@ -326,19 +402,27 @@ def prompt_progress(progress: Progress | None, step_size: int) -> Callable[[int,
 
 
 def refuse_contradictions(
-    draft: DraftMode, tree: str | None, insertion: Insertion | None, prune_threshold: float | None
+    draft: DraftMode,
+    tree: str | None,
+    insertion: Insertion | None,
+    prune_threshold: float | None,
+    drafter: DrafterName | None = None,
 ) -> None:
     given = {"--tree": tree, "--insertion": insertion, "--prune-threshold": prune_threshold}
-    useless = {"off": ("--tree", "--insertion", "--prune-threshold"), "chain": ("--tree", "--prune-threshold")}
-    for option in useless.get(draft, ()):
-        if given[option] is not None:
-            raise UsageError(f"{option}: has no meaning with --draft {draft}; drop one")
+    nothing = ("--tree", "--insertion", "--prune-threshold")
+    useless = {"--draft off": nothing, "--draft chain": ("--tree", "--prune-threshold"), "--drafter none": nothing}
+    for choice in (f"--draft {draft}", f"--drafter {drafter}"):
+        for option in useless.get(choice, ()):
+            if given[option] is not None:
+                raise UsageError(f"{option}: has no meaning with {choice}; drop one")
+    if drafter == "none" and draft in ("tree", "chain"):
+        raise UsageError(f"--draft {draft}: has no meaning with --drafter none; drop one")
 
 
 def read_prompt(prompt: str) -> str:
     """The text of ``--prompt``; ``-`` is standard input, taken as it is."""
     if prompt != "-":
-        text = prompt.replace("\\n", "\n").replace("\\t", "\t")  # as mlx-lm does
+        text = unescaped(prompt)
     elif sys.stdin is None:
         raise InvalidInputError("standard input is closed; pipe the prompt in, or give --prompt TEXT")
     else:
@@ -385,6 +469,7 @@ def to_json(text: str, token_ids: list[int], last: Any) -> dict[str, Any]:
         "generation_tps": _finite(last.generation_tps),
         "peak_memory_gb": _finite(last.peak_memory),
         "draft": {
+            "drafter": last.draft.drafter,
             "mode": last.draft.mode,
             "gamma": last.draft.gamma,
             "nodes": last.draft.nodes,
@@ -408,7 +493,8 @@ def statistics_line(last: Any) -> str:
     ]
     if any(last.drafted_by_depth):
         pairs = zip(last.accepted_by_depth, last.drafted_by_depth, strict=True)
-        parts.append("accepted by depth " + " ".join(f"{accepted}/{drafted}" for accepted, drafted in pairs))
+        rates = [f"{accepted}/{drafted}" for accepted, drafted in pairs if drafted]
+        parts.append("accepted by depth " + " ".join(rates))
     gigabytes = last.peak_memory
     parts.append(f"peak {gigabytes:.2f} GB" if gigabytes >= 1 else f"peak {gigabytes * 1000:.0f} MB")
     return ", ".join(parts)

@@ -6,39 +6,67 @@ from typing import Annotated, Any
 
 import typer
 
+from specstream_cli.options import Revision
 from specstream_cli.tables import document
 from specstream_cli.terminal import answer, quieten_libraries
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.formats.places import ADAPTER_WEIGHTS, MODEL_WEIGHTS, Repository, fetch, locate
+
+_WEIGHTS = (*MODEL_WEIGHTS, *ADAPTER_WEIGHTS, "adapter_model.safetensors")
 
 
 def inspect(
     path: Annotated[
-        Path | None,
-        typer.Argument(help="PEFT directory, stream adapter or MLX model; default: the model shipped here."),
+        str | None,
+        typer.Argument(
+            help="PEFT directory, stream adapter or MLX model, or a repository of one; default: the model shipped here."
+        ),
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="The same as PATH.")] = None,
+    model: Annotated[str | None, typer.Option(help="The same as PATH.")] = None,
+    revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
 ) -> None:
     """Say what a checkpoint or model directory holds; exit code 3 when something in it is wrong."""
     if path is not None and model is not None:
         raise UsageError("--model: PATH is given already; drop one")
-    quieten_libraries(offline=True, debug=debug)
+    place = model if path is None else path
+    repository = _repository(place, revision)
+    quieten_libraries(offline=repository is None, debug=debug)
     with answer() as out:
-        place = path or model
-        if place is None:
-            from specstream_mlx import default_model_path
-
-            place = Path(default_model_path())
         from specstream_convert import inspect_checkpoint
+        from specstream_mlx import default_model_path
 
-        found = inspect_checkpoint(place.expanduser()).to_dict()
+        if repository is not None:
+            directory = fetch(repository, weights=_WEIGHTS)
+        else:
+            directory = Path(place or default_model_path()).expanduser()
+        found = inspect_checkpoint(directory).to_dict()
         if as_json:
             out.write_json(found)
         else:
             out.write(document(for_people(found)))
     if found["problems"]:
         raise InvalidInputError("\n".join(found["problems"]))
+
+
+def _repository(place: str | None, revision: str | None) -> Repository | None:
+    """The repository that ``place`` names; None for a path, which may be one of a file.
+
+    Raises:
+        UsageError: a revision of something else.
+    """
+    if place is None:
+        if revision is not None:
+            raise UsageError("--revision: is of the repository that PATH names; give both or neither")
+        return None
+    try:
+        found = locate(place, revision)
+    except InvalidInputError:  # a file, or no path of anything: the inspection says what is wrong
+        if revision is not None:
+            raise
+        return None
+    return found if isinstance(found, Repository) else None
 
 
 def for_people(found: Mapping[str, Any]) -> dict[str, Any]:

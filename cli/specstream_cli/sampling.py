@@ -3,13 +3,15 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from specstream_cli.validation import finite, within
 from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.config import read_json
 
 Temp = Annotated[float, typer.Option(callback=within(0), help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(callback=within(0, 1, above=True), help="Nucleus sampling; 1 is off.")]
@@ -43,6 +45,29 @@ LogitBias = Annotated[
 Seed = Annotated[
     int | None, typer.Option(callback=within(0, 2**64 - 1), help="Same seed, same text, whatever the draft.")
 ]
+
+
+ModelDefaults = Annotated[
+    bool,
+    typer.Option(
+        "--use-generation-config",
+        help="Sample as the model's generation_config.json says, where no flag says otherwise.",
+    ),
+]
+_MODEL_DEFAULTS = {
+    "temperature": "temp",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+}
+_LIMITS = {"temp": (0, 100), "top_p": (0, 1), "top_k": (0, 2**31), "min_p": (0, 1), "repetition_penalty": (0, 100)}
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def parse_logit_bias(text: str) -> dict[int, float]:
@@ -84,6 +109,34 @@ class Sampling:
     def of(cls, flags: Mapping[str, Any]) -> "Sampling":
         """The sampling flags among all flags of a command, which go by the names of the fields."""
         return cls(**{field.name: flags[field.name] for field in fields(cls)})
+
+    def with_model_defaults(self, directory: Path, context: typer.Context) -> "Sampling":
+        """The same, with what the model's ``generation_config.json`` says where no flag was given.
+
+        As in transformers, a file that does not say ``do_sample`` asks for greedy decoding.
+
+        Raises:
+            InvalidInputError: no such file, or a value that no flag takes.
+        """
+        file = directory / "generation_config.json"
+        said = read_json(file)
+        found: dict[str, Any] = {}
+        if said.get("do_sample") is True:
+            found = {field: said[key] for key, field in _MODEL_DEFAULTS.items() if said.get(key) is not None}
+            found.setdefault("temp", 1.0)
+        problems = []
+        for key, field in _MODEL_DEFAULTS.items():
+            low, high = _LIMITS[field]
+            value = found.get(field, low)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                problems.append(f"{file}: {key} is {value!r}, expected a number from {low} to {high}")
+        if problems:
+            raise InvalidInputError("\n".join(problems))
+        given = {field for field in found if _is_given(context, field)}
+        kept = {field: value for field, value in found.items() if field not in given}
+        if "top_k" in kept:
+            kept["top_k"] = int(kept["top_k"])
+        return replace(self, **kept)
 
     def check(self, vocab_size: int) -> None:
         """Compare with the model's vocabulary what depends on it; problems are reported together.

@@ -11,11 +11,11 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from specstream_cli.chat_template import ChatTemplate
+from specstream_cli.chat_template import chat_template, is_used
 from specstream_cli.signals import terminated_like_interrupted
 from specstream_cli.terminal import Progress, answer, is_terminal, progress_bar, quieten_libraries, to_stderr
 from specstream_cli.train_config import FEATURES, read_config, refuse_flags
-from specstream_cli.validation import is_repo_id, repo_id, within
+from specstream_cli.validation import any_repo_id, repo_id, within
 from specstream_mlx.errors import InvalidInputError, UsageError
 from specstream_mlx.options import Mode, Optimizer, StreamPosition
 
@@ -43,6 +43,10 @@ class TrainCommand(TyperCommand):
 def train(
     model: Annotated[
         str | None, typer.Option(help="MLX model directory or repository; default: the model shipped here.")
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="REVISION", help="Branch, tag or commit of the model's repository."),
     ] = None,
     data: Annotated[
         str | None,
@@ -190,7 +194,8 @@ def train(
             raise UsageError(f"--{name.replace('_', '-')}: empty; give a value or drop it")
     begin = time.perf_counter()
     chosen = str(given["model"]) if "model" in given else None
-    remote = is_repo_id(chosen, "--model") if chosen is not None else False
+    at = str(given["revision"]) if "revision" in given else None
+    remote = any_repo_id({"--model": chosen}, at)
     remote = remote or upload_repo is not None
     for place in [one["path"] for one in given.get("hf_dataset", ())] or [given.get("data", ".")]:
         remote = remote or not Path(place).expanduser().exists()
@@ -214,6 +219,7 @@ def train(
             output,
             {key: value for key, value in given.items() if key in TrainRun.SETTINGS},
             adapter=_adapter_directory(given.get("resume_adapter_file")),
+            revision=at,
             trust_remote_code=given.get("trust_remote_code", False),
             check_peft=export_peft is not None,
         )
@@ -271,7 +277,7 @@ def _of_answers(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_sources(given: Mapping[str, Any]) -> None:
     distill = given.get("self_distill", False)
-    ChatTemplate.of(None, given.get("chat_template_config"))
+    chat_template(None, given.get("chat_template_config"))
     if distill and "hf_dataset" in given:
         raise UsageError("hf_dataset: --self-distill takes prompts from a file; give --prompts, or drop one")
     if not distill and "data" not in given and "hf_dataset" not in given:
@@ -389,8 +395,8 @@ def _examples(
 
         file = Path(given.get("answers", _answers(output))).expanduser()
         prompts = _prompts(given) or default_prompts(run.path)
-        chat = ChatTemplate.of(None, given.get("chat_template_config"))
-        chat.is_used(run.tokenizer)
+        chat = chat_template(None, given.get("chat_template_config"))
+        is_used(chat, run.tokenizer)
         begin = time.perf_counter()
         try:
             found = run.own_answers(

@@ -62,6 +62,17 @@ def utf8_each(values: list[str] | None) -> list[str] | None:
     return values
 
 
+def unescaped(text: str) -> str:
+    r"""A text of the command line with ``\n`` and ``\t`` as line feed and tab, as mlx-lm reads its prompt."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def unescaped_each(values: list[str] | None) -> list[str] | None:
+    """As ``utf8_each``, each text ``unescaped``."""
+    utf8_each(values)
+    return None if values is None else [unescaped(value) for value in values]
+
+
 def regular_expression(value: str | None) -> str | None:
     """An option callback for a Python regular expression."""
     if value is not None:

@@ -1,6 +1,6 @@
 """What must agree between an adapter, its streams and the base before anything is computed."""
 
-from typing import Any
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -10,10 +10,10 @@ from specstream_convert.changes.kinds import Lora
 from specstream_convert.changes.mapping import FineTune
 from specstream_convert.files.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError
-from specstream_mlx.formats.config import BASE_FIELDS, StreamConfig
+from specstream_mlx.formats.base_model import base_problems
+from specstream_mlx.formats.config import StreamConfig
 from specstream_mlx.formats.fingerprint import fingerprint as mark_of
-from specstream_mlx.formats.fingerprint import is_marked
-from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.formats.messages import escaped, listing, refuse
 from specstream_mlx.formats.safetensors import mlx_dtype
 
 OTHER_BASE = "give the base it was trained on with --hf-path"
@@ -31,7 +31,7 @@ def fingerprint(
     return mark_of(tensor, held)
 
 
-def check_base_matches(config: StreamConfig, where: Any, base: Base, vocab_size: int | None = None) -> None:
+def check_base_matches(config: StreamConfig, where: Path, base: Base, vocab_size: int | None = None) -> None:
     """Refuse a base other than the one that ``specstream_config.json`` was trained on.
 
     ``vocab_size`` is the one that the adapter resized the vocabulary to; the trainer may have recorded either.
@@ -39,37 +39,15 @@ def check_base_matches(config: StreamConfig, where: Any, base: Base, vocab_size:
     recorded, actual = config.base_model, base.summary()
     if vocab_size is not None and recorded.get("vocab_size") == vocab_size:
         actual["vocab_size"] = vocab_size
-    problems = []
-    for name in BASE_FIELDS:
-        if name in recorded and recorded[name] != actual[name]:
-            problems.append(
-                f"{where}: base_model.{name} is {escaped(repr(recorded[name]))}, "
-                f"the base {base.path} has {actual[name]!r}; {OTHER_BASE}"
-            )
-    if config.num_stream_layers > base.num_layers:
-        problems.append(
-            f"{where}: num_stream_layers is {config.num_stream_layers}, "
-            f"the base {base.path} has {base.num_layers} layers; {OTHER_BASE}"
-        )
-    if config.prune is not None and config.prune.layer > base.num_layers:
-        problems.append(
-            f"{where}: prune.layer is {config.prune.layer}, the base has {base.num_layers} layers; correct it"
-        )
-    mark = recorded.get("fingerprint")
-    if mark is not None and not problems:
-        tensor, digest = (mark.get("tensor"), mark.get("sha256")) if isinstance(mark, dict) else (None, None)
-        named = base.hugging_face.name(tensor) if isinstance(tensor, str) else ""
-        if not isinstance(digest, str) or named not in base.tensors:
-            problems.append(
-                f"{where}: base_model.fingerprint names no tensor of the base with its sha256; correct it or remove it"
-            )
-        elif not is_marked(mark, base.tensors[named].read_float32()):
-            problems.append(
-                f"{base.tensors[named].place}: not the tensor the streams were trained on (sha256 differs from "
-                f"base_model.fingerprint): same shapes, another base or revision; give the right one as --hf-path"
-            )
-    if problems:
-        raise InvalidInputError(listing(problems))
+
+    def tensor(name: str) -> mx.array | None:
+        held = base.tensors.get(base.hugging_face.name(name))
+        return None if held is None else held.read_float32()
+
+    problems = base_problems(
+        config, where, actual, base.num_layers, tensor, base=f"the base {base.path}", hint=OTHER_BASE, strict=True
+    )
+    refuse(problems)
 
 
 def check_coverage(peft: PeftConfig, items: tuple[Lora, ...], base: Base, config: StreamConfig | None) -> None:
@@ -101,8 +79,7 @@ def check_lossless_settings(peft: PeftConfig) -> None:
         for name, value in trained.items()
         if value
     ]
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
 
 
 def check_lossless(fine_tune: FineTune, config: StreamConfig, base: Base) -> None:
@@ -113,8 +90,7 @@ def check_lossless(fine_tune: FineTune, config: StreamConfig, base: Base) -> Non
         "main stream, retrain without it or use mode shared"
         for name, changes in fine_tune.others.items()
     ]
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
 
 
 def lossless_problems(items: tuple[Lora, ...], config: StreamConfig, num_layers: int) -> list[str]:

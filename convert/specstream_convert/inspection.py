@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from specstream_convert.adapter.live_adapter import LIVE_WEIGHTS, LiveAdapter, is_mlx_lm, lora_shapes, read_live_adapter
 from specstream_convert.adapter.peft import ADAPTER_WEIGHTS, Adapter, open_adapter
 from specstream_convert.adapter.peft_config import ADAPTER_CONFIG
 from specstream_convert.adapter.peft_keys import parse
@@ -30,7 +29,9 @@ from specstream_convert.report import REPORT_NAME
 from specstream_mlx.errors import InvalidInputError, SpecStreamError
 from specstream_mlx.families import FAMILIES
 from specstream_mlx.families.decoder import DecoderFamily
+from specstream_mlx.formats.adapter_directory import LIVE_WEIGHTS
 from specstream_mlx.formats.config import BASE_FIELDS, CONFIG_NAME, LORA_PREFIX, WEIGHTS_NAME, StreamConfig, read_json
+from specstream_mlx.formats.live_lora import LiveAdapter, is_mlx_lm, lora_shapes, read_live_adapter
 from specstream_mlx.formats.messages import escaped
 from specstream_mlx.formats.safetensors import TensorFile, open_tensors
 
@@ -153,20 +154,13 @@ def _several(found: "_Findings", places: list[tuple[Path, str | None]]) -> Inspe
         one.peft(directory, name)
         told = one.result("peft adapter")
         lora = told.lora or {}
+        name = escaped(name or (directory.name if directory != found.path else "default"))
         rows.append(
-            {
-                "name": escaped(name or (directory.name if directory != found.path else "default")),
-                "base": (told.base or {}).get("name_or_path"),
-                "mode": told.mode,
-                "gamma": told.gamma,
-                "num_stream_layers": told.num_stream_layers,
-                "ranks": lora.get("ranks"),
-                "scales": lora.get("scales"),
-                "num_modules": lora.get("num_modules"),
-                "num_lora_parameters": told.num_lora_parameters,
-                "num_stream_parameters": told.num_stream_parameters,
-                "num_problems": len(told.problems),
-            }
+            {"name": name, "base": (told.base or {}).get("name_or_path")}
+            | {field: getattr(told, field) for field in ("mode", "gamma", "num_stream_layers")}
+            | {field: lora.get(field) for field in ("ranks", "scales", "num_modules")}
+            | {field: getattr(told, field) for field in ("num_lora_parameters", "num_stream_parameters")}
+            | {"num_problems": len(told.problems)}
         )
         found.problems += told.problems
         found.notes += [note for note in told.notes if note not in found.notes]

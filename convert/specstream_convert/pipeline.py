@@ -6,6 +6,7 @@ Plan -> temporary directory -> verification -> the output directory
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,18 @@ from specstream_convert.files.pickles import Pickles
 from specstream_convert.options import ConvertOptions
 from specstream_convert.plan import Plan, lora_summary, make_plan
 from specstream_convert.report import REPORT_NAME, ConversionReport
-from specstream_convert.verification.comparison import Expected
 from specstream_convert.verification.verify import Progress, compare_reference_logits, verify_output
-from specstream_convert.writing.output import OutputDirectory, write_json
+from specstream_convert.writing.output import check_place, check_target
 from specstream_convert.writing.write import write_output
-from specstream_mlx.errors import UsageError
 from specstream_mlx.formats.config import CONFIG_NAME, PREFIX
 from specstream_mlx.formats.fingerprint import sha256_file
+from specstream_mlx.formats.output import replaced_directory, write_json
 from specstream_mlx.formats.upload import check_upload, upload
 
 CACHE_BYTES = 1 << 26
+REPORTED = (
+    "adapter_only", "lora_only", "ignore_keys", "key_map", "recompute_init", "dequantize", "allow_pickle", "verify",
+)  # fmt: skip
 
 
 def convert(options: ConvertOptions, progress: Progress | None = None) -> ConversionReport:
@@ -47,23 +50,22 @@ def _convert(options: ConvertOptions, progress: Progress | None, pickles: Pickle
         check_upload(options.upload_repo)
     report = progress or (lambda stage, done, total: None)
     inputs = [path for path in (options.adapter_path, options.streams_path) if path is not None and path.exists()]
-    OutputDirectory(options.mlx_path, overwrite=options.overwrite, inputs=inputs)
-    plan = make_plan(options, report, pickles)
-    output = OutputDirectory(options.mlx_path, overwrite=options.overwrite, inputs=[*inputs, plan.base.path])
+    target = Path(options.mlx_path).expanduser()
+    replaceable = partial(check_target, target, overwrite=options.overwrite)
+    check_place(target, inputs)
+    replaceable()
+    plan = make_plan(options, pickles)
+    check_place(target, [*inputs, plan.base.path])
     if options.dry_run:
         return _report(plan, {}, {}, None)
-    with output as directory, _small_cache():
-        try:
-            hashes = _input_hashes(plan, report)
-            files = write_output(plan, directory, hashes, report)
-            verification = _verify(plan, directory, report) if options.verify else None
-            result = _report(plan, hashes, files, verification)
-            write_json(directory / REPORT_NAME, result.to_dict())
-        except OSError as error:
-            raise UsageError(f"{options.mlx_path}: cannot be written ({error.strerror or error})") from error
-        output.commit()
+    with replaced_directory(target, replaceable) as directory, _small_cache():
+        hashes = _input_hashes(plan, report)
+        files = write_output(plan, directory, hashes, report)
+        verification = _verify(plan, directory, report) if options.verify else None
+        result = _report(plan, hashes, files, verification)
+        write_json(directory / REPORT_NAME, result.to_dict())
     if options.upload_repo is not None:
-        upload(output.target, options.upload_repo)
+        upload(target, options.upload_repo)
     return result
 
 
@@ -104,17 +106,9 @@ def _input_hashes(plan: Plan, progress: Progress) -> dict[str, str]:
 
 
 def _verify(plan: Plan, directory: Path, progress: Progress) -> dict[str, Any]:
-    expected = Expected(
-        base=plan.base,
-        loras=plan.loras,
-        outputs=plan.outputs,
-        placement=plan.placement,
-        quantized=plan.quantized,
-        streams=plan.streams,
-    )
-    figures = verify_output(directory, expected, progress)
+    figures = verify_output(directory, plan, progress)
     if plan.options.reference_logits is not None:
-        figures["reference_logits"] = compare_reference_logits(directory, plan.options.reference_logits, expected)
+        figures["reference_logits"] = compare_reference_logits(directory, plan.options.reference_logits, plan)
     return figures
 
 
@@ -150,16 +144,7 @@ def _report(
         quantization=plan.quantization,
         dtype=options.dtype,
         dry_run=options.dry_run,
-        options={
-            "adapter_only": options.adapter_only,
-            "lora_only": options.lora_only,
-            "ignore_keys": options.ignore_keys,
-            "key_map": options.key_map is not None,
-            "recompute_init": options.recompute_init,
-            "dequantize": options.dequantize,
-            "allow_pickle": options.allow_pickle,
-            "verify": options.verify,
-        },
+        options={name: getattr(options, name) for name in REPORTED} | {"key_map": options.key_map is not None},
     )
 
 

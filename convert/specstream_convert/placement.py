@@ -12,7 +12,7 @@ from specstream_convert.changes.mapping import FineTune
 from specstream_convert.options import ConvertOptions
 from specstream_mlx.errors import UnsupportedError, UsageError
 from specstream_mlx.formats.config import StreamConfig
-from specstream_mlx.formats.messages import listing
+from specstream_mlx.formats.messages import refuse
 
 FULL_PRECISION = "give the full-precision base with --hf-path, or --dequantize"
 
@@ -50,8 +50,7 @@ def choose_placement(options: ConvertOptions, base: Base, fine_tune: FineTune, c
 
 
 def _refuse(problems: list[str], way_out: str) -> None:
-    if problems:
-        raise UnsupportedError(listing(f"{problem}; {way_out}" for problem in problems))
+    refuse([f"{problem}; {way_out}" for problem in problems], UnsupportedError)
 
 
 def _not_live(fine_tune: FineTune, base: Base, options: ConvertOptions) -> list[str]:

@@ -1,6 +1,6 @@
 """The account of a conversion: what was read, what became of every tensor, what was checked."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 TOOL = "specstream-convert"
@@ -16,50 +16,30 @@ class TensorFate:
     fate: str
     target: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"file": self.file, "tensor": self.tensor, "fate": self.fate, "target": self.target}
-
 
 @dataclass(frozen=True)
 class ConversionReport:
     """``conversion_report.json``. It holds no times and no paths, so the same input gives the same bytes."""
 
+    dry_run: bool
+    versions: dict[str, str]
+    options: dict[str, Any]
     mode: str | None
     placement: str  # merged, live, sidecar or none: where the LoRA of the output lives
     base: dict[str, Any]
     lora: dict[str, Any] | None
     streams: dict[str, Any] | None
-    tensors: tuple[TensorFate, ...]
-    notes: tuple[str, ...]
+    dtype: str | None
+    quantization: dict[str, Any] | None
     warnings: tuple[str, ...]
-    versions: dict[str, str]
+    notes: tuple[str, ...]
+    verification: dict[str, Any] | None
     input_hashes: dict[str, str]
     output_files: dict[str, dict[str, Any]]
-    verification: dict[str, Any] | None = None
-    quantization: dict[str, Any] | None = None
-    dtype: str | None = None
-    dry_run: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    tensors: tuple[TensorFate, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, in reading order."""
-        return {
-            "tool": TOOL,
-            "report_version": 1,
-            "dry_run": self.dry_run,
-            "versions": self.versions,
-            "options": self.options,
-            "mode": self.mode,
-            "placement": self.placement,
-            "base": self.base,
-            "lora": self.lora,
-            "streams": self.streams,
-            "dtype": self.dtype,
-            "quantization": self.quantization,
-            "warnings": list(self.warnings),
-            "notes": list(self.notes),
-            "verification": self.verification,
-            "input_hashes": self.input_hashes,
-            "output_files": self.output_files,
-            "tensors": [fate.to_dict() for fate in self.tensors],
+        return {"tool": TOOL, "report_version": 1} | {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
         }

@@ -1,6 +1,7 @@
 """A PyTorch implementation of Speculative Streaming on Hugging Face modules: trainer and parity oracle.
 
     streams.py     the stream tensors, their start value, specstream_config.json
+    decoder.py     where a Hugging Face model keeps what the stream forward needs
     modeling.py    the forward pass: main rows, then stream rows, and the mask between them
     loss.py        batches, anchors and the training loss
     checkpoint.py  PEFT set-up, saving and loading (forms A and B)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from specstream_mlx.formats.atomic import replaced_directory
+from specstream_mlx.formats.jsonl import read_jsonl
 from specstream_mlx.training.batches import iterate_batches, mixed_seed
 
 from .checkpoint import (
@@ -218,10 +219,7 @@ def read_examples(config: FinetuneConfig) -> list[Example]:
         raise ValueError("data is missing: give a JSONL file or examples")
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     examples = []
-    for number, line in enumerate(Path(config.data).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        row = json.loads(line)
+    for number, row in read_jsonl(Path(config.data)):
         answer = row.get("answer", row.get("completion"))
         if not isinstance(row.get("prompt"), str) or not isinstance(answer, str):
             raise ValueError(f"{config.data}:{number}: expected the text fields 'prompt' and 'answer'")

@@ -1,7 +1,8 @@
 """The small text-to-SQL model that ships with the package, so that every command runs offline."""
 
-import json
 from pathlib import Path
+
+from specstream_mlx.formats.jsonl import read_jsonl
 
 _DIRECTORY = Path(__file__).parent / "text-to-sql"
 
@@ -13,8 +14,7 @@ def default_model_path() -> Path:
 
 def samples() -> list[dict[str, str]]:
     """Held-out examples of the bundled model's task: objects with ``prompt`` and ``answer``."""
-    lines = (_DIRECTORY / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [row for _, row in read_jsonl(_DIRECTORY / "samples.jsonl")]
 
 
 def sample_prompt() -> str:

@@ -1,15 +1,13 @@
 """Measure one model on this machine: costs, acceptance, and the calibration they make."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from specstream_mlx.bundled import default_model_path
 from specstream_mlx.calibration.acceptance import measure_acceptance
 from specstream_mlx.calibration.costs import CONTEXTS, measure_costs, usable_contexts
 from specstream_mlx.drafters.protocol import Drafter
-from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.errors import UsageError
 from specstream_mlx.models.identity import calibration_key
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.planning.calibration import Calibration
@@ -41,11 +39,13 @@ def measure(
         contexts: lengths of context to time passes at; None: a few that fit the model.
 
     Raises:
-        UsageError: the model has no streams.
+        UsageError: the model has no drafter of its own, and no other is given.
     """
     drafter = drafter or model.drafter
     if drafter is None:
-        raise UsageError("this model has no streams, so there is no draft to plan; convert one with streams")
+        raise UsageError(
+            "this model has no streams, so there is no draft to plan; convert one with streams, or name a drafter"
+        )
     stop_tokens = sorted(tokenizer.eos_token_ids)
     if prompts:
         counts = measure_acceptance(
@@ -59,48 +59,10 @@ def measure(
     lengths = usable_contexts(model, contexts or CONTEXTS, drafter.max_depth)
     costs = measure_costs(model, lengths, drafter, repeats=repeats, progress=progress)
     anchors = tuple(int(count) for count in counts.trials)
-    return Calibration(calibration_key(model, drafter.name), tuple(costs), counts.rates(), anchors, text or OWN_TEXT)
+    return Calibration(calibration_key(model, drafter), tuple(costs), counts.rates(), anchors, text or OWN_TEXT)
 
 
-def find_samples(model: str | None) -> Path | None:
-    """``samples.jsonl`` of a model directory, None being the bundled one; None for a repository or without one."""
-    directory = default_model_path() if model is None else Path(model).expanduser()
+def find_samples(directory: Path) -> Path | None:
+    """``samples.jsonl`` of a model's directory; None without one."""
     file = directory / "samples.jsonl"
     return file if file.is_file() else None
-
-
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file of objects with a ``prompt``; the rest of each object is kept.
-
-    Raises:
-        InvalidInputError: not such a file.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InvalidInputError(f"{path}: cannot be read ({reason})") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InvalidInputError(f"{path}:{number}: not JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
-            raise InvalidInputError(f"{path}:{number}: expected a JSON object with a 'prompt' that is not empty")
-        rows.append(row)
-    if not rows:
-        raise InvalidInputError(f"{path}: no prompts in it")
-    return rows
-
-
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """The prompt as ids, through the chat template where the tokenizer has one."""
-    if tokenizer.has_chat_template:
-        messages = [{"role": "user", "content": text}]
-        chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer.encode(chat, add_special_tokens=False))
-    bos = tokenizer.bos_token
-    return list(tokenizer.encode(text, add_special_tokens=bos is None or not text.startswith(bos)))

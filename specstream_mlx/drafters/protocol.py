@@ -119,6 +119,6 @@ def with_pruning(drafter: Drafter | None, threshold: float, way: str) -> Drafter
     """
     pruning = getattr(drafter, "pruning", None)
     if pruning is None:
-        raise UsageError("prune_threshold is given, but this drafter has no early-exit pruner")
+        raise UsageError("prune_threshold does not go with this drafter, which has no early-exit pruner; leave it out")
     pruned: Drafter = pruning(threshold, way)
     return pruned

@@ -23,13 +23,12 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tuner.utils import load_adapters
-from mlx_lm.utils import load_model
 
 from specstream_mlx.bundled import default_model_path
 from specstream_mlx.engine.sampling import LogitsProcessor, Sampler
-from specstream_mlx.families import model_classes
-from specstream_mlx.formats.places import resolve
-from specstream_mlx.models.adapters import live_lora
+from specstream_mlx.formats.adapter_directory import live_lora
+from specstream_mlx.formats.places import ADAPTER_WEIGHTS, resolve
+from specstream_mlx.models.load import load_base
 from specstream_mlx.models.model import SpecStreamModel
 
 SAFETY = 4.0
@@ -74,13 +73,17 @@ class Difference:
 
 
 def plain_model(
-    model: SpecStreamModel, path_or_repo: str | Path | None = None, adapter: str | Path | None = None
+    model: SpecStreamModel,
+    path_or_repo: str | Path | None = None,
+    adapter: str | Path | None = None,
+    *,
+    revision: str | None = None,
 ) -> Any:
     """mlx-lm's own model of the same directory, sharing the arrays of ``model``'s weights."""
-    path = resolve(path_or_repo) if path_or_repo is not None else default_model_path()
-    plain, _ = load_model(path, lazy=True, get_model_classes=model_classes)
+    path = resolve(path_or_repo, revision) if path_or_repo is not None else default_model_path()
+    plain, _ = load_base(path, lazy=True)
     # A LoRA on all rows is a fine-tune, which mlx-lm runs too. Streams and their LoRA leave mlx-lm the base.
-    live = live_lora(resolve(adapter) if adapter is not None else path)
+    live = live_lora(resolve(adapter, weights=ADAPTER_WEIGHTS) if adapter is not None else path)
     if live is not None:
         plain = load_adapters(plain, str(live))
     plain.eval()

@@ -11,13 +11,15 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from specstream_mlx.drafters.choice import choose_drafter
 from specstream_mlx.drafters.protocol import Drafter, with_pruning
+from specstream_mlx.engine import arguments
 from specstream_mlx.engine.sampling import LogitsProcessor, Sampler, TargetSampler
-from specstream_mlx.engine.session import Outcome, Session, prefill, to_list
+from specstream_mlx.engine.session import Outcome, Session, prefill
 from specstream_mlx.engine.single import passes
 from specstream_mlx.engine.steering import steer
 from specstream_mlx.engine.text import Text
 from specstream_mlx.engine.wired import wired
-from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.errors import InvalidInputError
+from specstream_mlx.formats.prompts import prompt_ids
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.options import DraftMode, DraftOptions, DraftReport
 from specstream_mlx.target.caches import CacheGrowth, check_caches
@@ -85,12 +87,12 @@ def stream_generate(
     tokenizer: Any,
     prompt: str | Sequence[int] | mx.array,
     max_tokens: int = 256,
+    *,
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     draft: DraftMode = "auto",
     seed: int | None = None,
     prompt_cache: list[Any] | None = None,
-    *,
     drafter: str | Drafter | None = None,
     draft_model: Target | None = None,
     num_draft_tokens: int | None = None,
@@ -99,7 +101,8 @@ def stream_generate(
     quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START,
     max_kv_size: int | None = None,
     draft_options: DraftOptions | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] | None = None,
+    continues_text: bool = False,
     prefill_step_size: int = 2048,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[GenerationResponse, None, None]:
@@ -112,14 +115,15 @@ def stream_generate(
     Args:
         model: from ``load``.
         tokenizer: from ``load``.
-        prompt: text, ids or an array of ids.
+        prompt: text, ids, an array of ids, or what a tokenizer of transformers returns for one text.
         max_tokens: most tokens to generate; -1 for no limit.
         sampler: from (1, V) log-probabilities to ids, as ``mlx_lm.sample_utils.make_sampler`` makes; None: greedy.
         logits_processors: as in mlx-lm, called with all ids so far and (1, V) logits. They and a ``sampler`` of one's
             own may remember things: all but mlx-lm's own are called once per token, in order.
         draft: "auto", "tree", "chain" or "off".
         seed: makes sampled text repeatable; equal to mlx-lm's text after ``mx.random.seed(seed)``.
-        prompt_cache: caches of an earlier call, changed in place; ``prompt`` then holds the new tokens only.
+        prompt_cache: caches of an earlier call, changed in place; ``prompt`` then holds the new tokens only, and a
+            text gets no beginning-of-text token.
         drafter: who drafts: "streams", "two-model", "prompt-lookup" or "none", or a drafter of one's own; None:
             "two-model" where a draft model is given, else the streams of the model, if it has any.
         draft_model: the second model of "two-model", from ``load``.
@@ -127,33 +131,36 @@ def stream_generate(
         kv_bits, kv_group_size, quantized_kv_start: quantise the cache from so many tokens on, as mlx-lm does.
         max_kv_size: most tokens that the cache holds; longer texts forget, and decode plainly from there.
         draft_options: a tree, a way to draft or a pruning threshold of one's own.
-        stop: strings that end the text; the text stops before them.
+        stop: a string, or strings, that end the text; the text stops before them.
+        continues_text: the new text follows the prompt's in one text, so a space at its beginning stays, which mlx-lm
+            drops.
         prefill_step_size: prompt tokens per prefill pass.
         prompt_progress_callback: called with (tokens done, tokens in all).
 
     Raises:
         InvalidInputError: empty or over-long prompt, ids outside the vocabulary.
-        UsageError: contradicting options, or drafting asked of a model without streams.
+        UsageError: a value that no argument takes, contradicting options, or drafting asked of a model without
+            streams.
         UnsupportedError: caches that cannot take back rows, or that this model cannot have.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
-    if max_tokens == 0 or max_tokens < -1:
-        raise UsageError(f"max_tokens is {max_tokens}, expected at least 1, or -1 for no limit")
-    if prefill_step_size < 1:
-        raise UsageError(f"prefill_step_size is {prefill_step_size}, expected at least 1")
-    if any(not text for text in stop):
-        raise UsageError("stop holds an empty string, which would stop at once; remove it")
+    max_tokens = arguments.max_tokens(max_tokens)
+    prefill_step_size = arguments.at_least_one("prefill_step_size", prefill_step_size)
+    sampler, logits_processors = arguments.sampler(sampler), arguments.logits_processors(logits_processors)
+    seed, stop = arguments.seed(seed), arguments.stop(stop)
+    arguments.callback("prompt_progress_callback", prompt_progress_callback)
     options = draft_options or DraftOptions()
     if drafter is None or isinstance(drafter, str):
         drafter = choose_drafter(drafter, model.drafter, draft_model, num_draft_tokens)
     plan, control = steer(draft, model, drafter, options)
     if plan.drafts and options.prune_threshold is not None:
         drafter = with_pruning(drafter, options.prune_threshold, plan.way)
-    ids = prompt_ids(tokenizer, prompt, model.args.vocab_size)
     growth = CacheGrowth(kv_bits, kv_group_size, quantized_kv_start, max_kv_size)
     if prompt_cache is not None:
         check_caches(prompt_cache)
+    begins = prompt_cache is None or prompt_cache[0].offset == 0
+    ids = prompt_ids(tokenizer, prompt, model.args.vocab_size, begins=begins)
     caches = growth.make_caches(model, len(ids) - 1) if prompt_cache is None else prompt_cache
     check_context(model, caches[0].offset, len(ids))
     max_tokens = model.tokens_within_context(max_tokens, caches[0].offset + len(ids))
@@ -179,7 +186,8 @@ def stream_generate(
     with wired(model):
         outcomes = passes(session, ids, prefill_step_size, prompt_progress_callback)
         try:
-            yield from _responses(session, outcomes, Text(tokenizer, stop, max_tokens), len(ids), report)
+            text = Text(tokenizer, stop, max_tokens, behind=ids[-1] if continues_text else None)
+            yield from _responses(session, outcomes, text, len(ids), report)
         finally:
             outcomes.close()
 
@@ -257,25 +265,6 @@ def cache_tokens(
         prefill(model, part, caches, prefill_step_size, progress, len(tokens), growth)
         progress = None
     return caches
-
-
-def prompt_ids(tokenizer: TokenizerWrapper, prompt: str | Sequence[int] | mx.array, vocab_size: int) -> list[int]:
-    """Ids of a prompt, with special tokens as mlx-lm adds them.
-
-    Raises:
-        InvalidInputError: nothing in it, or ids that the model has no embedding for.
-    """
-    if isinstance(prompt, str):
-        special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-        ids = tokenizer.encode(prompt, add_special_tokens=special) if prompt else []
-    else:
-        ids = to_list(prompt) if isinstance(prompt, mx.array) else list(prompt)
-    if not ids:
-        raise InvalidInputError("prompt is empty; give at least one token")
-    outside = next((token for token in ids if not 0 <= token < vocab_size), None)
-    if outside is not None:
-        raise InvalidInputError(f"prompt: token id {outside} is outside the model's vocabulary 0..{vocab_size - 1}")
-    return ids
 
 
 def check_context(model: SpecStreamModel, cached: int, new: int) -> None:

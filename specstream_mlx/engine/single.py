@@ -116,6 +116,10 @@ def passes(
             session.finish(tokens[-1])
         current = foreseen = None
         yield outcome
+    except GeneratorExit:
+        if current is None and outcome is not None and not finished:  # closed while nothing was under way
+            session.finish(outcome.tokens[-1])
+        raise
     finally:
         if current is not None:  # closed while passes were under way: the first one's root has been yielded, no more
             if foreseen is not None and not foreseen.certain:
@@ -123,8 +127,6 @@ def passes(
             elif foreseen is not None:
                 session.sampler.advance(-foreseen.num_tokens)
             session.target.commit(current.passed, [0], session.caches)
-        elif outcome is not None and not finished:  # closed while nothing was
-            session.finish(outcome.tokens[-1])
         session.growth.advance(session.caches)
         session.sampler.finish()
 

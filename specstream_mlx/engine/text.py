@@ -12,11 +12,21 @@ class Text:
         finish_reason: None while going on, "stop" (end-of-text or a stop string) or "length".
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], max_tokens: int) -> None:
-        """``tokenizer``: an mlx-lm ``TokenizerWrapper``; ``max_tokens``: -1 for no limit."""
+    def __init__(self, tokenizer: Any, stop: Sequence[str], max_tokens: int, behind: int | None = None) -> None:
+        """Begin with no token.
+
+        Args:
+            tokenizer: an mlx-lm ``TokenizerWrapper``.
+            stop: strings that end the text.
+            max_tokens: -1 for no limit.
+            behind: the id that the text follows in one text; a space at its beginning then stays.
+        """
         self.num_tokens = 0
         self.finish_reason: str | None = None
         self._detokenizer = tokenizer.detokenizer
+        if behind is not None:
+            self._detokenizer.add_token(behind)
+            _ = self._detokenizer.last_segment  # of the prompt
         self._end = set(tokenizer.eos_token_ids)
         self._stop = StopText(stop)
         self._max_tokens = max_tokens

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specstream_mlx.families.hugging_face import HuggingFace
+from specstream_mlx.formats.config import BASE_FIELDS
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -61,9 +62,22 @@ class DecoderFamily:
         return config.get(cls.SIZES.get(name, name))
 
     @classmethod
+    def describe(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that the ``base_model`` block of ``specstream_config.json`` records of a base beside its name."""
+        found = {name: cls.size(config, name) for name in BASE_FIELDS}
+        found["num_key_value_heads"] = found["num_key_value_heads"] or found["num_attention_heads"]
+        return {name: value for name, value in found.items() if value is not None}
+
+    @classmethod
     def fingerprint_tensor(cls, config: Mapping[str, Any]) -> str | None:
         """The small unquantised tensor that tells two bases of one shape apart; None when there is none."""
         return f"{cls.NORM}.weight"
+
+    @classmethod
+    def has_head(cls, base: Any) -> bool:
+        """Whether a base has an LM head of its own; otherwise its embedding is the head."""
+        owner, _, name = cls.HEAD.rpartition(".")
+        return name in at(base, owner)
 
     @classmethod
     def embedding_scale(cls, args: Any) -> float | None:

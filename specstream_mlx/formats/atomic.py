@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PARTIAL, REPLACED = "partial", "replaced"
@@ -26,30 +26,58 @@ _AT_FDCWD = -100
 
 
 @contextlib.contextmanager
-def replaced_directory(target: Path) -> Iterator[Path]:
+def replaced_directory(target: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yield an empty hidden sibling of ``target`` that takes its place when the block succeeds.
 
-    What a killed process left of an earlier attempt is cleared first.
+    What a killed process left of an earlier attempt is cleared first. When the block fails, the parents that were made
+    for the target go too.
+
+    Args:
+        target: the directory.
+        check: raises when ``target`` may not be replaced; called before anything is made, and again at the end.
 
     Raises:
         OSError: it cannot be written; whatever ``target`` held is still there.
     """
-    temporary, lock = hidden_name(target, PARTIAL), None
+    temporary, lock, made = target, None, []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         recover(target)
-        lock = create_locked(temporary)
+        check()
+        for parent in reversed([parent for parent in target.parents if not parent.exists()]):
+            parent.mkdir(exist_ok=True)
+            made.append(parent)
+        while lock is None and temporary == target:
+            temporary = hidden_name(target, PARTIAL)
+            try:
+                lock = create_locked(temporary)
+            except BlockingIOError:  # another run took it for rubbish before it was locked
+                temporary = target
         yield temporary
         sync_tree(temporary)
+        check()
         if target.exists():
             swap(temporary, target)
         else:
             temporary.rename(target)
-        sync(target.parent)
+        for parent in (target.parent, *(parent.parent for parent in made)):
+            sync(parent)
+        made = []
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after a swap, what was there before
+        if temporary != target:
+            _remove(temporary)  # after a swap, what was there before
         if lock is not None:
             os.close(lock)
+        with contextlib.suppress(OSError):
+            for parent in reversed(made):
+                parent.rmdir()
+
+
+def _remove(directory: Path) -> None:
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def hidden_name(target: Path, kind: str) -> Path:

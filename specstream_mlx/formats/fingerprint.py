@@ -2,8 +2,8 @@
 
 The mark knows a base again in another dtype. A base is copied in F32, BF16 and F16, so it holds the digest of the
 tensor as it is and of its two roundings. The tensor at hand is the same one when the digests agree, or when one of the
-two is exactly the other one rounded. Two unequal tensors that merely round to the same values are not the same: nothing was
-rounded on the way.
+two is exactly the other one rounded. Two unequal tensors that merely round to the same values are not the same:
+nothing was rounded on the way.
 """
 
 import hashlib

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from specstream_mlx.errors import InvalidInputError, SpecStreamError
+
 MAX_LISTED = 60
 MAX_NAME = 160
 
@@ -26,3 +28,10 @@ def listing(problems: Iterable[str]) -> str:
     if len(lines) > MAX_LISTED:
         lines = [*lines[:MAX_LISTED], f"... and {len(lines) - MAX_LISTED} more of the same kind"]
     return "\n".join(lines)
+
+
+def refuse(problems: Iterable[str], error: type[SpecStreamError] = InvalidInputError) -> None:
+    """Raise one error that lists all problems; where there are none, do nothing."""
+    lines = list(problems)
+    if lines:
+        raise error(listing(lines))

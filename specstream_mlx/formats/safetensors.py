@@ -150,10 +150,10 @@ class TensorFile:
         return sha256_file(self.path)
 
 
-def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of rows that cover a tensor, each of :data:`BLOCK` values or one row; at least one slice."""
+def row_blocks(shape: tuple[int, ...], values: int | None = None) -> Iterator[slice]:
+    """Slices of rows that cover a tensor, each of ``values`` (:data:`BLOCK`) or one row; at least one slice."""
     num_rows = shape[0] if shape else 1
-    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    step = max(1, (values or BLOCK) // max(1, math.prod(shape[1:])))
     for start in range(0, max(1, num_rows), step):
         yield slice(start, min(start + step, num_rows))
 

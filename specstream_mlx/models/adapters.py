@@ -21,6 +21,8 @@ from specstream_mlx.drafters.streams.lora import StreamLoRALinear
 from specstream_mlx.drafters.streams.parameters import Streams
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families.decoder import DecoderFamily
+from specstream_mlx.formats.adapter_directory import LIVE_CONFIG, LIVE_WEIGHTS, has_streams, live_lora, read_tensors
+from specstream_mlx.formats.base_model import base_problems
 from specstream_mlx.formats.config import (
     BASE_SIZES,
     CONFIG_NAME,
@@ -30,7 +32,6 @@ from specstream_mlx.formats.config import (
     StreamConfig,
     read_json,
 )
-from specstream_mlx.formats.fingerprint import is_marked
 from specstream_mlx.formats.load_errors import load_error
 from specstream_mlx.formats.safetensors import FLOATS, check_safetensors
 from specstream_mlx.planning.times import PassTimes
@@ -38,8 +39,6 @@ from specstream_mlx.target.mounts import BARE, Mount, MountedLayer, put_layers
 from specstream_mlx.target.rotary import PassContext
 
 OWN = "own"  # the name of the streams that lie in a model's own directory
-LIVE_CONFIG = "adapter_config.json"
-LIVE_WEIGHTS = "adapters.safetensors"
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _IS_PEFT = "{}: a PEFT checkpoint; run specstream-mlx convert --adapter-only on it"
 
@@ -91,22 +90,6 @@ def check_adapter_configuration(directory: Path) -> None:
         raise InvalidInputError(_IS_PEFT.format(directory))
 
 
-def has_adapter(directory: Path) -> bool:
-    """Whether there is anything in a directory that ``read_adapter`` reads."""
-    return _has_streams(directory) or live_lora(directory) is not None
-
-
-def live_lora(directory: Path) -> Path | None:
-    """The directory of an adapter's LoRA in mlx-lm's format, for ``mlx_lm.load(adapter_path=...)``; None without one.
-
-    It is ``adapters`` in a directory of ours. A directory that mlx-lm wrote is one itself, unless it holds a model.
-    """
-    if (directory / "adapters").is_dir():
-        return directory / "adapters"
-    own = (directory / LIVE_WEIGHTS).exists() and not (directory / "config.json").exists()
-    return directory if own else None
-
-
 def read_adapter(directory: Path, base: nn.Module, family: DecoderFamily, context: PassContext) -> Adapter:
     """Read an adapter for a bare base, which is as before when this returns or raises.
 
@@ -121,17 +104,17 @@ def read_adapter(directory: Path, base: nn.Module, family: DecoderFamily, contex
         UnsupportedError: a format version or a kind of adapter that we do not run.
     """
     live = live_lora(directory)
-    if not _has_streams(directory) or not (directory / WEIGHTS_NAME).exists():
+    if not has_streams(directory) or not (directory / WEIGHTS_NAME).exists():
         if any((directory / name).exists() for name in _PEFT_WEIGHTS):
             raise InvalidInputError(_IS_PEFT.format(directory))
-        if not _has_streams(directory) and live is None:
+        if not has_streams(directory) and live is None:
             raise InvalidInputError(
                 f"{directory}: no {CONFIG_NAME} and {WEIGHTS_NAME}, and no LoRA of mlx-lm; give a converted stream "
                 "adapter"
             )
     config = streams = None
     layers: tuple[MountedLayer, ...] = ()
-    if _has_streams(directory):
+    if has_streams(directory):
         config, streams, layers = _read_streams(directory, base, family, context)
         if config.mode == "lossless" and live is not None:
             raise InvalidInputError(f"{live}: a LoRA on all rows, and the streams beside it are lossless; remove one")
@@ -140,10 +123,6 @@ def read_adapter(directory: Path, base: nn.Module, family: DecoderFamily, contex
     adapter = Adapter(config, streams, Mount(layers))
     mx.eval(adapter.arrays)
     return adapter
-
-
-def _has_streams(directory: Path) -> bool:
-    return (directory / CONFIG_NAME).exists() or (directory / WEIGHTS_NAME).exists()
 
 
 def _read_streams(
@@ -185,39 +164,22 @@ def _read_tensors(path: Path, config: StreamConfig, hidden_size: int) -> dict[st
             problems.append(f"{path}:{name}: shape {info.shape}, {CONFIG_NAME} and the base need {expected[name]}")
     if problems:
         raise InvalidInputError("\n".join(problems))
-    tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-    bad = [name for name, value in tensors.items() if not mx.isfinite(value).all().item()]
-    if bad:
-        raise InvalidInputError("\n".join(f"{path}:{name}: holds NaN or infinite values" for name in bad))
-    return tensors
+    return read_tensors(path)
 
 
 def _check_base(
     stream_config: StreamConfig, family: DecoderFamily, base: nn.Module, config: dict[str, Any], where: Path
 ) -> None:
     """The streams' base block against the base at hand: sizes, and the fingerprint when both sides have one."""
-    problems = []
-    trained_for = stream_config.base_model
-    for key in BASE_SIZES:
-        found = family.size(config, key)
-        if key in trained_for and found is not None and trained_for[key] != found:
-            problems.append(f"{where}: streams were trained for {key} {trained_for[key]!r}, this base has {found!r}")
-    layers = len(family.layers)
-    if stream_config.num_stream_layers > layers:
-        problems.append(
-            f"{where}: num_stream_layers is {stream_config.num_stream_layers}, the base has {layers} layers"
-        )
-    if stream_config.prune is not None and stream_config.prune.layer > layers:
-        problems.append(f"{where}: prune.layer is {stream_config.prune.layer}, the base has {layers} layers")
-    mark: Any = trained_for.get("fingerprint")
     marked = family.fingerprint_tensor(config)
-    if not problems and isinstance(mark, dict) and marked is not None and mark.get("tensor") == marked:
-        weight: mx.array = dict(tree_flatten(base.parameters()))[marked]
-        if not is_marked(mark, weight):
-            problems.append(
-                f"{where}: fingerprint of {marked} differs; the shapes fit, but this is another base than "
-                f"{trained_for.get('name_or_path', 'the one the streams were trained for')!r}"
-            )
+    sizes = {key: family.size(config, key) for key in BASE_SIZES}
+    problems = base_problems(
+        stream_config,
+        where,
+        sizes,
+        len(family.layers),
+        lambda name: dict(tree_flatten(base.parameters()))[name] if name == marked else None,
+    )
     if problems:
         raise InvalidInputError("\n".join(problems))
 
@@ -271,11 +233,9 @@ def _read_live_lora(directory: Path, base: nn.Module) -> tuple[MountedLayer, ...
             f"{config_file}: fine_tune_type is {kind!r}; only 'lora' and 'dora' leave the base as it is, load a full "
             "fine-tune as a model"
         )
-    held = check_safetensors(weights_file)
-    tensors: dict[str, mx.array] = mx.load(str(weights_file))  # type: ignore[assignment]
-    bad = [name for name, value in tensors.items() if not mx.isfinite(value).all().item()]
-    if bad:
-        raise InvalidInputError("\n".join(f"{weights_file}:{name}: holds NaN or infinite values" for name in bad))
+    held = read_tensors(weights_file)
+    if not held:
+        raise InvalidInputError(f"{weights_file}: holds no tensor, so it would change nothing; save the adapter again")
     before = dict(base.named_modules())
 
     def replaced() -> list[MountedLayer]:

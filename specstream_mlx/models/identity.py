@@ -12,10 +12,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from specstream_mlx.drafters.protocol import Drafter
+from specstream_mlx.drafters.two_model import TwoModel
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.planning.calibration import Calibration
 from specstream_mlx.planning.store import find
 from specstream_mlx.target import machine
+from specstream_mlx.target.target import Target
 
 
 def stored_calibration(model: SpecStreamModel, drafter: Drafter | None = None) -> Calibration | None:
@@ -27,11 +29,11 @@ def stored_calibration(model: SpecStreamModel, drafter: Drafter | None = None) -
     drafter = drafter or model.drafter
     if drafter is None:
         return None
-    return find(partial(calibration_key, model, drafter.name), drafter.max_depth)
+    return find(partial(calibration_key, model, drafter), drafter.max_depth)
 
 
-def calibration_key(model: SpecStreamModel, drafter: str = "streams") -> dict[str, Any]:
-    """What a calibration of ``model`` with a drafter on this machine holds for."""
+def calibration_key(model: SpecStreamModel, drafter: Drafter | None = None) -> dict[str, Any]:
+    """What a calibration of ``model`` with a drafter (None: streams) on this machine holds for."""
     quantised = next((m for m in model.base.modules() if isinstance(m, nn.QuantizedLinear)), None)
     on_cpu = machine.device() == "cpu"
     return {
@@ -45,7 +47,13 @@ def calibration_key(model: SpecStreamModel, drafter: str = "streams") -> dict[st
         "model": model_digest(model),
         "quantization": f"{quantised.bits} bits, groups of {quantised.group_size}" if quantised is not None else None,
         "dtype": _dtype(model),
-    } | ({} if drafter == "streams" else {"drafter": drafter})
+    } | ({} if drafter is None or drafter.name == "streams" else _drafter_key(drafter))
+
+
+def _drafter_key(drafter: Drafter) -> dict[str, Any]:
+    """Tells drafters apart; streams are in the model's digest."""
+    key = {"drafter": drafter.name, "depth": drafter.max_depth, "ways": list(drafter.ways)}
+    return key | ({"draft_model": model_digest(drafter.draft)} if isinstance(drafter, TwoModel) else {})
 
 
 def _dtype(model: SpecStreamModel) -> str:
@@ -54,12 +62,12 @@ def _dtype(model: SpecStreamModel) -> str:
     return str(next(vectors).dtype).removeprefix("mlx.core.")
 
 
-def model_digest(model: SpecStreamModel) -> str:
+def model_digest(model: Target) -> str:
     """Tells models apart: every tensor's name, shape and type, and the contents of those small enough to read.
 
     The contents of norms, of stream tensors and of stream LoRA are read, so two fine-tunes of one base differ.
     """
-    digest = hashlib.sha256(f"{model.stream_config}".encode())
+    digest = hashlib.sha256(f"{getattr(model, 'stream_config', None)}".encode())
     for name, value in sorted(tree_flatten(model.parameters())):
         digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
         if value.ndim == 1 or name.startswith("streams.") or name.rsplit(".", 1)[-1].startswith("lora_"):

@@ -35,6 +35,12 @@ class Calibration:
     text: str
 
     @property
+    def way(self) -> str | None:
+        """The one way to draft that the drafter has; None: any of the streams'."""
+        ways = self.key.get("ways", ())
+        return str(ways[0]) if len(ways) == 1 else None
+
+    @property
     def max_rows(self) -> int:
         """The most rows of a pass that were measured at every length of context."""
         return min(max(costs.chain.max_rows, costs.tree.max_rows) for _, costs in self.costs)
@@ -45,7 +51,9 @@ class Calibration:
         trees = [
             tree
             for tree in candidate_trees(self.rates, self.max_rows)
-            if any(costs.best_of(tree, 1.0)[0] < (tree.max_depth + 1) * costs.plain for _, costs in self.costs)
+            if any(
+                costs.best_of(tree, 1.0, self.way)[0] < (tree.max_depth + 1) * costs.plain for _, costs in self.costs
+            )
         ]
         return Candidates(trees or [DraftTree.chain(1)], len(self.rates[0]))
 
@@ -55,6 +63,7 @@ class Calibration:
 
     def tabulated(self, insertion: str | None = None) -> TabulatedCosts:
         """The costs of the candidates; ``insertion``: the only one to use."""
+        insertion = insertion or self.way
         if insertion not in self._tables:
             self._tables[insertion] = TabulatedCosts(self.candidates.trees, self.costs, insertion)
         return self._tables[insertion]
@@ -65,6 +74,7 @@ class Calibration:
 
     def plan(self, context: int = 0, insertion: str | None = None, *, drafting: bool = False) -> Plan:
         """The plan at the measured length of context nearest to ``context``; see ``solve``."""
+        insertion = insertion or self.way
         length, costs = min(self.costs, key=lambda entry: abs(entry[0] - context))
         asked = (length, insertion, drafting)
         if asked not in self._plans:

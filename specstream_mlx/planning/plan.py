@@ -37,8 +37,8 @@ class DraftPlan:
         return self.gamma > 0 and self.mode != "off"
 
     def report(self, drafter: str = "none") -> DraftReport:
-        """The plan in the terms of ``generate --json``."""
-        insertion = self.way if self.way in get_args(Insertion) else None
+        """The plan as users see it; insertion is a word of streams."""
+        insertion = self.way if drafter == "streams" else None
         return DraftReport(self.mode, self.gamma, self.budget, insertion, self.source, self.note, drafter)
 
 
@@ -67,7 +67,10 @@ def make_plan(
     if options.prune_threshold is not None and not 0 <= options.prune_threshold <= 1:
         raise UsageError(f"prune_threshold is {options.prune_threshold}, expected a probability 0..1")
     if gamma == 0 and mode in ("tree", "chain"):
-        raise UsageError(f"draft {mode!r} needs streams and this model has none; use draft 'off' or a converted model")
+        raise UsageError(
+            f"draft {mode!r} needs streams and this model has none; use draft 'off', a converted model, or another "
+            "drafter"
+        )
     if mode in ("off", "chain") and options.tree is not None:
         raise UsageError(f"tree {options.tree!r} goes with draft 'tree' or 'auto', not {mode!r}")
     if gamma and options.insertion not in (None, *ways):

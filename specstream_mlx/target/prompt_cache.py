@@ -17,11 +17,13 @@ from mlx_lm.models.cache import load_prompt_cache as load_stock
 from mlx_lm.models.cache import save_prompt_cache as save_stock
 
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
+from specstream_mlx.formats.places import Repository, locate
 from specstream_mlx.formats.safetensors import check_safetensors
 from specstream_mlx.target.caches import SUPPORTED, LayerLayout, arrays_of, check_caches, layout, refusal
 
 SUFFIX = ".safetensors"  # mlx tells formats apart by it
 FIRST_TOKENS = "specstream_first_tokens"
+REVISION = "specstream_revision"  # of the model's repository
 _NUM_FIRST = 8
 _TOLERANCE = 0.1  # of the rows' norm; 16-bit noise is far below, rows of other weights far above
 
@@ -103,10 +105,26 @@ def model_of(path: Path, model: str | None) -> str:
         raise InvalidInputError(f"{path}: does not name its model; give the model too")
     if model is None or model == made_with:
         return made_with
+    if model.partition("@")[0] == made_with and isinstance(locate(model), Repository):
+        return model
     places = [Path(name).expanduser() for name in (model, made_with)]
     if all(place.is_dir() for place in places) and places[0].samefile(places[1]):
         return model
     raise InvalidInputError(f"{path}: made with model {made_with}, not {model}; leave the model out, or make it again")
+
+
+def revision_of(path: Path, revision: str | None) -> str | None:
+    """The revision of the repository that a prompt cache was made with, where none is given.
+
+    Raises:
+        InvalidInputError: ``revision`` is another one; and as ``read_metadata``.
+    """
+    made_with = read_metadata(path).get(REVISION)
+    if revision is not None and made_with is not None and revision != made_with:
+        raise InvalidInputError(
+            f"{path}: made with revision {made_with}, not {revision}; leave the revision out, or make it again"
+        )
+    return revision or made_with
 
 
 def load_prompt_cache(path: Path, model: Any) -> list[Any]:

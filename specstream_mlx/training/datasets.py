@@ -13,7 +13,9 @@ from typing import Any
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset, create_dataset, load_dataset
 
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.formats.jsonl import read_jsonl
 from specstream_mlx.formats.places import is_repository_id
+from specstream_mlx.formats.prompts import text_ids
 from specstream_mlx.training.batches import Example
 
 Encode = Callable[[Any], tuple[list[int], int]]
@@ -43,7 +45,7 @@ class PlainCompletions(CompletionsDataset):
 
 def plain_prompt(tokenizer: Any, text: str) -> list[int]:
     """The ids of a prompt as generation meets them: special tokens at the start, no end-of-text."""
-    ids = list(tokenizer.encode(text))
+    ids = text_ids(tokenizer, text)
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
@@ -132,28 +134,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         InvalidInputError: the file cannot be read, is empty, or a line is no JSON object.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold what else splitlines() splits at
-    except FileNotFoundError as error:
-        raise InvalidInputError(f"{path}: no such file; a data directory needs train.jsonl") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if "\\u" in line:  # JSON can spell half a character, which no tokenizer takes
-                json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])[1:-1]
-            raise InvalidInputError(f"{path}:{number}: {half} alone is no character; drop the row") from error
-        except (ValueError, RecursionError) as error:
-            raise InvalidInputError(f"{path}:{number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise InvalidInputError(f"{path}:{number}: a {type(row).__name__}, expected an object like {_formats({})}")
-        rows.append(row)
+    rows = [row for _, row in read_jsonl(path, f"an object like {_formats({})}")]
     if not rows:
         raise InvalidInputError(f"{path}: holds no rows; expected one JSON object a line like {_formats({})}")
     return rows

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -19,10 +19,13 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.formats import prompts
+from specstream_mlx.formats.chat_template import ChatTemplate
+from specstream_mlx.formats.jsonl import read_jsonl, text_lines
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.target.rotary import runs_batches
 from specstream_mlx.training.batches import Example, mixed_seed
-from specstream_mlx.training.datasets import Dataset, hold_out, plain_prompt, read_rows
+from specstream_mlx.training.datasets import Dataset, hold_out, plain_prompt
 from specstream_mlx.training.settings import flag
 
 Prompt = tuple[int, ...]
@@ -69,13 +72,13 @@ def default_prompts(model: Path) -> Path | None:
 def general_prompts() -> list[str]:
     """The prompts that ship with the package: everyday requests of many kinds, written for this project."""
     text = resources.files("specstream_mlx").joinpath("bundled/prompts.txt").read_text(encoding="utf-8")
-    return [line for _, line in _lines(text)]
+    return [line for _, line in text_lines(text)]
 
 
 def read_prompts(path: Path | None, tokenizer: Any, template: Mapping[str, Any] | None = None) -> list[Prompt]:
-    """Prompts of a text file, one a line, or of a JSONL file with ``prompt`` or ``messages``; answers are ignored.
+    """The ids of the prompts of a file (``formats.prompts.read_prompts``); answers are ignored.
 
-    Repeated prompts go once. ``tools`` of a JSONL row go into the chat template, as in mlx-lm's data.
+    A repeated prompt is kept once. ``tools`` of a JSONL row go into the chat template, as in mlx-lm's data.
 
     Args:
         path: the file, or a directory with ``train.jsonl``; None for ``general_prompts``.
@@ -86,65 +89,31 @@ def read_prompts(path: Path | None, tokenizer: Any, template: Mapping[str, Any] 
         InvalidInputError: the file cannot be read, or rows have no prompt that the tokenizer takes.
     """
     if path is None:
-        return _encoded({line: {"prompt": line} for line in general_prompts()}, tokenizer, template)
-    if path.is_dir():
-        path = path / "train.jsonl"
-    if path.suffix == ".jsonl":
-        rows = {f"{path}: row {number}": row for number, row in enumerate(read_rows(path), 1)}
+        rows = [prompts.Prompt.of_row({"prompt": line}, line) for line in general_prompts()]
     else:
+        rows = prompts.read_prompts(path / "train.jsonl" if path.is_dir() else path)
+    chat = ChatTemplate(arguments=template or None)
+    found, problems = [], []
+    for row in rows:
         try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-        rows = {f"{path}:{number}": {"prompt": line} for number, line in _lines(text)}
-    if not rows:
-        raise InvalidInputError(f"{path}: holds no prompts")
-    return _encoded(rows, tokenizer, template)
-
-
-def _lines(text: str) -> list[tuple[int, str]]:
-    """Numbered lines that are not empty; a line ends at a line feed alone, as in mlx-lm's files."""
-    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _encoded(rows: Mapping[str, Mapping[str, Any]], tokenizer: Any, template: Mapping[str, Any] | None) -> list[Prompt]:
-    """Prompts as ids, by their places; in the chat template where the tokenizer has one."""
-    prompts, problems = [], []
-    for place, row in rows.items():
-        try:
-            prompts.append(_prompt(row, tokenizer, template or {}))
-        except Exception as error:  # a chat template is a program and may raise anything
-            kind = "" if isinstance(error, InvalidInputError) else f"{type(error).__name__}: "
-            problems.append(f"{place}: {kind}{' '.join(str(error).split())[:200]}")
-            if len(problems) == 5:
+            ids = prompts.encode_prompt(tokenizer, row, chat) if tokenizer.has_chat_template else _plain(tokenizer, row)
+            if not ids:
+                raise InvalidInputError("the prompt has no token")
+            found.append(tuple(ids))
+        except InvalidInputError as error:
+            problems.append(f"{row.place}: {' '.join(str(error).split())[:200]}")
+            if len(problems) == prompts.MOST_PROBLEMS:
                 break
     if problems:
         raise InvalidInputError("\n".join(problems))
-    return list(dict.fromkeys(prompts))
+    return list(dict.fromkeys(found))
 
 
-def _prompt(row: Mapping[str, Any], tokenizer: Any, template: Mapping[str, Any]) -> Prompt:
-    asked = row.get("prompt", row.get("messages"))
-    if isinstance(asked, list) and all(isinstance(message, dict) for message in asked):
-        messages = asked[:-1] if asked and asked[-1].get("role") == "assistant" else asked
-    elif isinstance(asked, str):
-        messages = [{"role": "user", "content": asked}] if asked else []
-    else:
-        messages = []
-    if not messages:
-        raise InvalidInputError("has no 'prompt' and no 'messages' to answer")
-    if tokenizer.has_chat_template:
-        tools = {"tools": row["tools"]} if row.get("tools") is not None else {}
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False, **tools, **template
-        )
-    elif isinstance(asked, str):
-        ids = plain_prompt(tokenizer, asked)
-    else:
+def _plain(tokenizer: Any, row: prompts.Prompt) -> list[int]:
+    """The ids of a prompt of a model without a chat template, as its training rows begin."""
+    if not row.is_text:
         raise InvalidInputError("messages need a chat template, and this tokenizer has none")
-    if not ids:
-        raise InvalidInputError("the prompt has no token")
-    return tuple(ids)
+    return plain_prompt(tokenizer, row.text)
 
 
 def own_answers(
@@ -284,7 +253,7 @@ def _recorded(file: Path, key: Callable[..., dict[str, Any]]) -> dict[tuple[Prom
     """The answers in the file that were made by this model in this way."""
     found = {}
     for row in _rows(file):
-        if not isinstance(row, dict) or not all(
+        if not all(
             isinstance(row.get(name), kind) for name, kind in (("sample", int), ("prompt", list), ("answer", list))
         ):
             raise InvalidInputError(f"{file}: not a file of answers; give another --answers")
@@ -293,21 +262,17 @@ def _recorded(file: Path, key: Callable[..., dict[str, Any]]) -> dict[tuple[Prom
     return found
 
 
-def _rows(file: Path) -> Iterator[Any]:
+def _rows(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
-        return
+        return []
+    if not os.access(file, os.R_OK) or not file.is_file():
+        raise UsageError(f"{file}: cannot be read; give another --answers")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()  # we wrote ASCII
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{file}: cannot be read ({reason}); give another --answers") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):  # cut off by an interruption
-                return
-            raise InvalidInputError(f"{file}:{number}: not JSON ({error}); delete the line or the file") from error
+        return [row for _, row in read_jsonl(file, may_be_cut=True)]
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            f"{error}; damaged, or not a file of answers: delete the line, or give another --answers"
+        ) from error
 
 
 def _append(file: Path, key: Callable[..., dict[str, Any]], answers: dict[tuple[Prompt, int], tuple[int, ...]]) -> None:

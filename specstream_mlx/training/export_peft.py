@@ -12,8 +12,8 @@ import mlx.core as mx
 from specstream_mlx.errors import UnsupportedError
 from specstream_mlx.families import CONVERTED, FAMILIES
 from specstream_mlx.formats.config import CONFIG_NAME, LORA_PREFIX, PREFIX, StreamConfig
+from specstream_mlx.formats.output import replaced_directory, write_json
 from specstream_mlx.formats.tensor_writer import save_tensors
-from specstream_mlx.training.output import replaced_directory, write_json
 
 
 def check_peft(model_type: str) -> None:

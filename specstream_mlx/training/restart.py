@@ -15,13 +15,14 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.formats.adapter_directory import read_adapter, write_adapter
 from specstream_mlx.formats.config import read_json
+from specstream_mlx.formats.output import replaced_directory, write_json
 from specstream_mlx.formats.safetensors import check_safetensors
 from specstream_mlx.formats.tensor_writer import save_tensors
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.training.batches import Example
 from specstream_mlx.training.log import LOG
-from specstream_mlx.training.output import read_adapter, replaced_directory, write_adapter, write_json
 from specstream_mlx.training.settings import TrainSettings
 from specstream_mlx.training.trainable import set_trained_tensors, trained_tensors
 

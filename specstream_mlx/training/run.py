@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from specstream_mlx.bundled import default_model_path
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.formats.adapter_directory import read_adapter
 from specstream_mlx.formats.config import LORA_PREFIX, PREFIX, StreamConfig, read_json
-from specstream_mlx.formats.places import resolve
 from specstream_mlx.formats.upload import upload
-from specstream_mlx.models.load import load
+from specstream_mlx.models.load import load, model_directory
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.training import distill, output, trainer
 from specstream_mlx.training.datasets import Dataset, read_dataset
@@ -66,6 +65,7 @@ class TrainRun:
         settings: Mapping[str, Any],
         *,
         adapter: Path | None = None,
+        revision: str | None = None,
         trust_remote_code: bool = False,
         check_peft: bool = False,
     ) -> "TrainRun":
@@ -76,6 +76,7 @@ class TrainRun:
             target: the adapter's directory.
             settings: fields of ``TrainSettings``; those of the streams default to ``adapter``'s.
             adapter: a stream adapter to start from.
+            revision: branch, tag or commit of the model's repository.
             trust_remote_code: let mlx-lm run model code that comes with the checkpoint.
             check_peft: make sure that the result can be written in PEFT's form.
 
@@ -89,12 +90,13 @@ class TrainRun:
         if chosen.pruner_only and adapter is None:
             raise UsageError("--pruner-only: needs streams that are trained; give --resume-adapter-file")
         trainer.check_optimizer(chosen)
-        path = resolve(model) if model is not None else default_model_path()
+        path = model_directory(model, revision, trust_remote_code=trust_remote_code)
         base, tokenizer = load(path, trust_remote_code=trust_remote_code)
         if check_peft:
             check_peft_form(base.model_type)
         chosen = chosen.for_hidden_size(base.family.size(vars(base.args), "hidden_size"))
-        run = cls(model or str(path), path, base, tokenizer, chosen, target, adapter)
+        name = model or str(path)
+        run = cls(name if revision is None else f"{model}@{revision}", path, base, tokenizer, chosen, target, adapter)
         bare(base)
         check_fits(base, run.config(), chosen.num_layers, chosen.lora_keys)
         if adapter is not None:
@@ -196,7 +198,7 @@ class TrainRun:
             seed=self.settings.seed,
         )
         if self.adapter is not None:
-            theirs = output.read_adapter(self.adapter)[1]
+            theirs = read_adapter(self.adapter)[1]
             without = [PREFIX + "prune."]
             if not any(name.startswith(LORA_PREFIX) for name in theirs):
                 without.append(LORA_PREFIX)

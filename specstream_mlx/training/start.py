@@ -12,10 +12,10 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from specstream_mlx.drafters.streams.lora import StreamLoRALinear
 from specstream_mlx.errors import InvalidInputError, SpecStreamError, UnsupportedError, UsageError
+from specstream_mlx.formats.adapter_directory import ADAPTERS, read_adapter
 from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME, StreamConfig, read_json
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.target.mounts import MountedLayer
-from specstream_mlx.training.output import ADAPTERS, read_adapter
 from specstream_mlx.training.settings import TrainSettings, flag
 from specstream_mlx.training.trainable import lora_modules
 

@@ -17,13 +17,14 @@ from mlx_lm.tuner.utils import build_schedule
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from specstream_mlx.errors import InvalidInputError, UsageError
+from specstream_mlx.formats.adapter_directory import write_adapter
+from specstream_mlx.formats.output import replaced_directory
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.training.batches import Example, iterate_batches, make_batch, mixed_seed
 from specstream_mlx.training.evaluation import Validation, validate
 from specstream_mlx.training.forward import forward_main
 from specstream_mlx.training.log import TrainingLog
 from specstream_mlx.training.loss import LossReport, LossWeights, loss_and_gradients
-from specstream_mlx.training.output import replaced_directory, write_adapter
 from specstream_mlx.training.restart import RestartPoints
 from specstream_mlx.training.settings import TrainSettings
 from specstream_mlx.training.trainable import trained_tensors

@@ -154,8 +154,8 @@ BREAKS = (
     Break(
         "a fine-tune is measured against its bare base",
         "specstream_mlx/engine/exactness.py",
-        "    live = live_lora(resolve(adapter) if adapter is not None else path)\n",
-        "    live = live_lora(resolve(path))\n",
+        "    live = live_lora(resolve(adapter, weights=ADAPTER_WEIGHTS) if adapter is not None else path)\n",
+        "    live = live_lora(path)\n",
         "tests/cli/test_cli_benchmark.py::test_an_adapter_is_measured",
     ),
     Break(

@@ -118,9 +118,9 @@ BREAKS = (
     ),
     Break(
         "a JSON row ends at a Unicode line separator",
-        "specstream_mlx/training/datasets.py",
-        '.split("\\n")',
-        ".splitlines()",
+        "specstream_mlx/formats/jsonl.py",
+        'text.split("\\n")',
+        "text.splitlines()",
         "tests/training/test_distill.py::as_generation_asks_it",
     ),
     Break(
@@ -132,9 +132,9 @@ BREAKS = (
     ),
     Break(
         "tools do not reach the template of a prompt",
-        "specstream_mlx/training/distill.py",
-        'tools = {"tools": row["tools"]}',
-        "tools: dict[str, Any] = {}",
+        "specstream_mlx/formats/prompts.py",
+        'tools=prompt.row.get("tools")',
+        "tools=None",
         "tests/training/test_distill.py::as_generation_asks_it",
     ),
     Break(

@@ -4,7 +4,7 @@ Importable from subprocesses too, where ``run`` installs it before the program s
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ class Draft:
     insertion: str = "deferred"
     plan: str = "default"
     note: str | None = None
+    drafter: str = "streams"
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Response:
     accepted_by_depth: list[int] = field(default_factory=lambda: [2, 1, 0, 0])
     peak_memory: float = 0.25
     draft: Draft = field(default_factory=Draft)
+    drafted: list[list[int]] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
 
 
 class Tokenizer:
@@ -50,6 +53,9 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [1] * add_special_tokens + [ord(c) for c in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
 
     def get_vocab(self) -> dict[str, int]:
         return {"</s>": 2, "END": 7}
@@ -76,6 +82,7 @@ class Library:
         self.prompt: Any = None
         self.tokenizer = Tokenizer()
         self.load_error: BaseException | None = None
+        self.on_step: Callable[[int], None] = lambda index: None
 
     def load(self, path_or_repo: Any = None, adapter: Any = None) -> tuple[object, Tokenizer]:
         print("library noise")  # must not reach standard output
@@ -91,6 +98,7 @@ class Library:
             if isinstance(step, BaseException):
                 raise step
             text, tokens = step
+            self.on_step(index)
             total += len(tokens)
             last = index == len(self.script) - 1
             yield Response(text, tokens, "stop" if last else None, total, index + 1, total / (index + 1))

@@ -8,7 +8,7 @@ import pytest
 
 import specstream_mlx
 from specstream_cli import arms as engine
-from specstream_cli.arms import BASELINE, Arm, Run, Step, Workload, differences, look_up, measure, row, warm_up
+from specstream_cli.arms import BASELINE, Arm, Run, Step, Workload, differences, measure, row, warm_up
 from specstream_cli.benchmark import measure_all
 from specstream_cli.quality import quality
 from specstream_mlx.calibration.shapes import SHAPES
@@ -82,14 +82,6 @@ def test_figures_by_hand():
     assert found["prompts_with_equal_tokens"] == 1
 
 
-def test_looking_up_finds_the_latest_and_longest_repetition():
-    assert look_up([1, 2, 3, 9, 1, 2, 3], 2) == [9, 1]
-    assert look_up([5, 2, 8, 1, 2, 3, 5, 2], 2) == [8, 1]
-    assert look_up([3, 7, 3, 8, 3], 3) == [8, 3]
-    assert look_up([1, 2, 3], 4) == []
-    assert look_up([1, 1], 0) == []
-
-
 def test_quality_by_hand(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert quality([" a b\n", "c"], ["a b", "d"]) == {"exact_match": 50.0, "rouge1": None, "rougeLsum": None}
@@ -121,7 +113,9 @@ def test_every_arm_on_one_model(run, directory):
     assert "--context 9999: does not fit the model's 512 positions" in result.stderr
     plain, filled = document["workloads"]
     assert (plain["context"], filled["context"], filled["prompt_tokens"]) == (None, 40, 40)
-    names = ["mlx-lm", "auto", "tree", "chain", "off", "prompt-lookup", "draft-model"]
+    names = ["mlx-lm", "auto", "tree", "chain", "off"]
+    names += [f"{drafter} {mode}" for drafter in ("prompt-lookup", "two-model") for mode in ("auto", "tree", "chain")]
+    names.append("mlx-lm two-model")
     for load in (plain, filled):
         assert [found["arm"] for found in load["arms"]] == names
         for found in load["arms"]:
@@ -130,10 +124,33 @@ def test_every_arm_on_one_model(run, directory):
             assert found["peak_memory_gb"] > 0
     by_name = {found["arm"]: found for found in plain["arms"]}
     assert by_name["mlx-lm"]["passes"] == by_name["off"]["passes"] == by_name["off"]["tokens"]
-    assert by_name["draft-model"]["passes"] < by_name["mlx-lm"]["passes"]
+    assert by_name["mlx-lm two-model"]["passes"] < by_name["mlx-lm"]["passes"]
+    assert by_name["two-model chain"]["passes"] < by_name["mlx-lm"]["passes"]
+    who = {found["arm"]: (found["drafter"], found["draft"]) for found in plain["arms"]}
+    assert who["mlx-lm"] == who["mlx-lm two-model"] == (None, None)
+    assert (who["tree"], who["off"]) == (("streams", "tree"), ("none", "off"))
+    assert who["prompt-lookup chain"] == ("prompt-lookup", "chain")
+    assert document["num_draft_tokens"] == {"prompt-lookup": 10, "two-model": 4}
+    (costs,) = document["costs"]
+    assert costs["leaf"] != costs["chain"]
     assert by_name["mlx-lm"]["quality"]["exact_match"] == 0.0
     assert [costs["context"] for costs in document["costs"]] == [40]
     assert {"machine", "versions", "dtype", "model"} <= set(document)
+
+
+def test_every_drafter_is_an_arm_of_its_own(run, directory):
+    """Red when: plain decoding is measured once per drafter, or a drafter is measured that nobody named."""
+    words = ["--drafter", "prompt-lookup", "--drafter", "streams", "--drafter", "none", "--num-draft-tokens", "3"]
+    result = benchmark(run, directory, *words, "--draft", "chain", "--draft", "off")
+    assert result.code == 0, result.stderr
+    document = json.loads(result.stdout)
+    (load,) = document["workloads"]
+    assert [found["arm"] for found in load["arms"]] == ["mlx-lm", "prompt-lookup chain", "off", "streams chain"]
+    assert len(load["arms"][1]["drafted_by_depth"]) == 3
+    assert document["num_draft_tokens"]["prompt-lookup"] == 3
+    assert document["draft_model"] is None
+    result = benchmark(run, directory, "--drafter", "none")
+    assert [found["arm"] for found in json.loads(result.stdout)["workloads"][0]["arms"]] == ["mlx-lm", "off"]
 
 
 def test_tables(run, directory):
@@ -154,7 +171,8 @@ def test_a_model_without_streams_is_measured_as_far_as_it_goes(run, tmp_path):
     assert "no arm for --draft tree" in result.stderr
     assert "ours decodes plainly" in result.stderr
     (load,) = json.loads(result.stdout)["workloads"]
-    assert [found["arm"] for found in load["arms"]] == ["mlx-lm", "off", "prompt-lookup"]
+    names = ["mlx-lm", "off", "prompt-lookup tree", "prompt-lookup auto"]
+    assert [found["arm"] for found in load["arms"]] == names
     assert run("benchmark", "--model", str(path), "--noise-streams").code == 2
 
 
@@ -175,7 +193,7 @@ def test_an_adapter_is_measured_against_what_mlx_lm_makes_of_it(run, tmp_path, k
     if kind == "lossless":
         wrong = benchmark(run, make_another(base), "--adapter", str(adapter))
         assert (wrong.code, wrong.stderr.count("\n")) == (3, 1)
-        assert "this is another base than 'org/base'" in wrong.stderr
+        assert "this is another base or revision than 'org/base'" in wrong.stderr
 
 
 def make_another(base):
@@ -213,6 +231,11 @@ def test_random_weights_give_costs_and_say_so(run, monkeypatch):
     ("arguments", "code", "message"),
     [
         (["--draft", "fast"], 2, "got 'fast', expected one of auto, tree, chain, off"),
+        (["--drafter", "magic"], 2, "got 'magic', expected one of streams, "),
+        (["--drafter", "two-model"], 2, "--draft-model is missing; drafter 'two-model' needs a second, smaller model"),
+        (["--num-draft-tokens", "3"], 2, "--num-draft-tokens goes with the drafters 'two-model' and 'prompt-lookup'"),
+        (["--drafter", "prompt-lookup", "--num-draft-tokens", "0"], 2, "--num-draft-tokens: got 0, expected"),
+        (["--random-weights", "llama-1b", "--drafter", "streams"], 2, "--random-weights: contradicts --drafter"),
         (["--dtype", "float16"], 2, "--dtype: goes with --random-weights"),
         (["--random-weights", "llama-1b", "--adapter", "x"], 2, "--random-weights: contradicts --adapter"),
         (["--adapter", "./nowhere"], 3, "no such directory"),

@@ -17,7 +17,7 @@ from typer.main import get_command
 from specstream_cli.app import app
 from specstream_cli.train import _types_in_file, event_line
 from specstream_mlx import load
-from specstream_mlx.training.output import read_adapter
+from specstream_mlx.formats.adapter_directory import read_adapter
 from specstream_mlx.training.settings import TrainSettings
 from tests.training.training_cases import same, save_base, write_rows
 
@@ -321,7 +321,7 @@ def test_an_output_that_a_kill_hid_comes_back(train, tmp_path):
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from specstream_mlx.formats import atomic\n"
-        "from specstream_mlx.training.output import replaced_directory\n"
+        "from specstream_mlx.formats.output import replaced_directory\n"
         "atomic._exchange = lambda *_: False\n"
         "rename = Path.rename\n"
         "def renamed(path, goal):\n"
@@ -445,7 +445,7 @@ def test_what_no_training_goes_on_from_is_one_line(train, tmp_path, base):
     assert (code, "no stream adapter, it has no specstream_config.json" in line) == (3, True)
     wider = save_base(tmp_path / "wider", hidden_size=64, head_dim=16)
     code, line = refusal(tmp_path / "out", *shared, "--model", wider)
-    assert (code, "streams were trained for hidden_size 32, this base has 64" in line) == (3, True)
+    assert (code, "base_model.hidden_size is 32, this base has 64" in line) == (3, True)
     shutil.copytree(base, tmp_path / "other")
     file = tmp_path / "other" / "model.safetensors"
     weights = mx.load(str(file))

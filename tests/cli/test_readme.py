@@ -14,30 +14,45 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAM = get_command(app)
 LINES = [line.strip() for block in re.findall(r"```\w*\n(.*?)```", README, re.S) for line in block.splitlines()]
 COMMANDS = {
-    "generate": "--model --adapter --prompt --prompts-file --check-exact --system-prompt --chat-template-config "
+    "generate": "--model --adapter "
+    "--adapter-path --revision --trust-remote-code --use-generation-config "
+    "--prompt --prompts-file --check-exact --system-prompt --chat-template-config "
     "--ignore-chat-template --prefill-response --max-tokens --stop --extra-eos-token --temp --top-p --top-k --min-p "
     "--min-tokens-to-keep --xtc-probability --xtc-threshold --repetition-penalty --repetition-context-size "
     "--presence-penalty --presence-context-size --frequency-penalty --frequency-context-size --logit-bias --seed "
-    "--draft --tree --insertion --prune-threshold --prefill-step-size --kv-bits --kv-group-size --quantized-kv-start "
-    "--max-kv-size --prompt-cache-file --json --quiet --debug",
-    "chat": "--model --adapter --system-prompt --chat-template-config --ignore-chat-template --max-tokens --stop "
+    "--drafter --draft-model --num-draft-tokens --draft --tree --insertion --prune-threshold --prefill-step-size "
+    "--kv-bits --kv-group-size --quantized-kv-start --max-kv-size --prompt-cache-file --show-passes --json --quiet "
+    "--debug",
+    "chat": "--model --adapter "
+    "--adapter-path --revision --trust-remote-code --use-generation-config "
+    "--system-prompt --chat-template-config --ignore-chat-template --max-tokens --stop "
     "--extra-eos-token --temp --top-p --top-k --min-p --min-tokens-to-keep --xtc-probability --xtc-threshold "
     "--repetition-penalty --repetition-context-size --presence-penalty --presence-context-size --frequency-penalty "
-    "--frequency-context-size --logit-bias --seed --draft --tree --insertion --prune-threshold --prefill-step-size "
-    "--kv-bits --kv-group-size --quantized-kv-start --max-kv-size --json --quiet --debug",
-    "cache_prompt": "--prompt-cache-file --prompt --model --adapter --ignore-chat-template --kv-bits --kv-group-size "
+    "--frequency-context-size --logit-bias --seed --drafter --draft-model --num-draft-tokens --draft --tree "
+    "--insertion --prune-threshold --prefill-step-size --kv-bits --kv-group-size --quantized-kv-start --max-kv-size "
+    "--json --quiet --debug",
+    "cache_prompt": "--prompt-cache-file --prompt --model --adapter "
+    "--adapter-path --revision --trust-remote-code "
+    "--ignore-chat-template --kv-bits --kv-group-size "
     "--quantized-kv-start --prefill-step-size --quiet --debug",
-    "convert": "--hf-path --model --adapter-path --adapter-name --streams-path --specstream-config --mlx-path "
+    "convert": "--hf-path --model --revision "
+    "--adapter-path --adapter-name --streams-path --specstream-config --mlx-path "
     "--overwrite --fuse --keep-adapters --adapter-only --quantize --q-bits --q-group-size --q-mode --dtype --key-map "
     "--ignore-keys --recompute-init --dequantize --lora-only --allow-pickle --trust-remote-code --dry-run --verify "
     "--no-verify --reference-logits --upload-repo --json --quiet --debug",
-    "inspect": "--model --json --debug",
-    "calibrate": "--model --adapter --prompts-file --prompts --max-tokens --context --repeats --store --no-store "
+    "inspect": "--model --revision --json --debug",
+    "calibrate": "--model --adapter "
+    "--adapter-path --revision --trust-remote-code "
+    "--drafter --draft-model --num-draft-tokens "
+    "--prompts-file --prompts --max-tokens --context --repeats --store --no-store "
     "--plot --json --quiet --debug",
-    "benchmark": "--model --adapter --prompts-file --prompts --repeats --max-tokens --context --draft --tree "
-    "--insertion --draft-model --num-draft-tokens --prompt-lookup --ignore-eos --noise-streams --allow-differences "
-    "--costs --random-weights --dtype --q-bits --plot --json --quiet --debug",
-    "train": "--model --data --self-distill --adapter-path --overwrite --config --mode --gamma --num-stream-layers "
+    "benchmark": "--model --adapter "
+    "--adapter-path --revision --trust-remote-code "
+    "--prompts-file --prompts --repeats --max-tokens --context --drafter --draft "
+    "--tree --insertion --draft-model --num-draft-tokens --prompt-lookup --ignore-eos --noise-streams "
+    "--allow-differences --costs --random-weights --dtype --q-bits --plot --json --quiet --debug",
+    "train": "--model --revision "
+    "--data --self-distill --adapter-path --overwrite --config --mode --gamma --num-stream-layers "
     "--stream-init-rank --value-rotation --stream-position --prune-rank --pruner-only --rank --scale --num-layers "
     "--iters --batch-size --grad-accumulation-steps --optimizer --learning-rate --stream-lr-scale --warmup "
     "--max-grad-norm --stream-weight --prune-weight --latent-weight --mask-prompt --no-mask-prompt --max-seq-length "
@@ -91,13 +106,15 @@ def test_the_commands_of_the_readme_exist():
 
 def test_the_files_of_the_readme_are_there():
     tree = README.split("## Files")[1].split("```")[1].strip("\n").splitlines()
-    folder = ROOT
+    folders = [ROOT]
     for line in tree:
-        name = line.split()[0]
-        path = folder / name if line.startswith(" ") else ROOT / name
-        assert path.exists(), path
-        if not line.startswith(" "):
-            folder = path
+        depth = (len(line) - len(line.lstrip())) // 2
+        *names, _ = re.split(r" {2,}", line.strip())
+        for name in names:
+            path = folders[depth] / name
+            assert path.exists(), path
+            folders[depth + 1 :] = [path]
+        assert names, line
 
 
 def test_every_link_of_the_readme_to_a_file_leads_somewhere():

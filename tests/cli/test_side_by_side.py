@@ -42,9 +42,11 @@ def test_question_passes_answer_and_one_line_of_comparison(script, capsys):
     assert question.startswith("Question\n  CREATE TABLE")
     assert stdout.count("-- question:") == 1
     heading, *lines = passes.splitlines()
-    assert heading == "Passes: [drafted and accepted], the model's own token"
+    assert heading == "Passes: [drafted and accepted], the model's own token, {drafted and rejected}"
     assert [int(line[:3]) for line in lines] == list(range(1, len(lines) + 1))
-    drawn = "".join(re.sub(r"^\[(.*)\]", r"\1", line[5:]) for line in lines)
+    kept, *rejected = zip(*(re.fullmatch(r"(.*?)((?:  \{.*?\})*)", line[5:]).groups() for line in lines), strict=True)
+    assert any(rejected[0])
+    drawn = "".join(re.sub(r"^\[(.*)\]", r"\1", part) for part in kept)
     title, text = answer.split("\n  ")
     assert title == f"Answer: 24 tokens in {len(lines)} passes"
     assert drawn == text

@@ -6,7 +6,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from specstream_mlx.training.output import read_adapter
+from specstream_mlx.formats.adapter_directory import read_adapter
 from tests.training.training_cases import save_base, write_rows
 
 REPO = "someone/streams"

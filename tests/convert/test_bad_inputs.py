@@ -617,7 +617,7 @@ CASES = [
         options="--mlx-path {root}/base/out"),
     Bad(52, "around-the-input", 2, ("the input",), "choose another --mlx-path",
         options="--mlx-path {root} --overwrite"),
-    Bad(52, "under-a-file", 2, ("cannot be created",), "choose another --mlx-path", text("file", "x"),
+    Bad(52, "under-a-file", 2, ("cannot be written",), "choose another place", text("file", "x"),
         "--mlx-path {root}/file/out"),
     Bad(52, "dangling-link", 2, ("out", "not a directory"), "--overwrite", lambda c: c.out.symlink_to("nowhere"),
         "--overwrite"),

@@ -278,7 +278,6 @@ def test_everything_is_on_disk_before_the_rename(case: Case, monkeypatch: pytest
         real(path)
 
     monkeypatch.setattr(atomic, "sync", sync)
-    monkeypatch.setattr("specstream_convert.writing.output.sync", sync)
     convert(case.options(verify=False))
     assert synced[-1] == case.root
     names = {path.name for path in synced[:-1]}

@@ -25,6 +25,7 @@ from specstream_mlx import load  # noqa: E402
 from specstream_mlx.errors import InvalidInputError, UnsupportedError  # noqa: E402
 from specstream_mlx.families import model_classes  # noqa: E402
 from specstream_torch.testing import make_tiny_checkpoint, write_tiny_base  # noqa: E402
+from tests.tolerances import CLOSE_LOGITS, LOGITS  # noqa: E402
 
 pytestmark = [
     pytest.mark.parity,
@@ -32,7 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:transformers.*"),
 ]
 TOKENS = [5, 17, 3, 88, 40, 41, 2, 9, 60, 33]
-ATOL = 1e-4
 SMALL = {"hidden_size": 32, "num_layers": 2}
 WEIGHTS = "model.safetensors"
 OPT = ("opt", "opt-post-norm", "opt-projected")
@@ -105,8 +105,8 @@ def test_adapters_of_peft(tmp_path: Path, name: str, fuse: bool) -> None:
     report = convert(ConvertOptions(adapter_path=tmp_path / "adapter", mlx_path=out, lora_only=True, fuse=fuse))
     difference = float(np.abs(output_logits(out, np.array(TOKENS), live=not fuse) - wanted).max())
     print(f"max |difference| to PEFT {difference:.2e}")
-    assert difference <= ATOL
-    assert np.abs(without - wanted).max() > 100 * ATOL, "the adapter does nothing, the test shows nothing"
+    assert difference <= LOGITS
+    assert np.abs(without - wanted).max() > 100 * LOGITS, "the adapter does nothing, the test shows nothing"
     assert report.warnings == ()
 
 
@@ -119,7 +119,7 @@ def test_the_layer_by_layer_reference_is_the_whole_model(tmp_path: Path, monkeyp
         whole = output_logits(out, np.array(TOKENS), live=False)
         with monkeypatch.context() as patch:
             patch.setattr(forward, "WHOLE_MODEL_BYTES", 0)
-            assert np.abs(output_logits(out, np.array(TOKENS), live=False) - whole).max() <= 1e-5
+            assert np.abs(output_logits(out, np.array(TOKENS), live=False) - whole).max() <= CLOSE_LOGITS
 
 
 def test_the_layer_by_layer_reference_drops_each_layer(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from specstream_mlx.errors import UsageError, VerificationError
 from specstream_mlx.formats.config import StreamConfig, read_json
 from specstream_mlx.formats.safetensors import open_tensors
 from specstream_mlx.formats.tensor_writer import TensorOut, write_tensors
+from tests.tolerances import CLOSE_LOGITS, FLOAT32, LOGITS
 
 WEIGHTS = f"adapter/{ADAPTER}"
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -62,7 +65,7 @@ def test_shared(case: Case) -> None:
     }  # fmt: skip
     assert json.loads((case.out / "conversion_report.json").read_text()) == json.loads(json.dumps(report))
     merged = load(case.out / "model.safetensors")
-    np.testing.assert_allclose(to_numpy(merged[NAME]), merged_by_hand(case), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(to_numpy(merged[NAME]), merged_by_hand(case), rtol=0, atol=FLOAT32)
     streams = load(case.out / "specstream.safetensors")
     assert set(streams) == {"specstream.stream_embeddings"}
     assert mx.array_equal(streams["specstream.stream_embeddings"], load(case.root / WEIGHTS)[STREAMS])
@@ -71,7 +74,7 @@ def test_shared(case: Case) -> None:
     assert config["rope_scaling"] is None
     assert "rope_parameters" not in config
     assert report["verification"]["tensors"]["merged"] == 14
-    assert report["verification"]["logits"]["max_abs_difference"] < 1e-4
+    assert report["verification"]["logits"]["max_abs_difference"] < LOGITS
     fates = {(row["file"], row["tensor"]) for row in report["tensors"]}
     inputs = {(ADAPTER, name) for name in load(case.root / WEIGHTS)}
     assert fates == inputs | {("model.safetensors", name) for name in load(case.base / "model.safetensors")}
@@ -114,7 +117,7 @@ def test_live_adapters_equal_the_merge(case: Case) -> None:
     convert(case.options(fuse=False))
     convert(case.options(mlx_path=case.root / "fused", fuse=True))
     live, fused = output_logits(case.out, TOKENS, live=True), output_logits(case.root / "fused", TOKENS, live=False)
-    assert np.abs(live - fused).max() < 1e-5
+    assert np.abs(live - fused).max() < CLOSE_LOGITS
     assert np.abs(live - output_logits(case.out, TOKENS, live=False)).max() > 0.05
     model = load_adapters(load_model(case.out)[0], str(case.out / "adapters"))
     assert model.model.layers[0].self_attn.q_proj.scale == 8 / 2  # alpha / sqrt(r) of the first module
@@ -229,7 +232,7 @@ def test_lora_on_the_head(case: Case) -> None:
     case.tensors(WEIGHTS, add)
     convert(case.options())
     before, after = (load(path / "model.safetensors")["lm_head.weight"] for path in (case.base, case.out))
-    np.testing.assert_allclose(to_numpy(after - before), 8.0, atol=1e-5)
+    np.testing.assert_allclose(to_numpy(after - before), 8.0, rtol=0, atol=8 * FLOAT32)
 
 
 def moved(prefix: str, strip: str = PREFIX) -> Callable[[dict[str, mx.array]], None]:
@@ -300,7 +303,7 @@ def test_lora_only(case: Case) -> None:
     assert report.mode is None
     assert not (case.out / "specstream.safetensors").exists()
     np.testing.assert_allclose(
-        to_numpy(load(case.out / "model.safetensors")[NAME]), merged_by_hand(case), rtol=0, atol=1e-6
+        to_numpy(load(case.out / "model.safetensors")[NAME]), merged_by_hand(case), rtol=0, atol=FLOAT32
     )
 
 
@@ -310,6 +313,20 @@ def test_frozen_copies_are_dropped(case: Case) -> None:
     case.tensors(WEIGHTS, lambda t: t.update({PREFIX + "model.embed_tokens.weight": embedding}))
     report = convert(case.options())
     assert any("equal to the base's" in fate.fate for fate in report.tensors)
+
+
+def test_torch_is_not_needed(case: Case) -> None:
+    """Where neither PyTorch nor PEFT is installed, a conversion and its verification are the same."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'peft'))\n"
+        "from pathlib import Path; from specstream_convert import ConvertOptions, convert\n"
+        f"convert(ConvertOptions(hf_path={str(case.base)!r}, adapter_path=Path({str(case.adapter)!r}), "
+        f"mlx_path=Path({str(case.out)!r})))"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    convert(case.options(mlx_path=case.root / "here"))
+    assert (case.out / "model.safetensors").read_bytes() == (case.root / "here/model.safetensors").read_bytes()
+    assert json.loads((case.out / "conversion_report.json").read_text())["verification"]["tensors"]["merged"] == 14
 
 
 def test_same_input_same_bytes(case: Case, tmp_path: Path) -> None:
@@ -439,7 +456,7 @@ def test_reference_logits(case: Case) -> None:
     np.savez(case.root / "right.npz", tokens=TOKENS, logits=right)
     np.savez(case.root / "wrong.npz", tokens=TOKENS, logits=right + 0.1)
     report = convert(case.options(overwrite=True, reference_logits=case.root / "right.npz")).to_dict()
-    assert report["verification"]["reference_logits"]["max_abs_difference"] < 1e-5
+    assert report["verification"]["reference_logits"]["max_abs_difference"] < CLOSE_LOGITS
     with pytest.raises(VerificationError, match=r"wrong\.npz"):
         convert(case.options(overwrite=True, reference_logits=case.root / "wrong.npz"))
 

@@ -18,6 +18,7 @@ from specstream_convert import ConvertOptions, convert  # noqa: E402
 from specstream_convert.verification.forward import output_logits  # noqa: E402
 from specstream_torch.generate import load_reference, reference_logits  # noqa: E402
 from specstream_torch.testing import make_tiny_checkpoint  # noqa: E402
+from tests.tolerances import LOGITS  # noqa: E402
 
 pytestmark = [
     pytest.mark.parity,
@@ -25,7 +26,6 @@ pytestmark = [
 ]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "opt-post-norm", "opt-projected", "gpt2")
 TOKENS = [5, 17, 3, 88, 40, 41, 2, 9, 60, 33]
-ATOL = 1e-4
 SMALL = {"hidden_size": 32, "num_layers": 2}
 
 
@@ -43,10 +43,10 @@ def test_shared(tmp_path: Path, family: str, tie: bool) -> None:
     paths = make_tiny_checkpoint(family, tmp_path, tie_word_embeddings=tie, num_stream_layers=1, **SMALL)
     wanted = reference_logits(load_reference(*paths), TOKENS).main
     report = convert(ConvertOptions(adapter_path=paths.adapter, mlx_path=tmp_path / "out"))
-    assert difference(tmp_path / "out", wanted) < ATOL
+    assert difference(tmp_path / "out", wanted) < LOGITS
     convert(ConvertOptions(adapter_path=paths.adapter, mlx_path=tmp_path / "live", fuse=False))
-    assert difference(tmp_path / "live", wanted, live=True) < ATOL
-    assert np.abs(output_logits(tmp_path / "live", np.array(TOKENS), live=False) - wanted).max() > 100 * ATOL
+    assert difference(tmp_path / "live", wanted, live=True) < LOGITS
+    assert np.abs(output_logits(tmp_path / "live", np.array(TOKENS), live=False) - wanted).max() > 100 * LOGITS
     assert report.warnings == ()
 
 
@@ -58,7 +58,7 @@ def test_lossless(tmp_path: Path, family: str) -> None:
     with torch.no_grad():
         wanted = base(torch.tensor([TOKENS])).logits[0].numpy()
     convert(ConvertOptions(adapter_path=paths.adapter, mlx_path=tmp_path / "out"))
-    assert difference(tmp_path / "out", wanted) < ATOL
+    assert difference(tmp_path / "out", wanted) < LOGITS
 
 
 def test_stock_mlx_lm_opens_the_output(tmp_path: Path) -> None:

@@ -463,7 +463,7 @@ ROWS = [
     Row("output is the adapter", E, ("input",), options=lambda c: {"mlx_path": c.adapter, "overwrite": True}),
     Row("output in the base", E, ("input",), options=lambda c: {"mlx_path": c.base / "out"}),
     Row("output around the input", E, ("input",), options=lambda c: {"mlx_path": c.root, "overwrite": True}),
-    Row("output under a file", E, ("cannot be created",), text("file", b"x"),
+    Row("output under a file", E, ("cannot be written (Not a directory)", "choose another place"), text("file", b"x"),
         options=lambda c: {"mlx_path": c.root / "file" / "out"}),
     Row("dtype", E, ("--dtype",), options=lambda c: {"dtype": "int8"}),
     Row("overflow", I, ("model.norm.weight", "range of F16"),

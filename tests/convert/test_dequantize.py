@@ -16,6 +16,7 @@ from specstream_convert.files.stored import StoredTensor
 from specstream_convert.verification.forward import output_logits
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError, VerificationError
 from specstream_mlx.formats.safetensors import open_tensors
+from tests.tolerances import FLOAT32, FLOAT64, LOGITS
 
 NAME = f"{Q.removeprefix(PREFIX)}.weight"
 NORM = "model.norm.weight"
@@ -75,10 +76,11 @@ def test_merge(case: Case, mode: str, bits: int, group_size: int, dtype: mx.Dtyp
     lora = load(case.adapter / "adapter_model.safetensors")
     delta = 2.0 * to_numpy(lora[f"{Q}.lora_B.weight"]).astype(np.float64) @ to_numpy(lora[f"{Q}.lora_A.weight"])
     wanted = mx.array((to_numpy(by_mlx(case, NAME)) + delta).astype(np.float32)).astype(dtype)
-    unit = {mx.float32: 1e-6, mx.bfloat16: 2.0**-7, mx.float16: 2.0**-10}[dtype]
-    np.testing.assert_allclose(to_numpy(found[NAME]), to_numpy(wanted), rtol=unit, atol=1e-6)
+    unit = {mx.float32: FLOAT32, mx.bfloat16: 2.0**-7, mx.float16: 2.0**-10}[dtype]
+    np.testing.assert_allclose(to_numpy(found[NAME]), to_numpy(wanted), rtol=unit, atol=FLOAT32)
     embedding = by_mlx(case, "model.embed_tokens.weight").astype(dtype)
-    np.testing.assert_allclose(to_numpy(found["model.embed_tokens.weight"]), to_numpy(embedding), rtol=unit, atol=1e-6)
+    written = to_numpy(found["model.embed_tokens.weight"])
+    np.testing.assert_allclose(written, to_numpy(embedding), rtol=unit, atol=FLOAT32)
     assert mx.array_equal(found[NORM], load(case.base / "model.safetensors")[NORM])
     config = json.loads((case.out / "config.json").read_text())
     assert "quantization" not in config
@@ -98,11 +100,11 @@ def test_the_same_model(case: Case) -> None:
     convert(case.options(dequantize=True, fuse=False))
     found = output_logits(case.out, TOKENS, live=False)
     convert(case.options(mlx_path=case.root / "kept"))
-    assert np.abs(found - output_logits(case.root / "kept", TOKENS, live=False)).max() < 1e-4
+    assert np.abs(found - output_logits(case.root / "kept", TOKENS, live=False)).max() < LOGITS
     live = output_logits(case.root / "kept", TOKENS, live=True)
     assert np.abs(found - live).max() > 0.1
     convert(case.options(dequantize=True, mlx_path=case.root / "merged"))
-    assert np.abs(output_logits(case.root / "merged", TOKENS, live=False) - live).max() < 1e-4
+    assert np.abs(output_logits(case.root / "merged", TOKENS, live=False) - live).max() < LOGITS
 
 
 def test_shards_and_dtype(case: Case) -> None:
@@ -206,7 +208,8 @@ def test_two_ways_agree(tmp_path: Path, mode: str, bits: int, group_size: int) -
     )
     found = to_numpy(tensor.read_float32())
     assert tensor.shape == found.shape == (40, 256)
-    np.testing.assert_allclose(found, dequantized64(tensor, slice(0, 40)), rtol=2.0**-23, atol=0)
+    wanted = dequantized64(tensor, slice(0, 40))
+    np.testing.assert_allclose(found, wanted, rtol=2.0**-23, atol=FLOAT64)  # one unit in the last place
 
 
 def test_lossless(lossless_case: Case) -> None:

@@ -71,7 +71,7 @@ def test_bf16_run_stays_near_float32(tmp_path: Path) -> None:
         lines: list[str] = []
         finetune(settings(tmp_path / "out", bf16=bf16, iters=8, max_anchors=2), EXAMPLES, report=lines.append)
         curves.append(losses(lines))
-    assert curves[0] == pytest.approx(curves[1], rel=0.1)
+    assert curves[0] == pytest.approx(curves[1], rel=0.1, abs=0.1)  # losses of 4; bfloat16 has 8 bits
     assert curves[0] != curves[1]
 
 

@@ -11,6 +11,7 @@ from twin_models import load, naive_streams  # noqa: E402
 
 from specstream_torch.loss import IGNORE, Example, make_batch, streaming_loss  # noqa: E402
 from specstream_torch.modeling import NO_ANCHOR, causal_lm  # noqa: E402
+from tests.tolerances import LOSSES  # noqa: E402
 
 EXAMPLES = [Example((5, 6, 7), (8, 9, 10, 11, 2)), Example((5, 12), (13, 2)), Example((40,), (2,))]
 
@@ -75,13 +76,13 @@ def test_loss_equals_a_loop(mode: str) -> None:
     expected = sum(w * m for w, m in zip(weights, means, strict=True)) + 0.5 * _mean(pruner, 0)
     if mode == "shared":
         expected += _mean(main, 0)
-        assert report.main_loss == pytest.approx(_mean(main, 0), abs=1e-5)
+        assert report.main_loss == pytest.approx(_mean(main, 0), abs=LOSSES)
         assert report.accuracies[0] == pytest.approx(_mean(main, 1))
     else:
         assert math.isnan(report.accuracies[0])
-    assert report.stream_losses == pytest.approx(means, abs=1e-5)
-    assert report.prune_loss == pytest.approx(_mean(pruner, 0), abs=1e-5)
-    assert float(report.loss) == pytest.approx(expected, abs=1e-5)
+    assert report.stream_losses == pytest.approx(means, abs=LOSSES)
+    assert report.prune_loss == pytest.approx(_mean(pruner, 0), abs=LOSSES)
+    assert float(report.loss) == pytest.approx(expected, abs=LOSSES)
     assert report.accuracies[1:] == pytest.approx([_mean(column, 1) for column in streams])
     assert report.chain_tokens == pytest.approx(1 + sum(leading) / len(leading))
 

@@ -19,6 +19,7 @@ from specstream_torch.modeling import (  # noqa: E402
 )
 from specstream_torch.streams import StreamConfig, rotate_values  # noqa: E402
 from specstream_torch.testing import make_tiny_checkpoint  # noqa: E402
+from tests.tolerances import FLOAT32  # noqa: E402
 
 VARIANTS = [
     *[(family, {}) for family in FAMILIES],
@@ -156,7 +157,7 @@ def test_value_rotation_by_a_right_angle() -> None:
     values = torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(1, 2, 1, 4)
     turned = rotate_values(values, torch.tensor([torch.pi / 2, torch.pi]))
     expected = torch.tensor([[[[-3.0, -4.0, 1.0, 2.0]], [[-1.0, -2.0, -3.0, -4.0]]]])
-    torch.testing.assert_close(turned, expected)
+    torch.testing.assert_close(turned, expected, atol=FLOAT32, rtol=0)
 
 
 def test_what_would_give_other_numbers_is_refused(tmp_path) -> None:

@@ -11,11 +11,11 @@ from specstream_torch.decoder import decoder_of
 from specstream_torch.generate import load_reference
 from specstream_torch.modeling import causal_lm, stream_module
 from specstream_torch.testing import FAMILIES, TinyCheckpoint, make_tiny_checkpoint
+from tests.tolerances import CLOSE_LOGITS
 
 __all__ = ["ATOL", "FAMILIES", "PROMPT", "load", "naive_streams", "tiny"]
 PROMPT = [1, 40, 7, 63, 22, 9, 88, 31, 5, 17, 70, 3]
-ATOL = 1e-5
-"""Float32 with logits around 4: two orders of summation differ by some 1e-6."""
+ATOL = CLOSE_LOGITS
 
 _SCRATCH = TemporaryDirectory(prefix="twin-")  # gone when the process ends
 

@@ -24,7 +24,7 @@ def test_tokens_per_pass_and_acceptance_are_those_of_generation(tmp_path: Path) 
     answers = [[t for r in stream_generate(model, tokenizer, p, MAX_TOKENS) for t in r.tokens] for p in prompts]
     rows = [Example(tuple(p), tuple(a)) for p, a in zip(prompts, answers, strict=True)]
     found = prepared(
-        base, tmp_path / "out", iters=60, batch_size=9, rank=8, learning_rate=2e-2, max_anchors=None
+        base, tmp_path / "out", iters=25, batch_size=9, rank=8, learning_rate=2e-2, max_anchors=None
     ).train(Dataset(rows, rows))
     assert found is not None
     model, tokenizer = load(base, tmp_path / "out")

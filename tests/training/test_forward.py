@@ -15,7 +15,8 @@ from tests.passes import early_exit_logits, verify
 from tests.tiny import FAMILIES, make_model, random_prompt, stream_config
 from tests.training.training_cases import with_lora
 
-ATOL = 2e-5  # float32, logits around 10, other orders of summation
+ATOL = 2e-5
+"""Float32 logits around 10 of one program whose rows come in other passes: other orders of summation."""
 CASES = {
     "low-rank": {},
     "lossless": {"mode": "lossless", "stream_init": {"type": "identity"}},
@@ -90,8 +91,8 @@ def test_nothing_of_a_16_bit_base_is_raised_to_float32(mode: str) -> None:
     streams = forward_streams(model, main.trunk, main.keys_values, np.array([[2]], dtype=np.int32))
     exits = early_exit_logits(model, main.trunk)
     verified = verify(model, mx.array([3]), DraftTree.chain(0), model.make_cache(), insertion="leaf")
-    assert verified.stream_logits is not None
-    found = [*main.arrays, streams, exits, verified.logits, verified.stream_logits]
+    assert verified.rider_logits is not None
+    found = [*main.arrays, streams, exits, verified.logits, verified.rider_logits]
     assert {array.dtype for array in found} == {mx.bfloat16}
 
 

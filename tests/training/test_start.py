@@ -11,9 +11,9 @@ import pytest
 
 from specstream_convert import ConvertOptions, convert
 from specstream_mlx.errors import InvalidInputError, SpecStreamError, UnsupportedError, UsageError
+from specstream_mlx.formats.adapter_directory import read_adapter, write_adapter
 from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.export_peft import export_peft
-from specstream_mlx.training.output import read_adapter, write_adapter
 from specstream_mlx.training.run import TrainRun
 from specstream_mlx.training.trainable import lora_modules
 from tests.training.training_cases import QUICK, prepared, rows, same, save_base

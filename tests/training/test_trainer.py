@@ -14,15 +14,17 @@ import pytest
 
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.formats import atomic
+from specstream_mlx.formats.adapter_directory import read_adapter
+from specstream_mlx.formats.output import replaced_directory
 from specstream_mlx.training import trainer
 from specstream_mlx.training.batches import Example
 from specstream_mlx.training.datasets import Dataset
 from specstream_mlx.training.forward import forward_main
 from specstream_mlx.training.log import LOG, TrainingLog, _draw, plot, read_log
-from specstream_mlx.training.output import read_adapter, replaced_directory
 from specstream_mlx.training.settings import TrainSettings
 from specstream_mlx.training.trainable import attach, trained_tensors
 from tests.tiny import active_memory
+from tests.tolerances import FLOAT32
 from tests.training.training_cases import prepared, rows, same, save_base
 
 DATA = Dataset(rows(11), rows(5))
@@ -94,7 +96,9 @@ def test_a_restart_point_is_an_adapter_and_wants_the_same_run(base: Path, tmp_pa
         prepared(other, target).train(DATA, resume=True)
     weights = point / "specstream.safetensors"
     weights.write_bytes(weights.read_bytes()[:50])
-    with pytest.raises(InvalidInputError, match=r"specstream.safetensors: damaged"):
+    with pytest.raises(
+        InvalidInputError, match=r"specstream.safetensors: the header needs \d+ bytes, the file has 50;"
+    ):
         prepared(base, target).train(DATA, resume=True)
 
 
@@ -231,7 +235,7 @@ def test_an_interruption_while_the_adapter_is_written_finds_it_written(
 def test_streams_learn_a_rule_that_the_answers_follow(base: Path, tmp_path: Path) -> None:
     """Red when: gradients have the wrong sign, targets are shifted, or the validation measures something else."""
     counting = [Example((10 + i,), tuple(10 + (i + k) % 20 for k in range(1, 12))) for i in range(20)]
-    run = prepared(base, tmp_path / "out", iters=150, batch_size=10, rank=8, stream_lr_scale=10.0, learning_rate=2e-2)
+    run = prepared(base, tmp_path / "out", iters=100, batch_size=10, rank=8, stream_lr_scale=10.0, learning_rate=2e-2)
     found = run.train(Dataset(counting, counting))
     assert found is not None
     checks = [event for event in read_log(tmp_path / "out" / LOG) if event["event"] == "validation"]
@@ -259,12 +263,13 @@ def test_stream_embeddings_learn_at_the_scale_of_the_hidden_states(tmp_path: Pat
         ids = [example.prompt + example.answer for example in DATA.train]
         norms = [mx.sqrt(forward_main(start.model, mx.array([row])).trunk.square().mean(axis=-1)) for row in ids]
         sizes[size] = float(np.median(np.concatenate([np.array(norm).reshape(-1) for norm in norms])))
-        assert events[0]["hidden_rms"] == pytest.approx(sizes[size], rel=1e-5)
+        assert events[0]["hidden_rms"] == pytest.approx(sizes[size], rel=1e-5, abs=FLOAT32)
         before, after = trained_tensors(start.model), read_adapter(run.target)[1]
         steps[size] = {name: mx.abs(after[name] - before[name]).max().item() for name in before}
     assert sizes[50.0] > 1.5 * sizes[1.0]
     for size, moved in steps.items():
-        assert moved["specstream.stream_embeddings"] == pytest.approx(0.02 * sizes[size], rel=0.01)
+        step = 0.02 * sizes[size]  # Adam's first step is the learning rate, less its epsilon's share
+        assert moved["specstream.stream_embeddings"] == pytest.approx(step, rel=0.01, abs=FLOAT32)
         others = {name: step for name, step in moved.items() if name != "specstream.stream_embeddings"}
         assert max(others.values()) <= 1.01e-3  # type: ignore[type-var]
 
@@ -368,7 +373,7 @@ def test_an_adapter_to_start_from_is_one_of_this_base_and_kind(base: Path, tmp_p
     weights = mx.load(str(other / "model.safetensors"))
     assert isinstance(weights, dict)
     mx.save_safetensors(str(other / "model.safetensors"), weights | {"model.norm.weight": mx.full((32,), 0.5)})
-    with pytest.raises(InvalidInputError, match="this is another base than 'base'"):
+    with pytest.raises(InvalidInputError, match="this is another base or revision than 'base'"):
         prepared(other, tmp_path / "out", start)
     config = start / "specstream_config.json"
     config.write_text(config.read_text().replace('"residual": true', '"residual": false'))
@@ -381,10 +386,10 @@ def test_resume_without_a_restart_point_starts_and_latent_consistency_pulls(base
     distances = []
     for weight in (1e-9, 30.0):
         events: list[dict[str, Any]] = []
-        run = prepared(base, tmp_path / str(weight), latent_weight=weight, iters=40, max_anchors=None)
+        run = prepared(base, tmp_path / str(weight), latent_weight=weight, iters=30, max_anchors=None)
         run.train(DATA, resume=True, report=events.append)
         distances.append([event["latent_loss"] for event in events if event["event"] == "train"])
-    assert distances[0][0] == pytest.approx(distances[1][0], rel=1e-5)
+    assert distances[0][0] == pytest.approx(distances[1][0], rel=1e-5, abs=FLOAT32)
     assert distances[1][-1] < 0.9 * distances[0][-1]
 
 

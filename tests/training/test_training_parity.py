@@ -29,10 +29,12 @@ from specstream_torch import checkpoint as twin_checkpoint
 from specstream_torch import finetune as twin_finetune
 from specstream_torch import loss as twin_loss
 from specstream_torch.testing import make_tiny_checkpoint
+from tests.tolerances import FLOAT32
 
 pytestmark = pytest.mark.parity
 
 ATOL = 1e-4
+"""Losses of 3 to 8, and gradients up to some 5, after both programs' whole forward and backward."""
 CASES: dict[str, dict[str, Any]] = {
     "shared": {},
     "lossless": {"mode": "lossless"},
@@ -113,7 +115,7 @@ def test_losses_and_gradients_are_the_twins(family: str, case: str, tmp_path: Pa
         found = our_gradients(gradients)
         assert report.loss == pytest.approx(float(theirs.loss.detach()), abs=ATOL)
         assert report.streams == pytest.approx(theirs.stream_losses, abs=ATOL)
-        assert report.agreement == pytest.approx(theirs.accuracies[1:], abs=1e-6)
+        assert report.agreement == pytest.approx(theirs.accuracies[1:], abs=FLOAT32)
         assert report.main == pytest.approx(theirs.main_loss, abs=ATOL, nan_ok=True)
         if theirs.prune_loss is not None:
             assert report.prune == pytest.approx(theirs.prune_loss, abs=ATOL)
@@ -172,4 +174,4 @@ def test_the_loss_curve_of_20_steps_is_the_twins(mode: str, tmp_path: Path, monk
     ours = [event["loss"] for event in events if event["event"] == "train"]
     assert len(ours) == len(curve) == 20
     assert curve[-1] < curve[0] - 0.5, "nothing was learnt"
-    assert np.abs(np.array(ours) - np.array(curve)).max() <= 1e-4
+    assert np.abs(np.array(ours) - np.array(curve)).max() <= ATOL

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from specstream_mlx.formats.jsonl import read_jsonl
+
 from .heldout import HELDOUT, write_heldout
 from .prompts import write_prompts
 from .stamps import digest, is_current, write_stamp
@@ -84,7 +86,7 @@ def write_bundle(model: Path, heldout: Path, bundle: Path) -> int:
     from .tokenizer import ExampleEncoder
 
     encoder = ExampleEncoder(model)
-    rows = [json.loads(line) for line in heldout.read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in read_jsonl(heldout)]
     samples = choose_samples(rows, lambda answer: len(encoder.tokenizer.encode(answer, add_special_tokens=False).ids))
     partial = bundle.with_name(f".{bundle.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

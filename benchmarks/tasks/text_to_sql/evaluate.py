@@ -19,6 +19,7 @@ from mlx_lm import load as load_stock
 from mlx_lm import stream_generate as stock_generate
 
 from specstream_mlx import SpecStreamModel, load, stream_generate
+from specstream_mlx.formats.jsonl import read_jsonl
 from specstream_mlx.target.tree import DraftTree
 from tests.passes import stream_logits, verify
 
@@ -31,8 +32,7 @@ NUM_RANKS = 4
 
 def read_examples(path: Path, count: int | None = None) -> list[dict[str, str]]:
     """The first `count` prompts and answers of a JSON lines file, all of them without `count`."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[:count]]
+    return [row for _, row in read_jsonl(path)][:count]
 
 
 def run(model: SpecStreamModel, tokenizer: Any, prompt: str, draft: Any) -> tuple[list[int], str, Any]:

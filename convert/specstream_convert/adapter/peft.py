@@ -16,7 +16,7 @@ from specstream_convert.files.stored import StoredTensor, Weights
 from specstream_convert.report import TensorFate
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
 from specstream_mlx.formats.config import WEIGHTS_NAME, read_json
-from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.formats.messages import escaped, listing, refuse
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ZERO_3 = "a known fault of saving under DeepSpeed ZeRO-3; save it again with transformers >= 5"
@@ -191,25 +191,19 @@ def _choose_adapter(
 
 def _refuse(weights: Weights, keys: list[Key]) -> None:
     wrapped = [key for key in keys if key.kind is Kind.STREAM_WRAPPED]
-    if wrapped:
-        raise InvalidInputError(
-            listing(
-                f"{weights.tensors[key.raw].place}: PEFT put a LoRA around a stream module: {NEVER_SAVED}"
-                for key in wrapped
-            )
-        )
+    refuse(
+        [f"{weights.tensors[key.raw].place}: PEFT put a LoRA around a stream module: {NEVER_SAVED}" for key in wrapped]
+    )
     experts = [key for key in keys if key.kind is Kind.EXPERT_LORA]
-    if experts:
-        raise UnsupportedError(listing(f"{weights.tensors[key.raw].place}: {NO_TWO_PACKINGS}" for key in experts))
+    refuse([f"{weights.tensors[key.raw].place}: {NO_TWO_PACKINGS}" for key in experts], UnsupportedError)
     unknown = [key for key in keys if key.kind is Kind.OTHER]
-    if unknown:
-        raise InvalidInputError(
-            listing(
-                f"{weights.tensors[key.raw].place}: not a tensor this converter knows; map it with --key-map or "
-                "drop it with --ignore-keys"
-                for key in unknown
-            )
-        )
+    refuse(
+        [
+            f"{weights.tensors[key.raw].place}: not a tensor this converter knows; map it with --key-map or "
+            "drop it with --ignore-keys"
+            for key in unknown
+        ]
+    )
 
 
 def _unique(weights: Weights, keys: Iterable[Key]) -> dict[str, StoredTensor]:

@@ -6,7 +6,7 @@ that make it something else, or change the base under it in a way that the files
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from specstream_convert.changes.initial import RECOMPUTABLE, reason_against
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.formats.config import read_json
-from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.formats.messages import escaped, refuse
 
 ADAPTER_CONFIG = "adapter_config.json"
 MERGE_IN_PEFT = (
@@ -55,6 +55,7 @@ NOT_MERGED_IN_PEFT = {  # what PEFT cannot merge either, and what can be done
 }
 PROMPT_LEARNING = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 INITS_OF_AN_UNCHANGED_BASE = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+BIASES = ("none", "all", "lora_only")
 _SIMPLE = re.compile(r"^[\w.\-]+$")
 
 
@@ -198,8 +199,7 @@ def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
                 f"{path}: {escaped(name)} is {_short(raw[name])}: this field is not known here and may change the "
                 f"result; {MERGE_IN_PEFT}"
             )
-    if problems:
-        raise UnsupportedError(listing(problems))
+    refuse(problems, UnsupportedError)
 
 
 def _recomputable(init: Any) -> str | None:
@@ -212,108 +212,115 @@ def _is_stream_module(name: Any) -> bool:
     return isinstance(name, str) and name.split(".")[-1] == "specstream"
 
 
-def _read_numbers(path: Path, raw: dict[str, Any]) -> PeftConfig:
-    problems: list[str] = []
+class _Fields:
+    """Reads fields of the configuration and collects what is wrong with them."""
 
-    def number(value: Any, name: str, integer: bool) -> Any:
+    def __init__(self, path: Path, raw: dict[str, Any]) -> None:
+        self.problems: list[str] = []
+        self._path, self._raw = path, raw
+
+    def wrong(self, name: str, value: Any, expected: str) -> None:
+        self.problems.append(f"{self._path}: {name} is {_short(value)}, expected {expected}")
+
+    def of(self, name: str, fits: Callable[[Any], bool], expected: str) -> Any:
+        """The field, or None where it is absent or wrong."""
+        value = self._raw.get(name)
+        if value is None or fits(value):
+            return value
+        self.wrong(name, value, expected)
+        return None
+
+    def number(self, value: Any, name: str, integer: bool) -> Any:
         kinds = int if integer else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not _finite(value) or (integer and value < 1):
-            problems.append(
-                f"{path}: {name} is {_short(value)}, expected {'an integer >= 1' if integer else 'a number'}"
-            )
+            self.wrong(name, value, "an integer >= 1" if integer else "a number")
             return 1
         return value if integer else float(value)
 
-    def pattern(name: str, integer: bool) -> dict[str, Any]:
-        value = raw.get(name) or {}
-        if not isinstance(value, dict):
-            problems.append(f"{path}: {name} is {_short(value)}, expected an object")
-            return {}
+    def pattern(self, name: str, integer: bool) -> dict[str, Any]:
+        """Numbers by regular expressions of module names."""
+        value = self.of(name, lambda value: not value or isinstance(value, dict), "an object") or {}
         for key in value:
             problem = _regex_problem(key)
             if problem:
-                problems.append(f"{path}: {name} has key {_short(key)}: {problem}")
-        return {key: number(item, f"{name}[{_short(key)}]", integer) for key, item in value.items()}
+                self.problems.append(f"{self._path}: {name} has key {_short(key)}: {problem}")
+        return {key: self.number(item, f"{name}[{_short(key)}]", integer) for key, item in value.items()}
 
-    def names(name: str) -> tuple[str, ...] | str | None:
-        value = raw.get(name)
-        if value is None or isinstance(value, str):
-            return value
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            problems.append(f"{path}: {name} is {_short(value)}, expected a string or a list of strings")
-            return None
-        return tuple(value)
+    def names(self, name: str) -> tuple[str, ...] | str | None:
+        value = self.of(name, _is_names, "a string or a list of strings")
+        return tuple(value) if isinstance(value, list) else value
 
-    def flag(name: str) -> bool:
-        value = raw.get(name) or False
-        if not isinstance(value, bool):
-            problems.append(f"{path}: {name} is {_short(value)}, expected true or false")
-        return bool(value)
+    def flag(self, name: str) -> bool:
+        return bool(self.of(name, lambda value: not value or isinstance(value, bool), "true or false"))
 
-    def text(name: str) -> str | None:
-        value = raw.get(name)
-        if value is not None and not isinstance(value, str):
-            problems.append(f"{path}: {name} is {_short(value)}, expected a string")
-            return None
+    def text(self, name: str) -> str | None:
+        value: str | None = self.of(name, lambda value: isinstance(value, str), "a string")
         return value
 
-    def token_indices() -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
-        value = raw.get("trainable_token_indices")
+    def layers(self) -> tuple[int, ...] | None:
+        """``layers_to_transform``, which may be one number."""
+        value = self.of("layers_to_transform", _is_int_or_ints, "a list of integers")
+        return None if value is None else (value,) if type(value) is int else tuple(value)
+
+    def token_indices(self) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+        """``trainable_token_indices``: rows, or rows by module."""
+        name = "trainable_token_indices"
+        value = self._raw.get(name)
         if not value:
             return None
         lists = value if isinstance(value, dict) else {"": value}
-        for name, rows in lists.items():
-            if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
-                problems.append(
-                    f"{path}: trainable_token_indices is {_short(value)}, expected token ids, or those of every module"
-                )
-                return None
-            if len(set(rows)) != len(rows):
-                problems.append(f"{path}: trainable_token_indices names a token of {_short(name)} twice; remove one")
-        if isinstance(value, dict):
-            return {name: tuple(rows) for name, rows in value.items()}
-        return tuple(value)
+        if not all(_is_ints(rows) and all(row >= 0 for row in rows) for rows in lists.values()):
+            self.wrong(name, value, "token ids, or those of every module")
+            return None
+        twice = [module for module, rows in lists.items() if len(set(rows)) != len(rows)]
+        self.problems += [f"{self._path}: {name} names a token of {_short(key)} twice; remove one" for key in twice]
+        return {module: tuple(rows) for module, rows in value.items()} if isinstance(value, dict) else tuple(value)
 
-    layers = raw.get("layers_to_transform")
-    if type(layers) is int:
-        layers = [layers]
-    if layers is not None and (not isinstance(layers, list) or not all(type(n) is int for n in layers)):
-        problems.append(f"{path}: layers_to_transform is {_short(layers)}, expected a list of integers")
-        layers = None
-    saved = names("modules_to_save") or ()
-    if isinstance(saved, str):
-        saved = (saved,)
+
+def _is_ints(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _is_int_or_ints(value: Any) -> bool:
+    return type(value) is int or _is_ints(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def _read_numbers(path: Path, raw: dict[str, Any]) -> PeftConfig:
+    fields = _Fields(path, raw)
+    saved = fields.names("modules_to_save") or ()
+    saved = (saved,) if isinstance(saved, str) else saved
+    alpha = fields.number(raw.get("lora_alpha"), "lora_alpha", False)
     bias = raw.get("bias", "none")
-    if bias not in ("none", "all", "lora_only"):
-        problems.append(f"{path}: bias is {_short(bias)}, expected 'none', 'all' or 'lora_only'")
-    notes = []
-    alpha = number(raw.get("lora_alpha"), "lora_alpha", False)
-    if alpha <= 0 and not problems:
-        notes.append(f"lora_alpha is {alpha:g}: the adapter {'does nothing' if alpha == 0 else 'acts inverted'}")
+    if bias not in BIASES:
+        fields.wrong("bias", bias, "'none', 'all' or 'lora_only'")
+    effect = "does nothing" if alpha == 0 else "acts inverted"
     config = PeftConfig(
         path=path,
-        rank=number(raw.get("r"), "r", True),
+        rank=fields.number(raw.get("r"), "r", True),
         alpha=alpha,
-        use_rslora=flag("use_rslora"),
-        rank_pattern=pattern("rank_pattern", True),
-        alpha_pattern=pattern("alpha_pattern", False),
-        target_modules=names("target_modules"),
-        exclude_modules=names("exclude_modules"),
-        layers_to_transform=None if layers is None else tuple(layers),
-        use_dora=flag("use_dora"),
-        lora_bias=flag("lora_bias"),
+        use_rslora=fields.flag("use_rslora"),
+        rank_pattern=fields.pattern("rank_pattern", True),
+        alpha_pattern=fields.pattern("alpha_pattern", False),
+        target_modules=fields.names("target_modules"),
+        exclude_modules=fields.names("exclude_modules"),
+        layers_to_transform=fields.layers(),
+        use_dora=fields.flag("use_dora"),
+        lora_bias=fields.flag("lora_bias"),
         bias=bias if isinstance(bias, str) else "none",
         modules_to_save=tuple(name for name in saved if name and not _is_stream_module(name)),
-        trainable_token_indices=token_indices(),
-        ensure_weight_tying=flag("ensure_weight_tying"),
-        base_model=text("base_model_name_or_path"),
-        revision=text("revision"),
+        trainable_token_indices=fields.token_indices(),
+        ensure_weight_tying=fields.flag("ensure_weight_tying"),
+        base_model=fields.text("base_model_name_or_path"),
+        revision=fields.text("revision"),
         saves_streams=any(_is_stream_module(name) for name in saved),
-        notes=tuple(notes),
+        notes=(f"lora_alpha is {alpha:g}: the adapter {effect}",) if alpha <= 0 else (),
         initial=_recomputable(raw.get("init_lora_weights")),
     )
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(fields.problems)
     return config
 
 

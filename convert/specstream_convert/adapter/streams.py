@@ -17,7 +17,7 @@ from specstream_convert.files.stored import StoredTensor
 from specstream_convert.report import TensorFate
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.formats.config import CONFIG_NAME, PREFIX, REQUIRED, StreamConfig, read_json
-from specstream_mlx.formats.messages import at, escaped, listing
+from specstream_mlx.formats.messages import at, escaped, refuse
 from specstream_mlx.formats.safetensors import TensorFile
 
 WHY_NO_STREAMS = (
@@ -103,8 +103,7 @@ def gather(found: Mapping[str, StoredTensor]) -> StreamSource:
         notes.append(
             f"{next(iter(rows.values())).file.path.name}: {len(rows)} rows of specstream.stream_embeddings joined"
         )
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
     embeddings = tensors.get("stream_embeddings")
     if embeddings and len(embeddings.rows[0].shape) == 3:
         notes.append(
@@ -113,7 +112,7 @@ def gather(found: Mapping[str, StoredTensor]) -> StreamSource:
     return StreamSource(
         tensors,
         tuple(
-            TensorFate(row.file.path.name, row.raw, "copied", f"specstream.safetensors:{PREFIX}{name}")
+            row.fate("copied", f"specstream.safetensors:{PREFIX}{name}")
             for name, source in tensors.items()
             for row in source.rows
         ),
@@ -166,8 +165,7 @@ def from_stream_file(file: TensorFile, renames: Mapping[str, str], ignored: re.P
             )
         else:
             found[key.module] = StoredTensor(file, raw)
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
     source = gather(found)
     return StreamSource(source.tensors, tuple(fates) + source.fates, source.notes)
 
@@ -190,8 +188,7 @@ def join(form_a: StreamSource | None, form_b: StreamSource | None) -> StreamSour
             )
         elif a.shape != b.shape or not bool(mx.array_equal(a.read(), b.read()).item()):
             problems.append(f"{a.place}: differs from {b.place}; remove the one that is wrong")
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
     note = "the adapter file and the stream file hold the same stream tensors"
     return StreamSource(form_a.tensors, form_a.fates + form_b.fates, (*form_a.notes, *form_b.notes, note))
 
@@ -263,8 +260,7 @@ def check_streams(source: StreamSource, config: StreamConfig, hidden_size: int, 
             problems.append(f"{place}: not needed by {CONFIG_NAME}; correct the configuration or --ignore-keys it")
         elif held.shape != wanted:
             problems.append(f"{place}: shape {held.shape}, expected {wanted}{_hint(name, held, wanted, config)}")
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
     warnings = []
     for name, held in source.tensors.items():
         value = held.read()

@@ -12,7 +12,8 @@ from typing import Any
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
 from specstream_mlx.families import CONVERTED, FAMILIES
 from specstream_mlx.families.hugging_face import HuggingFace
-from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.families.rope_parameters import lift
+from specstream_mlx.formats.messages import escaped, listing, refuse
 
 SWITCHES = (
     "tie_word_embeddings", "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias",
@@ -61,7 +62,7 @@ def mlx_config(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[s
             config["tie_word_embeddings"] = True
             notes.append("config.json: no tie_word_embeddings, set to true as transformers does for this family")
         return config, [*notes, *theirs.complete(config, where)], warnings
-    _lift_rope(config, theirs, where, notes)
+    _check_rope(config, theirs, where, notes)
     notes += theirs.complete(config, where)
     window, layer_types = config.get("sliding_window"), config.get("layer_types")
     if isinstance(window, int) and (theirs.window == "ignored" or (theirs.window == "by layer" and not layer_types)):
@@ -109,8 +110,7 @@ def _check_numbers(config: dict[str, Any], theirs: HuggingFace, where: Path) -> 
         value = config.get(name, False)
         if not isinstance(value, bool):
             problems.append(f"{where}: {name} is {escaped(repr(value))}, expected true or false")
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
 
 
 def _check_fixed(config: dict[str, Any], fixed: Mapping[str, tuple[Any, ...]], where: Path) -> None:
@@ -120,8 +120,7 @@ def _check_fixed(config: dict[str, Any], fixed: Mapping[str, tuple[Any, ...]], w
         value = config.get(name, values[0])
         if not any(value is known or value == known for known in values):
             problems.append(f"{where}: {name} is {escaped(repr(value))}; the MLX model computes {values[0]!r} here")
-    if problems:
-        raise UnsupportedError(listing(problems))
+    refuse(problems, UnsupportedError)
 
 
 def _check_quantization(config: dict[str, Any], where: Path) -> None:
@@ -138,33 +137,9 @@ def _check_quantization(config: dict[str, Any], where: Path) -> None:
         )
 
 
-def _lift_rope(config: dict[str, Any], theirs: HuggingFace, where: Path, notes: list[str]) -> None:
-    """Bring ``rope_parameters`` of transformers 5 to ``rope_theta`` and ``rope_scaling`` at the top level."""
-    nested = config.pop("rope_parameters", None)
-    if nested is not None:
-        if not isinstance(nested, dict) or any(isinstance(value, dict) for value in nested.values()):
-            raise UnsupportedError(
-                f"{where}: rope_parameters is {escaped(repr(nested))}: one set for all layers expected"
-            )
-        scaling = dict(nested)
-        for name in ("rope_theta", "partial_rotary_factor"):
-            if name not in scaling:
-                continue
-            value = scaling.pop(name)
-            if name in config and config[name] != value:
-                raise InvalidInputError(
-                    f"{where}: {name} is {config[name]!r}, but {value!r} in rope_parameters; remove the wrong one"
-                )
-            config[name] = value
-        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-        if rope_type != "default":
-            older = config.get("rope_scaling")
-            if older is not None and older != nested and older != scaling:
-                raise InvalidInputError(f"{where}: rope_scaling and rope_parameters differ; remove the wrong one")
-            config["rope_scaling"] = scaling
-        elif config.get("rope_scaling") is None:
-            config["rope_scaling"] = None
-        notes.append("config.json: rope_parameters lifted to rope_theta and rope_scaling, where mlx-lm reads them")
+def _check_rope(config: dict[str, Any], theirs: HuggingFace, where: Path, notes: list[str]) -> None:
+    """Refuse a position encoding that mlx-lm does not compute as transformers does."""
+    notes += [f"config.json: {note}" for note in lift(config, str(config["model_type"]), where)]
     theta = config.get("rope_theta")
     if theta is None:
         if theirs.rope_theta is None:

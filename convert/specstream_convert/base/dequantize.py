@@ -15,7 +15,7 @@ import mlx.core as mx
 from specstream_convert.base.model import Base
 from specstream_convert.files.stored import StoredTensor
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
-from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.formats.messages import escaped, refuse
 from specstream_mlx.formats.safetensors import FLOATS, mlx_dtype, row_blocks
 
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
@@ -111,10 +111,8 @@ def dequantized(base: Base) -> Base:
             dropped[tensor.raw] = f"its part of {module}.weight is in the dequantised values"
         else:
             tensors[name] = tensor
-    if damaged:
-        raise InvalidInputError(listing(damaged))
-    if unknown:
-        raise UnsupportedError(listing(unknown))
+    refuse(damaged)
+    refuse(unknown, UnsupportedError)
     config = {key: value for key, value in base.config.items() if key not in ("quantization", "quantization_config")}
     return replace(
         base,

@@ -18,7 +18,7 @@ from specstream_mlx.families import CONVERTED, FAMILIES, model_classes
 from specstream_mlx.families.decoder import DecoderFamily
 from specstream_mlx.families.hugging_face import HuggingFace
 from specstream_mlx.formats.config import read_json
-from specstream_mlx.formats.messages import at, escaped, listing
+from specstream_mlx.formats.messages import at, escaped, refuse
 from specstream_mlx.formats.places import download, fetch, locate
 from specstream_mlx.formats.safetensors import TensorFile
 
@@ -85,19 +85,8 @@ class Base:
 
     def summary(self) -> dict[str, Any]:
         """The fields that ``specstream_config.json`` records of a base."""
-        config = self.config
-        heads = self.family.size(config, "num_attention_heads")
-        return {
-            "name_or_path": self.name,
-            **({"revision": self.revision} if self.revision else {}),
-            "model_type": self.model_type,
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": config.get("num_key_value_heads") or heads,
-            "vocab_size": config["vocab_size"],
-            "tie_word_embeddings": config["tie_word_embeddings"],
-        }
+        revision = {"revision": self.revision} if self.revision else {}
+        return {"name_or_path": self.name} | revision | self.family.describe(self.config)
 
 
 def resolve_base(
@@ -259,8 +248,7 @@ def _check_tensors(path: Path, kept: dict[str, StoredTensor], parameters: dict[s
         shape = kept[name].shape
         if shape != parameters[name]:
             problems.append(f"{kept[name].place}: shape {shape}, config.json asks for {parameters[name]}")
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
 
 
 def _check_quantized(

@@ -19,7 +19,7 @@ from specstream_convert.changes.trained_tensors import (
 )
 from specstream_convert.report import TensorFate
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
-from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.formats.messages import escaped, listing, refuse
 
 
 @dataclass(frozen=True)
@@ -131,15 +131,15 @@ def _map_loras(adapter: Adapter, base: Base, name: Naming, shapes: Mapping[str, 
             listing([*problems, f"the adapter was trained on {escaped(named)}, the base given is {base.name}"])
         )
     nowhere = [item for item in items if item.bias is not None and f"{item.module}.bias" not in base.parameters]
-    if nowhere:
-        raise UnsupportedError(
-            listing(
-                f"{item.bias.place}: the base's {item.module} has no bias that this could be added to, and PEFT itself "
-                "cannot merge it; retrain with lora_bias=False"
-                for item in nowhere
-                if item.bias is not None
-            )
-        )
+    refuse(
+        [
+            f"{item.bias.place}: the base's {item.module} has no bias that this could be added to, and PEFT itself "
+            "cannot merge it; retrain with lora_bias=False"
+            for item in nowhere
+            if item.bias is not None
+        ],
+        UnsupportedError,
+    )
     return tuple(items)
 
 

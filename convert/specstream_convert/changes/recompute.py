@@ -8,7 +8,7 @@ from specstream_convert.base.model import Base
 from specstream_convert.changes.initial import RESAVE, Initial
 from specstream_convert.changes.kinds import Lora
 from specstream_mlx.errors import UnsupportedError, UsageError
-from specstream_mlx.formats.messages import listing
+from specstream_mlx.formats.messages import refuse
 
 
 def check_asked_for(config: PeftConfig, asked: bool) -> None:
@@ -65,8 +65,7 @@ def with_initials(
             problems.append(f"{initial.weight.place}: {problem}")
         initials.append(initial)
         found.append(replace(item, initial=initial))
-    if problems:
-        raise UnsupportedError(listing(problems))
+    refuse(problems, UnsupportedError)
     return tuple(found), _warnings(config.initial, initials)
 
 

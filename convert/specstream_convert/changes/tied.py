@@ -57,7 +57,7 @@ def join_sides(
         return Sides(loras, dict(others), untied=True, notes=(note,))
     kept = {(tensor.file.path, tensor.raw) for change in of_embedding for tensor in change.tensors}
     fates = [
-        TensorFate(tensor.file.path.name, tensor.raw, "equal to the embedding's, which the LM head shares; dropped")
+        tensor.fate("equal to the embedding's, which the LM head shares; dropped")
         for change in of_head
         for tensor in change.tensors
         if (tensor.file.path, tensor.raw) not in kept

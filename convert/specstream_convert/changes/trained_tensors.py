@@ -15,7 +15,7 @@ from specstream_convert.changes.kinds import SetRows
 from specstream_convert.files.stored import StoredTensor
 from specstream_convert.report import TensorFate
 from specstream_mlx.errors import InvalidInputError
-from specstream_mlx.formats.messages import escaped, listing
+from specstream_mlx.formats.messages import escaped, refuse
 from specstream_mlx.formats.safetensors import FLOATS
 
 Shape = tuple[int, ...]
@@ -70,7 +70,7 @@ def map_saved(adapter: Adapter, base: Base, name: Naming) -> tuple[dict[str, Sto
                 "full-precision base with --hf-path, or drop it with --ignore-keys if it was not trained"
             )
         elif not quantized and _equal(tensor, base.tensors[original], exactly=why is not None):
-            fates.append(TensorFate(tensor.file.path.name, tensor.raw, f"equal to the base's {original}, dropped"))
+            fates.append(tensor.fate(f"equal to the base's {original}, dropped"))
         elif why is None:
             problems.append(
                 f"{tensor.place}: differs from the base's {original}: it was saved from another base, or trained "
@@ -85,8 +85,7 @@ def map_saved(adapter: Adapter, base: Base, name: Naming) -> tuple[dict[str, Sto
             replaced[target] = tensor
     if not problems:
         problems = _not_saved(adapter, base, name)
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
     return replaced, fates
 
 
@@ -192,8 +191,7 @@ def map_tokens(adapter: Adapter, base: Base, name: Naming, shapes: Mapping[str, 
             found[weight_of(module)] = SetRows(tensor, rows)
     if not problems:
         problems = _missing_rows(adapter, base, found)
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
     embedding, head = weight_of(family.EMBEDDING), weight_of(family.HEAD)
     if base.tied and embedding in found:
         found.setdefault(head, found[embedding])

@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from specstream_mlx.errors import InvalidInputError, UnsupportedError, UsageError
-from specstream_mlx.formats.messages import at, escaped, listing
+from specstream_mlx.formats.messages import at, escaped, refuse
 from specstream_mlx.formats.safetensors import TensorFile, open_tensors
 from specstream_mlx.formats.tensor_writer import Entry, TensorOut, write_tensors
 
@@ -189,8 +189,7 @@ def _state_dict(path: Path, held: Any) -> tuple[dict[str, Any], str | None]:
         for name, value in held.items()
         if not isinstance(name, str) or not _is_tensor(value)
     ]
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
     return held, note
 
 
@@ -216,8 +215,7 @@ def _check_tensors(torch: Any, path: Path, tensors: Mapping[str, Any]) -> None:
         if problem:
             problems.append(f"{at(path, name)}: {problem}")
         total += num_bytes
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
     if total > 2 * size:  # tied weights are stored once and named twice; more is a bomb
         raise InvalidInputError(f"{path}: declares {total} bytes of tensors, the file has {size}; {RESAVE}")
 

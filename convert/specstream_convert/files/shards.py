@@ -8,7 +8,7 @@ from pathlib import Path
 from specstream_convert.files.pickles import NO_PICKLES, Pickles
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.formats.config import read_json
-from specstream_mlx.formats.messages import at, escaped, listing
+from specstream_mlx.formats.messages import at, escaped, refuse
 from specstream_mlx.formats.safetensors import TensorFile, open_tensors
 
 
@@ -75,8 +75,7 @@ def open_shards(directory: Path, files: FileSet = MODEL, pickles: Pickles = NO_P
         raise InvalidInputError(f"{present[0]}: only one shard of several is here; download the others")
     opened = _open(present, files, pickles)
     twice = _duplicates(opened)
-    if twice:
-        raise InvalidInputError(listing(f"{at(directory, name)}: in two weight files; keep one" for name in twice))
+    refuse([f"{at(directory, name)}: in two weight files; keep one" for name in twice])
     return opened
 
 
@@ -101,10 +100,7 @@ def _index_map(index: Path, files: FileSet) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise InvalidInputError(f"{index}: weight_map is not an object of file names; download it again")
     bad = sorted({v for v in weight_map.values() if not files.is_member(v)})
-    if bad:
-        raise InvalidInputError(
-            listing(f"{index}: {escaped(repr(name))} is not the name of a shard beside it" for name in bad)
-        )
+    refuse([f"{index}: {escaped(repr(name))} is not the name of a shard beside it" for name in bad])
     return weight_map
 
 
@@ -115,8 +111,7 @@ def _check_names(index: Path, present: list[Path], wanted: set[str]) -> None:
         f"{index.parent / name}: not named in {index.name}, but would be mixed in; remove it"
         for name in sorted(names - wanted)
     ]
-    if problems:
-        raise InvalidInputError(listing(problems))
+    refuse(problems)
 
 
 def _check_index(index: Path, wanted: dict[str, str], files: tuple[TensorFile, ...]) -> None:
@@ -126,8 +121,7 @@ def _check_index(index: Path, wanted: dict[str, str], files: tuple[TensorFile, .
     problems += [
         f"{index}: {escaped(name)} of {file} is not listed; download it again" for name, file in sorted(held - listed)
     ]
-    if problems:
-        raise InvalidInputError(listing(f"{problem}; download it again" for problem in problems))
+    refuse([f"{problem}; download it again" for problem in problems])
 
 
 def _check_total(index: Path, files: tuple[TensorFile, ...]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from specstream_convert.report import TensorFate
 from specstream_mlx.formats.messages import at
 from specstream_mlx.formats.safetensors import TensorFile, row_blocks
 
@@ -23,6 +24,10 @@ class StoredTensor:
     def place(self) -> str:
         """``file:tensor``, for messages."""
         return at(self.file.path, self.raw)
+
+    def fate(self, fate: str, target: str | None = None) -> TensorFate:
+        """What became of it, for the report."""
+        return TensorFate(self.file.path.name, self.raw, fate, target)
 
     @property
     def dtype(self) -> str:

@@ -19,7 +19,7 @@ from specstream_convert.verification.comparison import Array, Comparison, Expect
 from specstream_convert.verification.forward import output_logits, reference_logits
 from specstream_mlx.errors import InvalidInputError, VerificationError
 from specstream_mlx.formats.config import LORA_PREFIX, PREFIX
-from specstream_mlx.formats.messages import listing
+from specstream_mlx.formats.messages import refuse
 from specstream_mlx.formats.safetensors import row_blocks
 
 Progress = Callable[[str, int, int], None]
@@ -114,8 +114,7 @@ def _verify_adapters(directory: Path, expected: Expected) -> dict[str, Any] | No
             if m is None or not bool(mx.array_equal(m, item.magnitude.read_float32()).item()):
                 problems.append(f"{item.module}: its DoRA magnitude differs from the input")
     problems += [f"{name}: in the output without reason" for name in sorted(held)]
-    if problems:
-        raise VerificationError(listing(f"the output is wrong: {problem}" for problem in problems))
+    refuse([f"the output is wrong: {problem}" for problem in problems], VerificationError)
     return {"checked": len(expected.loras.items), "max_abs_error": largest}
 
 

@@ -7,14 +7,15 @@ from typing import Any
 from specstream_convert.changes.lora import LoraSet
 from specstream_convert.checks import fingerprint
 from specstream_convert.options import DTYPES
-from specstream_convert.plan import ADAPTERS, Plan, lora_summary
+from specstream_convert.plan import Plan, lora_summary
 from specstream_convert.verification.verify import Progress
-from specstream_convert.writing.output import TOKENIZER_FILES, model_card, write_json
-from specstream_mlx.formats.config import CONFIG_NAME, LORA_PREFIX, PREFIX, WEIGHTS_NAME
+from specstream_convert.writing.output import TOKENIZER_FILES, model_card
+from specstream_mlx.formats.adapter_directory import LiveLora, write_live, write_streams
+from specstream_mlx.formats.config import LORA_PREFIX, PREFIX
 from specstream_mlx.formats.fingerprint import sha256_file
+from specstream_mlx.formats.output import write_json
+from specstream_mlx.formats.places import is_repository_id
 from specstream_mlx.formats.tensor_writer import Entry, TensorOut, write_tensors
-
-METADATA = {"format": "mlx"}
 
 
 def write_output(plan: Plan, directory: Path, hashes: dict[str, str], progress: Progress) -> dict[str, dict[str, Any]]:
@@ -30,13 +31,7 @@ def write_output(plan: Plan, directory: Path, hashes: dict[str, str], progress: 
     if plan.config is not None:
         _write_sidecar(plan, directory, hashes)
     card = model_card(
-        base_name=plan.base.name,
-        model_type=plan.base.model_type,
-        mode=plan.mode,
-        placement=plan.placement,
-        gamma=plan.config.gamma if plan.config else None,
-        adapter_only=plan.options.adapter_only,
-        remarks=_remarks(plan),
+        plan.base.name, plan.base.model_type, plan.config, plan.placement, plan.options.adapter_only, _remarks(plan)
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
     written = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
@@ -78,7 +73,7 @@ def _write_weights(plan: Plan, directory: Path, digests: dict[str, str], progres
         progress("write", done, total)
 
     for file, outs in sorted(files.items()):
-        digests[file] = write_tensors(directory / file, outs, METADATA, count)
+        digests[file] = write_tensors(directory / file, outs, done=count)
     if len(files) > 1:
         weight_map = {entry.name: file for file, outs in files.items() for out in outs for entry in out.entries}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -99,23 +94,10 @@ def _copy_texts(plan: Plan, directory: Path) -> None:
 
 def _write_live_adapter(plan: Plan, directory: Path) -> None:
     """LoRA or DoRA in mlx-lm's own format: one rank, one scale, full module paths."""
-    assert plan.loras is not None
-    (directory / "adapters").mkdir()
-    write_tensors(directory / ADAPTERS, _live(plan.loras), METADATA)
-    parameters = {
-        "rank": plan.loras.rank,
-        "scale": plan.loras.scale,
-        "dropout": 0.0,
-        "keys": [item.module for item in plan.loras.items],
-    }
-    write_json(
-        directory / "adapters" / "adapter_config.json",
-        {
-            "fine_tune_type": "dora" if plan.loras.dora else "lora",
-            "num_layers": plan.base.num_layers,
-            "lora_parameters": parameters,
-        },
-    )
+    loras = plan.loras
+    assert loras is not None
+    modules = [item.module for item in loras.items]
+    write_live(directory, LiveLora(loras.rank, loras.scale, modules, plan.base.num_layers, loras.dora), _live(loras))
 
 
 def _live(loras: LoraSet, prefix: str = "") -> list[TensorOut]:
@@ -137,10 +119,9 @@ def _write_sidecar(plan: Plan, directory: Path, hashes: dict[str, str]) -> None:
     if plan.placement == "sidecar":
         assert plan.loras is not None
         outs += _live(plan.loras, LORA_PREFIX)
-    write_tensors(directory / WEIGHTS_NAME, outs, METADATA)
     base_model = dict(plan.config.base_model) | plan.base.summary()
     recorded = plan.config.base_model.get("name_or_path")
-    if isinstance(recorded, str) and "/" in recorded and not recorded.startswith(("/", ".", "~")):
+    if isinstance(recorded, str) and is_repository_id(recorded):
         base_model["name_or_path"] = recorded
     base_model.pop("fingerprint", None)
     marked = plan.base.family.fingerprint_tensor(plan.base.config)
@@ -148,4 +129,4 @@ def _write_sidecar(plan: Plan, directory: Path, hashes: dict[str, str]) -> None:
         dtype = None if plan.options.adapter_only else plan.dtype
         base_model["fingerprint"] = fingerprint(plan.base, marked, dtype, plan.replacement(marked))
     config = replace(plan.config, base_model=base_model, lora=lora_summary(plan), source={"sha256": hashes})
-    write_json(directory / CONFIG_NAME, config.to_dict())
+    write_streams(directory, config, outs)

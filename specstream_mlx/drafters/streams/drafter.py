@@ -57,7 +57,9 @@ class StreamsDrafter:
             UnsupportedError: the pruner reads above the layer where streams are inserted.
         """
         if self.config.prune is None:
-            raise UsageError("prune_threshold is given, but this model has no early-exit pruner")
+            raise UsageError(
+                "prune_threshold does not go with this model, which has no early-exit pruner; leave it out"
+            )
         if insertion != "deferred" and self.config.prune.layer > self.trunk_layer:
             raise UnsupportedError(
                 f"prune.layer {self.config.prune.layer} lies above the first stream layer {self.trunk_layer + 1}; "

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specstream_convert.adapter.peft_config import ADAPTER_CONFIG
 from specstream_mlx.errors import SpecStreamError
+from specstream_mlx.formats.adapter_directory import LIVE_CONFIG, LIVE_WEIGHTS
 from specstream_mlx.formats.config import read_json
 from specstream_mlx.formats.messages import at, escaped
 from specstream_mlx.formats.safetensors import TensorFile, open_tensors
 
-LIVE_WEIGHTS = "adapters.safetensors"
 _PARTS = ("lora_a", "lora_b", "m")
 
 
@@ -27,7 +26,7 @@ class LiveAdapter:
 
 def is_mlx_lm(directory: Path) -> bool:
     """Whether ``adapter_config.json`` or the weights' name is mlx-lm's and not PEFT's."""
-    path = directory / ADAPTER_CONFIG
+    path = directory / LIVE_CONFIG
     if not path.is_file():
         return (directory / LIVE_WEIGHTS).is_file()
     try:
@@ -43,7 +42,7 @@ def read_live_adapter(directory: Path) -> LiveAdapter:
     Raises:
         InvalidInputError: its configuration or its weights cannot be read.
     """
-    path = directory / ADAPTER_CONFIG
+    path = directory / LIVE_CONFIG
     raw = read_json(path)
     parameters = raw.get("lora_parameters")
     kind = raw.get("fine_tune_type", "lora")
