@@ -41,7 +41,8 @@ class PackedConfig:
     that they are added to. With `own_prompts` the model first answers so many of the prompts itself, and the streams
     learn those answers, `own_step_tokens` of rows per step, while main goes on learning the examples: what streams
     have to foresee is what the model says. The prompts are drawn in runs of `own_runs` that follow one another in
-    sorted order, so that they share a beginning where the task's prompts do.
+    sorted order, so that they share a beginning where the task's prompts do. Without `own_alone` the streams learn the
+    examples' answers beside the model's own.
     """
 
     num_steps: int | None = None
@@ -67,6 +68,7 @@ class PackedConfig:
     own_runs: int = 1
     own_step_tokens: int = 0
     own_max_tokens: int = 96
+    own_alone: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -168,7 +170,7 @@ def train_packed(
         if own_source is None:
             done.append(_step(fast, streams, batch, frequent, config, device, step))
         else:
-            result = _step(fast, None, batch, frequent, config, device, step)
+            result = _step(fast, None if config.own_alone else streams, batch, frequent, config, device, step)
             shuffler = random.Random(f"{config.seed}/{step}/own")
             own_batch = pack(next(own_source), config.gamma, shuffler, main_counts=False)
             ahead = _step(fast, streams, own_batch, frequent, config, device, step)
