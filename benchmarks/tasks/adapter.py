@@ -2,8 +2,9 @@
 
     python -m benchmarks.tasks.adapter --task sql --base runs/smollm2/hf --checkpoint runs/tasks/shared/sql/adapter
 
-The conversion is `specstream-mlx convert`'s and is verified: once with the LoRA merged into the base, by the logits of
-whole passes, once as an adapter. The trainer rounds the LoRA to float16 when it ends, so float16 loses nothing.
+The conversion is that of `specstream-mlx convert`, verified: with the LoRA merged into the base against the logits of
+the checkpoint in PyTorch, and as an adapter, tensor by tensor. The trainer rounds the LoRA to float16 when it ends, so
+float16 loses nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from transformers import AutoTokenizer
 
 from specstream_convert.options import ConvertOptions
 from specstream_convert.pipeline import convert
 from specstream_mlx.errors import SpecStreamError
 from specstream_mlx.formats.atomic import replaced_directory
+from specstream_torch.generate import load_reference, reference_logits
 
 from .base import BASE_NAME
 from .fused import load_tensors, read_json
@@ -52,7 +56,8 @@ def write_adapter(task: Task, base: Path, checkpoint: Path, out: Path) -> dict[s
     with tempfile.TemporaryDirectory(prefix="specstream-adapter-") as folder:
         _convert(base, checkpoint, Path(folder) / "adapter", adapter_only=True)
         halves = _halves(Path(folder) / "adapter" / "adapters" / "adapters.safetensors")
-        merged = _convert(base, checkpoint, Path(folder) / "model", fuse=True)
+        logits = _pytorch_logits(task, base, checkpoint, Path(folder) / "reference.npz")
+        merged = _convert(base, checkpoint, Path(folder) / "model", fuse=True, reference_logits=logits)
         with replaced_directory(out) as temporary:
             made = Path(folder) / "adapter"
             for name in ("specstream.safetensors", "specstream_config.json"):
@@ -68,6 +73,14 @@ def write_adapter(task: Task, base: Path, checkpoint: Path, out: Path) -> dict[s
             if size > MOST_BYTES:
                 raise SystemExit(f"{out}: {size:,} bytes, at most {MOST_BYTES:,} ship; lower the LoRA rank")
     return merged
+
+
+def _pytorch_logits(task: Task, base: Path, checkpoint: Path, path: Path) -> Path:
+    """Write what the checkpoint says in PyTorch, for the converter to compare with what it wrote."""
+    text = f"{task.title}: {task.source}. Fine-tuned and converted, it says the same as before."
+    tokens = AutoTokenizer.from_pretrained(str(base))(text)["input_ids"]
+    np.savez(path, tokens=np.array(tokens), logits=reference_logits(load_reference(base, checkpoint), tokens).main)
+    return path
 
 
 def _halves(source: Path) -> dict[str, mx.array]:

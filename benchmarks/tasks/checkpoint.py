@@ -1,15 +1,16 @@
-"""What a PEFT checkpoint is worth on a task, in PyTorch: the metric, and tokens per pass of a chain.
+"""What a PEFT checkpoint is worth on a task, in PyTorch: the metric, and tokens per pass.
 
     python -m benchmarks.tasks.checkpoint --task sql --base runs/smollm2/hf --checkpoint runs/sql/adapter
 
 Prompts are answered greedily in batches. The tokens per pass are not measured by drafting: the
-streams of every position of an answer are run at once, and the passes that a chain would have taken are counted.
+streams of every position of an answer are run at once, and the passes that drafts from them would take are counted.
 It is the quick look for curves, and the only one on a machine without MLX; `run` is the measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import random
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ from .figures import summary
 from .task import Row, Task, default_rows, find_task, read_rows, task_names
 from .text_to_sql.pretrain import keep_freed_memory
 
+MOST_CANDIDATES = 8  # of a stream
+TREES = (0, 8, 15)  # nodes below the root; 0 is a chain
+
 
 def checkpoint_figures(
     task: Task,
@@ -41,6 +45,7 @@ def checkpoint_figures(
     device: str = "cpu",
     batch_size: int = 32,
     dtype: str | None = None,
+    trees: Sequence[int] = TREES,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the figures of a checkpoint (None: of the base) and its answers, "" where none ended."""
     tokenizer = AutoTokenizer.from_pretrained(str(base))
@@ -64,39 +69,75 @@ def checkpoint_figures(
     figures["products"] = dtype or "float32"
     figures["metric"] = {name: summary(values) for name, values in task.metric(rows, texts).items()}
     if streams is not None:
-        figures["chain_tokens_per_pass"] = round(chain_tokens_per_pass(fast, streams, found, device), 4)
+        figures["counted_tokens_per_pass"] = counted_tokens_per_pass(fast, streams, found, device, trees)
     return figures, texts
 
 
-@torch.no_grad()
-def chain_tokens_per_pass(fast: PackedLlama, streams: Any, examples: Sequence[Example], device: str) -> float:
-    """Count the passes that a chain takes for the model's own answers."""
+def counted_tokens_per_pass(
+    fast: PackedLlama, streams: Any, examples: Sequence[Example], device: str, trees: Sequence[int] = TREES
+) -> dict[str, float]:
+    """Count the passes for the model's own answers, with a chain (0) and with best-first trees of so many nodes."""
     config = streams.config
-    tokens = passes = 0
+    tokens = 0
+    passes = dict.fromkeys(trees, 0)
     for example in examples:
         batch = pack([[Group((example,), 0)]], config.gamma, random.Random(0)).to(device)
-        _, hidden = fast(batch, streams.stream_embeddings, config.num_stream_layers)
-        assert hidden is not None
-        guesses = (hidden[0] @ fast.head.t()).argmax(-1).tolist() if len(example.answer) > 1 else []
+        with torch.no_grad():
+            _, hidden = fast(batch, streams.stream_embeddings, config.num_stream_layers)
+            assert hidden is not None
+            best = (hidden[0] @ fast.head.t()).float().log_softmax(-1).topk(MOST_CANDIDATES)
         tokens += len(example.answer)
-        passes += chain_passes(example.answer, guesses)
-    return tokens / max(1, passes)
+        for nodes in trees:
+            kept = [
+                accepted_length(guesses, weights, example.answer[anchor + 1 :], nodes)
+                for anchor, (guesses, weights) in enumerate(
+                    zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                )
+            ]
+            passes[nodes] += num_passes(len(example.answer), kept)
+    return {f"best-first:{n}" if n else "chain": round(tokens / max(1, count), 4) for n, count in passes.items()}
 
 
-def chain_passes(answer: Sequence[int], guesses: Sequence[Sequence[int]]) -> int:
-    """The passes of the target for an answer; `guesses[i][j - 1]` is stream j's token for ``answer[i + j]``.
+def accepted_length(
+    guesses: Sequence[Sequence[int]], weights: Sequence[Sequence[float]], following: Sequence[int], nodes: int
+) -> int:
+    """How many of the tokens that follow stand in the draft: a chain for 0 nodes, else the likeliest paths.
+
+    `guesses[j]` are stream j + 1's candidates, best first, `weights[j]` their log-probabilities.
+    """
+    if nodes == 0:
+        pairs = zip((row[0] for row in guesses), following, strict=False)
+        return next(
+            (depth for depth, (guess, right) in enumerate(pairs) if guess != right), min(len(guesses), len(following))
+        )
+    # A heap of (minus log-probability, ranks): the next sibling and the first child follow a node that was taken.
+    heap = [(-weights[0][0], (0,))]
+    longest = 0
+    for _ in range(nodes):
+        if not heap:
+            break
+        cost, ranks = heapq.heappop(heap)
+        depth, rank = len(ranks), ranks[-1]
+        path = [guesses[level][r] for level, r in enumerate(ranks)]
+        if path == list(following[:depth]):
+            longest = max(longest, depth)
+        if rank + 1 < len(guesses[depth - 1]):
+            own = weights[depth - 1]
+            heapq.heappush(heap, (cost + own[rank] - own[rank + 1], (*ranks[:-1], rank + 1)))
+        if depth < len(guesses):
+            heapq.heappush(heap, (cost - weights[depth][0], (*ranks, 0)))
+    return longest
+
+
+def num_passes(length: int, accepted: Sequence[int]) -> int:
+    """The passes of the target for an answer; `accepted[i]` is how many tokens after ``answer[i]`` a draft there holds.
 
     The prefill yields ``answer[0]``, and with i the anchor a pass yields what it accepts and one token more.
     """
     passes, anchor = 1, 0
-    while anchor + 1 < len(answer):
-        accepted = 0
-        for j, guess in enumerate(guesses[anchor], start=1):
-            if anchor + j >= len(answer) or guess != answer[anchor + j]:
-                break
-            accepted += 1
+    while anchor + 1 < length:
+        anchor += accepted[anchor] + 1
         passes += 1
-        anchor += accepted + 1
     return passes
 
 
@@ -110,6 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the products; default: float32")
+    parser.add_argument("--tree", type=int, action="append", help="nodes of a tree, 0 for a chain; may be repeated")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the figures here too")
     parser.add_argument("--answers", type=Path, help="write the answers here as JSON lines")
@@ -125,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         namespace.checkpoint,
         device=namespace.device,
         dtype=namespace.dtype,
+        trees=namespace.tree or TREES,
     )
     line = json.dumps(figures)
     print(line)

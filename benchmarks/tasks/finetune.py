@@ -57,8 +57,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keep-every", type=int, default=0, help="steps between adapters kept for a curve")
     parser.add_argument("--stop-step", type=int, help="end there, before the budget is used")
     for field in fields(PackedConfig):
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+            continue
         kind: Any = {"num_steps": int, "hours": float}.get(field.name, type(field.default))
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind)
+        parser.add_argument(flag, type=kind)
     namespace = parser.parse_args(arguments)
     task = find_task(namespace.task)
     chosen = dict(task.training)

@@ -9,7 +9,8 @@ wants. Output: `shared/<stage>/adapter` and `lora/<stage>/adapter`, PEFT checkpo
 `checkpoint` says of each.
 
 Streams are slow to learn from nothing, and what they learn on one task serves the next: the later tasks start from
-the first one's checkpoint. The baseline goes the same way, from LoRA alone to LoRA alone.
+the first one's checkpoint. In the later stages of a task the streams learn the model's own answers. The baseline goes
+the same way, from LoRA alone to LoRA alone.
 """
 
 from __future__ import annotations
@@ -46,36 +47,69 @@ class Stage:
     share: float = 0.25
 
 
+_WARM = {"stream_learning_rate": 0.01}  # of streams that have learned already
+_OWN = _WARM | {"stream_weight": 0.5}
+
 STAGES = (
     Stage("e2e_first", "e2e_nlg", None, {"num_steps": 280}, stop_step=87, share=0.15),
     Stage(
         "e2e_nlg",
         "e2e_nlg",
         "e2e_first",
-        {
-            "num_steps": 150,
+        _OWN | {"num_steps": 122, "seed": 1, "own_prompts": 1000, "own_step_tokens": 800, "step_tokens": 400},
+        stop_step=92,
+        share=0.25,
+    ),
+    Stage("sql_first", "sql", "e2e_nlg", _WARM | {"num_steps": 107, "stream_weight": 0.4}, stop_step=62, share=0.1),
+    Stage(
+        "sql_second",
+        "sql",
+        "sql_first",
+        _OWN
+        | {
+            "num_steps": 84,
             "seed": 1,
-            "own_prompts": 1000,
+            "own_prompts": 600,
+            "own_runs": 4,
+            "own_max_tokens": 128,
             "own_step_tokens": 800,
             "step_tokens": 400,
-            "stream_weight": 0.5,
-            "stream_learning_rate": 0.01,
         },
-        share=0.25,
+        share=0.1,
     ),
     Stage(
         "sql",
         "sql",
-        "e2e_nlg",
-        {"num_steps": 200, "num_stream_layers": 8, "stream_weight": 0.4, "stream_learning_rate": 0.01},
-        share=0.25,
+        "sql_second",
+        _OWN
+        | {
+            "num_steps": 80,
+            "seed": 2,
+            "own_prompts": 600,
+            "own_runs": 4,
+            "own_max_tokens": 128,
+            "own_step_tokens": 600,
+            "step_tokens": 700,
+            "own_alone": False,
+        },
+        share=0.15,
     ),
+    Stage("dialogsum_first", "dialogsum", "e2e_nlg", _WARM | {"num_steps": 44, "stream_weight": 0.4}, share=0.1),
     Stage(
         "dialogsum",
         "dialogsum",
-        "e2e_nlg",
-        {"num_steps": 150, "stream_weight": 0.4, "stream_learning_rate": 0.01},
-        share=0.35,
+        "dialogsum_first",
+        _OWN
+        | {
+            "num_steps": 70,
+            "seed": 1,
+            "own_prompts": 300,
+            "own_runs": 4,
+            "own_max_tokens": 128,
+            "own_step_tokens": 1200,
+            "step_tokens": 600,
+        },
+        share=0.15,
     ),
 )
 

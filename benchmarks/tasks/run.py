@@ -96,14 +96,13 @@ def report(found: Evaluation, drafter: str, extra: int, *, timed: bool) -> dict[
 def chosen_decoding(namespace: argparse.Namespace, task: Task) -> Decoding:
     """The settings of decoding that the command line asks for."""
     drafter = namespace.drafter
+    draft = "off" if drafter == "none" else namespace.draft or task.draft
+    tree = namespace.tree
+    if tree is None and namespace.draft is None and drafter in (None, "streams"):
+        tree = task.tree
     options = None
-    if namespace.tree or namespace.insertion or namespace.prune_threshold:
-        options = DraftOptions(
-            tree=namespace.tree, insertion=namespace.insertion, prune_threshold=namespace.prune_threshold
-        )
-    draft = namespace.draft or task.draft
-    if drafter == "none":
-        draft = "off"
+    if tree or namespace.insertion or namespace.prune_threshold:
+        options = DraftOptions(tree=tree, insertion=namespace.insertion, prune_threshold=namespace.prune_threshold)
     return Decoding(
         draft=draft,
         drafter=drafter if drafter not in (None, "streams", "none") else None,
@@ -161,6 +160,8 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         name = decoding.drafter or ("none" if decoding.draft == "off" else "streams")
         figures = report(found, name, extra_parameters(model, name), timed=namespace.time)
     figures["draft"] = decoding.draft
+    if decoding.options is not None and decoding.options.tree is not None:
+        figures["draft"] = decoding.options.tree
     if namespace.answers is not None:
         lines = [
             json.dumps({"prompt": row["prompt"], "answer": own.text.strip(), "tokens": len(own.tokens)})

@@ -27,8 +27,8 @@ and four streams (shared mode), both on the same rows and steps, and measured on
 rows stand below ours: theirs are models of 3.8 to 7 billion parameters in float16 on an A100.
 
 Tokens per pass is the paper's call reduction ratio: generated tokens over passes of the target, the prompt's pass
-included. Every text of ours equals plain decoding by mlx-lm on the same merged weights. The error is the standard
-error of the mean over the test rows.
+included. The error is the standard error of the mean over the test rows. Each task says on how many rows a figure was
+measured, and by which command.
 """
 
 
@@ -45,12 +45,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def metric_cell(figures: dict[str, Any]) -> str:
-    """The means with their errors, in the order of the metric's names."""
+    """The means with their errors, in the order of the metric's names; `run` and `checkpoint` write them apart."""
     metric = figures["metric"]
-    if metric and isinstance(next(iter(metric.values())), dict):  # as `checkpoint` writes it
-        return " / ".join(f"{value['mean']:.2f} ± {value['standard_error']:.2f}" for value in metric.values())
-    errors = figures["standard_error"]
-    return " / ".join(f"{value:.2f} ± {errors[name]:.2f}" for name, value in metric.items())
+    pairs = [
+        (value["mean"], value["standard_error"])
+        if isinstance(value, dict)
+        else (value, figures["standard_error"][name])
+        for name, value in metric.items()
+    ]
+    return " / ".join(f"{mean:.2f} ± {error:.2f}" for mean, error in pairs)
 
 
 def number(value: Any, digits: int = 2) -> str:
@@ -60,41 +63,34 @@ def number(value: Any, digits: int = 2) -> str:
 
 def task_section(task: Task, results: dict[str, dict[str, Any]]) -> str:
     """One task: our rows, the paper's, what other weights give, the curve."""
-    names = " / ".join(next(iter(results.values()))["metric"]) if results else ""
+    measured = results.get("run")
+    shared = results.get("shared", measured)
     rows = []
     if "lora" in results:
         rows.append([MODEL, "LoRA alone", "1.00", "1.00", metric_cell(results["lora"]), "0"])
-    if "shared" in results:
-        figures = results["shared"]
-        speed = number(figures.get("speedup") or results.get("speed", {}).get("speedup"))
+    if shared is not None:
+        found = measured or {}
+        extra = found.get("extra_parameters")
         rows.append(
             [
                 MODEL,
                 "Speculative Streaming",
-                speed,
-                number(figures["tokens_per_pass"]),
-                metric_cell(figures),
-                f"{figures['extra_parameters']:.1e}".replace("e+0", "e"),
+                number(found.get("speedup")),
+                number(found.get("tokens_per_pass")),
+                metric_cell(shared),
+                "" if extra is None else f"{extra:.1e}".replace("e+0", "e"),
             ]
         )
     for row in paper_rows(task.name):
-        rows.append(
-            [
-                f"*paper: {row.model}*",
-                row.method,
-                number(row.speedup),
-                number(row.tokens_per_pass),
-                row.metric,
-                row.extra_parameters,
-            ]
-        )
+        cells = [number(row.speedup), number(row.tokens_per_pass), row.metric, row.extra_parameters]
+        rows.append([f"*paper: {row.model}*", row.method, *cells])
+    names = " / ".join(next((f["metric"] for f in (shared, results.get("lora")) if f is not None), ()))
     parts = [f"## {task.title}\n", f"Data: {task.source}.\n"]
     parts.append(table(["model", "method", "speed-up", "tokens per pass", names, "extra parameters"], rows))
-    if "shared" in results:
-        parts.append(_sentence(results["shared"], results.get("speed")))
+    parts.append(_sentences(results))
     others = [(name, results[name]) for name in ("bfloat16", "4bit") if name in results]
     if others:
-        cells = [
+        cells_of = [
             [
                 name,
                 f"{f['prompts']} prompts",
@@ -105,44 +101,64 @@ def task_section(task: Task, results: dict[str, dict[str, Any]]) -> str:
             for name, f in others
         ]
         parts.append("Other weights, the same adapter:\n")
-        parts.append(table(["weights", "on", "tokens per pass", "texts equal to plain decoding", "ties"], cells))
+        parts.append(table(["weights", "on", "tokens per pass", "texts equal to plain decoding", "ties"], cells_of))
     if "curve" in results:
-        cells = [
-            [str(point["steps"]), f"{point['answer_tokens']:,}", number(point["tokens_per_pass"])]
+        points = [
+            [
+                str(point["steps"]),
+                f"{point['answer_tokens']:,}",
+                number(point["chain"]),
+                number(point["tokens_per_pass"]),
+            ]
             for point in results["curve"]["points"]
         ]
         parts.append(f"Tokens per pass over the training, {results['curve']['note']}:\n")
-        parts.append(table(["steps", "answer tokens seen", "tokens per pass"], cells))
-    return "\n".join(parts)
+        parts.append(table(["steps", "answer tokens of main", "chain", "tree"], points))
+    return "\n".join(part for part in parts if part)
 
 
-def _sentence(shared: dict[str, Any], speed: dict[str, Any] | None) -> str:
-    accepted = ", ".join(
-        f"{a / d:.2f}" for a, d in zip(shared["accepted_by_depth"], shared["drafted_by_depth"], strict=True) if d
-    )
-    text = (
-        f"{shared['prompts']} prompts, {shared['tokens']:,} tokens, draft `{shared['draft']}`; accepted by depth "
-        f"{accepted}; texts equal to plain decoding on {shared['prompts_with_equal_text']} of {shared['prompts']}."
-    )
-    if speed is not None:
-        text += (
-            f" The speed-up is the median over {speed['prompts']} prompts, decoding alone, interleaved with mlx-lm in "
-            f"float32; with the prompt's pass {speed['speedup_total']:.2f}."
+def _sentences(results: dict[str, dict[str, Any]]) -> str:
+    """How many prompts each figure is of, and by what it was made."""
+    text = []
+    if "run" in results:
+        run = results["run"]
+        accepted = ", ".join(
+            f"{a / d:.2f}" for a, d in zip(run["accepted_by_depth"], run["drafted_by_depth"], strict=True) if d
         )
-    return text + "\n"
+        text.append(
+            f"Tokens per pass: `run`, {run['prompts']} prompts, {run['tokens']:,} tokens, draft `{run['draft']}`, "
+            f"accepted by depth {accepted}; texts equal to mlx-lm's on {run['prompts_with_equal_text']} of "
+            f"{run['prompts']}."
+        )
+        if "speedup" in run:
+            text.append(
+                f"Speed-up: the median over the same prompts of mlx-lm's seconds over ours, decoding alone, in turn, "
+                f"float32, one BLAS thread, beside other programs; with the prompt's pass {run['speedup_total']:.2f}."
+            )
+    for name, words in (("shared", "with streams"), ("lora", "LoRA alone")):
+        if name in results:
+            figures = results[name]
+            counted = figures.get("counted_tokens_per_pass")
+            more = ""
+            if counted is not None:
+                more = "; passes counted on all of them: " + ", ".join(f"{k} {v:.2f}" for k, v in counted.items())
+            text.append(
+                f"Metric {words}: `checkpoint`, {figures['prompts']} prompts, {figures['products']} products{more}."
+            )
+    return " ".join(text) + "\n" if text else ""
 
 
 def ablation_section(path: Path) -> str:
     """The ablation's tables, where they were made."""
     if not path.exists():
         return ""
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(path.read_text(encoding="utf-8"))
     cells = [
-        [row["group"], row["setting"], number(row.get("tokens_per_pass")), number(row.get("relative_cost"))]
-        for row in rows["rows"]
+        [row["group"], row["setting"], number(row["chain"]), number(row["tree"]), number(row["seconds_per_step"], 1)]
+        for row in found["rows"]
     ]
-    return f"## The paper's choices, on this model\n\n{rows['note']}\n\n" + table(
-        ["what", "setting", "tokens per pass", "training cost per step"], cells
+    return f"## The paper's choices, on this model\n\n{found['note']}\n\n" + table(
+        ["what", "setting", "chain", "tree", "processor seconds per training step"], cells
     )
 
 

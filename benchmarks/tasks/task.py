@@ -32,7 +32,7 @@ class Task:
         published: loads the set that others published, by name, through `datasets`: split to rows.
         source: data, licence, where from; for cards.
         max_tokens: longest answer.
-        draft: how drafts are made unless the command says otherwise.
+        draft, tree: how drafts are made unless the command says otherwise; `tree` None is the engine's own.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Task:
     source: str = ""
     max_tokens: int = 128
     draft: str = "tree"
+    tree: str | None = None
 
     @property
     def folder(self) -> Path:

@@ -18,7 +18,7 @@ from mlx_lm import load as load_stock  # noqa: E402
 from benchmarks.tasks import adapter as adapters  # noqa: E402
 from benchmarks.tasks import run, table  # noqa: E402
 from benchmarks.tasks.base import fetch_gguf, mlx_name, write_hugging_face  # noqa: E402
-from benchmarks.tasks.checkpoint import chain_passes, checkpoint_figures  # noqa: E402
+from benchmarks.tasks.checkpoint import accepted_length, checkpoint_figures, num_passes  # noqa: E402
 from benchmarks.tasks.examples import pass_line  # noqa: E402
 from benchmarks.tasks.fused import write_fused  # noqa: E402
 from benchmarks.tasks.paper import paper_rows  # noqa: E402
@@ -177,34 +177,50 @@ def test_a_checkpoint_is_measured_in_pytorch_too(tiny: Any) -> None:
     assert figures["metric"]["exact match"]["n"] == 2
 
 
-def test_passes_of_a_chain_are_counted_as_drafting_counts_them() -> None:
-    answer = [10, 11, 12, 13, 2]
-    right = [[answer[i + j] if i + j < len(answer) else 0 for j in (1, 2)] for i in range(len(answer) - 1)]
-    assert chain_passes(answer, right) == 3  # 10 | 11 12 13 | 2
-    assert chain_passes(answer, [[0, 0]] * 4) == 5
-    assert chain_passes([2], []) == 1
-    half = [[11, 0], [0, 13], [13, 2], [0, 0]]
-    assert chain_passes(answer, half) == 3  # 10 | 11 12 | 13 2
+def test_passes_are_counted_as_drafting_counts_them() -> None:
+    assert num_passes(5, [2, 2, 1, 1]) == 3  # answer[0] | 1 2 3 | 4
+    assert num_passes(5, [0, 0, 0, 0]) == 5
+    assert num_passes(1, []) == 1
+    assert num_passes(5, [1, 0, 1, 0]) == 3
+
+
+def test_a_tree_holds_the_likeliest_paths() -> None:
+    guesses = [[10, 20], [11, 21], [12, 22]]
+    weights = [[-0.1, -2.5], [-0.7, -0.8], [-0.2, -3.0]]
+    assert accepted_length(guesses, weights, [10, 11, 13], 0) == 2
+    assert accepted_length(guesses, weights, [10, 21, 12], 0) == 1
+    # By probability: 10 (.1), 10 11 (.8), 10 21 (.9), 10 11 12 (1.0), 10 21 12 (1.1), 20 (2.5), ...
+    for nodes, length in ((1, 1), (2, 1), (3, 2), (4, 2), (5, 3)):
+        assert accepted_length(guesses, weights, [10, 21, 12], nodes) == length
+    assert accepted_length(guesses, weights, [20], 5) == 0
+    assert accepted_length(guesses, weights, [20], 6) == 1
+    assert accepted_length(guesses, weights, [], 6) == 0
 
 
 def test_the_table_is_written_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = tmp_path / "sql" / "results"
     results.mkdir(parents=True)
-    lora = {"metric": {"exact match": {"mean": 40.0, "standard_error": 2.5, "n": 397}}}
-    shared = {
-        "prompts": 397,
+
+    def checkpoint(mean: float, error: float) -> dict[str, Any]:
+        metric = {"exact match": {"mean": mean, "standard_error": error, "n": 397}}
+        return {"metric": metric, "prompts": 397, "products": "float32"}
+
+    measured = {
+        "prompts": 20,
         "tokens": 1000,
         "tokens_per_pass": 3.214,
-        "metric": {"exact match": 41.0},
-        "standard_error": {"exact match": 2.4},
+        "metric": {"exact match": 44.0},
+        "standard_error": {"exact match": 9.0},
         "extra_parameters": 2304,
         "drafted_by_depth": [4, 4],
         "accepted_by_depth": [3, 2],
-        "draft": "tree",
-        "prompts_with_equal_text": 397,
+        "draft": "best-first:15",
+        "prompts_with_equal_text": 20,
         "speedup": 2.4,
+        "speedup_total": 2.1,
     }
-    for name, figures in (("lora", lora), ("shared", shared)):
+    shared = checkpoint(41.0, 2.4) | {"counted_tokens_per_pass": {"chain": 2.5}}
+    for name, figures in (("lora", checkpoint(40.0, 2.5)), ("shared", shared), ("run", measured)):
         (results / f"{name}.json").write_text(json.dumps(figures))
     task = find_task("sql")
     monkeypatch.setattr("benchmarks.tasks.task.FOLDER", tmp_path)
@@ -212,7 +228,8 @@ def test_the_table_is_written_from_files(tmp_path: Path, monkeypatch: pytest.Mon
     assert "| LoRA alone | 1.00 | 1.00 | 40.00 ± 2.50 | 0 |" in section
     assert "| Speculative Streaming | 2.40 | 3.21 | 41.00 ± 2.40 | 2.3e3 |" in section
     assert "*paper: Mistral-Instruct-7B* | Speculative Streaming | 2.93 | 3.67 | 84.50 | 8.2e4" in section
-    assert "397 of 397" in section
+    assert "20 of 20" in section
+    assert "chain 2.50" in section
 
 
 def test_the_paper_has_four_methods_for_three_models_on_each_task() -> None:

@@ -33,4 +33,5 @@ TASK = Task(
     published=published,
     source="DialogSum (cylnlp/dialogsum), CC BY-NC-SA 4.0: not for commercial use",
     max_tokens=128,
+    tree="best-first:15",
 )

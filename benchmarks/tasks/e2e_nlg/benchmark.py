@@ -33,4 +33,5 @@ TASK = Task(
     published=published,
     source="the E2E NLG challenge (tuetschek/e2e-dataset), CC BY-SA 4.0",
     max_tokens=96,
+    tree="best-first:15",
 )

@@ -31,8 +31,9 @@ TASK = Task(
     prompt=prompt,
     metric=sql_metric,
     fields=("context",),
-    training={"num_stream_layers": 6, "row_tokens": 288, "step_tokens": 1000, "max_length": 448},
+    training={"num_stream_layers": 8, "row_tokens": 288, "step_tokens": 1000, "max_length": 448},
     published=published,
     source="Spider (taoyds/spider), CC BY-SA 4.0",
     max_tokens=192,
+    tree="best-first:15",
 )

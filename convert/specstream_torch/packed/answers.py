@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ..loss import Example
-from .llama import PackedLlama, _Norm
+from .llama import PackedLlama
 
 
 def own_answers(
@@ -51,21 +51,21 @@ def _batch(fast: PackedLlama, prompts: Sequence[tuple[int, ...]], max_tokens: in
     positions = (at - pads[:, None]).clamp(min=0)
     caches: list[tuple[torch.Tensor, torch.Tensor]] = []
     hidden = fast.embedding[tokens].float()
-    cos, sin = fast._angles(positions)
+    cos, sin = fast.angles(positions)
     for layer in fast.layers:
-        q, k, v = fast._qkv(layer, hidden, cos, sin)
+        q, k, v = fast.qkv(layer, hidden, cos, sin)
         room = (0, 0, 0, max_tokens)
         caches.append((F.pad(k, room), F.pad(v, room)))
         repeats = q.shape[1] // fast.num_kv
         attended = F.scaled_dot_product_attention(
             q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), attn_mask=visible[:, None]
         )
-        hidden = fast._rest(layer, hidden, attended.transpose(1, 2).flatten(2))
+        hidden = fast.rest(layer, hidden, attended.transpose(1, 2).flatten(2))
     answers: list[list[int]] = [[] for _ in prompts]
     alive = torch.arange(len(prompts), device=device)
     hidden = hidden[:, -1:]
     for step in range(max_tokens):
-        normed = _Norm.apply(hidden, fast.norm, fast.eps, fast.dtype)
+        normed = fast.final_norm(hidden)
         chosen = (normed[:, 0] @ fast.head.t()).argmax(-1)
         for row, token in zip(alive.tolist(), chosen.tolist(), strict=True):
             answers[row].append(token)
@@ -79,12 +79,12 @@ def _batch(fast: PackedLlama, prompts: Sequence[tuple[int, ...]], max_tokens: in
         seen = torch.arange(end, device=device) >= pads[:, None]
         bias = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -1e9)[:, None, None, :]
         hidden = fast.embedding[chosen][:, None].float()
-        cos, sin = fast._angles((end - 1 - pads)[:, None])
+        cos, sin = fast.angles((end - 1 - pads)[:, None])
         for layer, (keys, values) in zip(fast.layers, caches, strict=True):
-            q, k, v = fast._qkv(layer, hidden, cos, sin)
+            q, k, v = fast.qkv(layer, hidden, cos, sin)
             keys[:, :, end - 1], values[:, :, end - 1] = k[:, :, 0], v[:, :, 0]
             grouped = q.view(len(chosen), fast.num_kv, -1, fast.head_dim) * fast.head_dim**-0.5
             scores = (grouped @ keys[:, :, :end].transpose(-1, -2)).float() + bias
             out = F.softmax(scores, -1).to(fast.dtype) @ values[:, :, :end]
-            hidden = fast._rest(layer, hidden, out.reshape(len(chosen), 1, -1))
+            hidden = fast.rest(layer, hidden, out.reshape(len(chosen), 1, -1))
     return answers

@@ -159,7 +159,7 @@ class PackedLlama:
         """Return normed hidden states: the main rows that predict (M, D) and the streams (R, A, G, D)."""
         first_stream = len(self.layers) - num_stream_layers if stream_embeddings is not None else len(self.layers)
         hidden = self.embedding[batch.tokens].float()
-        cos, sin = self._angles(batch.positions)
+        cos, sin = self.angles(batch.positions)
         mask = batch.visible[:, None]
         kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         trunk = hidden
@@ -167,7 +167,7 @@ class PackedLlama:
             if index == first_stream:
                 trunk = hidden
             with torch.set_grad_enabled(index >= self.first_lora and torch.is_grad_enabled()):
-                q, k, v = self._qkv(layer, hidden, cos, sin)
+                q, k, v = self.qkv(layer, hidden, cos, sin)
                 if index >= first_stream:
                     kept.append((k, v))
                 repeats = q.shape[1] // self.num_kv
@@ -176,10 +176,10 @@ class PackedLlama:
                 )
                 if index == len(self.layers) - 1:  # nothing but the predicting rows is asked for from here on
                     flat = attended.transpose(1, 2).flatten(2).flatten(0, 1)[batch.main_rows]
-                    hidden = self._rest(layer, hidden.flatten(0, 1)[batch.main_rows], flat)
+                    hidden = self.rest(layer, hidden.flatten(0, 1)[batch.main_rows], flat)
                 else:
-                    hidden = self._rest(layer, hidden, attended.transpose(1, 2).flatten(2))
-        main = _Norm.apply(hidden, self.norm, self.eps, self.dtype)
+                    hidden = self.rest(layer, hidden, attended.transpose(1, 2).flatten(2))
+        main = self.final_norm(hidden)
         if stream_embeddings is None:
             return main, None
         return main, self._streams(batch, trunk, kept, stream_embeddings, first_stream)
@@ -192,14 +192,14 @@ class PackedLlama:
     def hidden_states(self, batch: PackedBatch, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
         """Return ``M^l`` (R, L, D) for every layer wanted, without gradients; N + 1: after the final norm."""
         hidden = self.embedding[batch.tokens].float()
-        cos, sin = self._angles(batch.positions)
+        cos, sin = self.angles(batch.positions)
         states = {0: hidden}
         with torch.no_grad():
             for index, layer in enumerate(self.layers[: max(wanted)], start=1):
-                q, k, v = self._qkv(layer, hidden, cos, sin)
+                q, k, v = self.qkv(layer, hidden, cos, sin)
                 k, v = (x.repeat_interleave(q.shape[1] // self.num_kv, 1) for x in (k, v))
                 attended = F.scaled_dot_product_attention(q, k, v, attn_mask=batch.visible[:, None])
-                hidden = self._rest(layer, hidden, attended.transpose(1, 2).flatten(2))
+                hidden = self.rest(layer, hidden, attended.transpose(1, 2).flatten(2))
                 states[index] = hidden
             if len(self.layers) + 1 in wanted:
                 states[len(self.layers) + 1] = _Norm.apply(hidden, self.norm, self.eps, torch.float32)
@@ -219,7 +219,7 @@ class PackedLlama:
         hidden = (anchored[:, :, None] + embeddings).flatten(1, 2)  # (R, A * G, D)
         offsets = torch.arange(1, gamma + 1, device=hidden.device)
         positions = (batch.positions.gather(1, batch.anchors)[:, :, None] + offsets).flatten(1)
-        cos, sin = self._angles(positions)
+        cos, sin = self.angles(positions)
         length = batch.tokens.shape[1]
         seen = batch.visible.gather(1, batch.anchors[:, :, None].expand(-1, -1, length))  # (R, A, L)
         seen = seen.repeat_interleave(gamma, 1)[:, None]  # (R, 1, A * G, L)
@@ -227,7 +227,7 @@ class PackedLlama:
         own = torch.ones(gamma, gamma, dtype=torch.bool, device=hidden.device).tril()
         own_bias = torch.zeros(gamma, gamma, dtype=self.dtype, device=hidden.device).masked_fill_(~own, -1e9)
         for layer, (main_k, main_v) in zip(self.layers[first_stream:], kept, strict=True):
-            q, k, v = self._qkv(layer, hidden, cos, sin)
+            q, k, v = self.qkv(layer, hidden, cos, sin)
             heads = q.shape[1]
             repeats = heads // self.num_kv
             q = q * self.head_dim**-0.5
@@ -243,14 +243,20 @@ class PackedLlama:
             own_weights = weights[..., length:].reshape(rows, self.num_kv, repeats, anchors, gamma, gamma)
             out = (main_weights @ main_v).view(rows, heads, anchors * gamma, self.head_dim)
             out = out + (own_weights @ v.view(per_anchor)).reshape(out.shape)
-            hidden = self._rest(layer, hidden, out.transpose(1, 2).flatten(2))
-        return _Norm.apply(hidden, self.norm, self.eps, self.dtype).view(rows, anchors, gamma, -1)
+            hidden = self.rest(layer, hidden, out.transpose(1, 2).flatten(2))
+        return self.final_norm(hidden).view(rows, anchors, gamma, -1)
 
-    def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Norm rows for the head."""
+        normed: torch.Tensor = _Norm.apply(hidden, self.norm, self.eps, self.dtype)
+        return normed
+
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of positions (R, L), for all heads."""
         cos, sin = self.rotary(self.embedding[:1, :1], position_ids=positions)
         return cos[:, None].to(self.dtype), sin[:, None].to(self.dtype)
 
-    def _qkv(
+    def qkv(
         self, layer: _Layer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Normed rows to roped queries and keys and values, (R, H, L, D_h)."""
@@ -261,7 +267,8 @@ class PackedLlama:
         )
         return _rope(q, cos, sin), _rope(k, cos, sin), v
 
-    def _rest(self, layer: _Layer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def rest(self, layer: _Layer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The block after its attention: output projection and MLP, both added to the residual stream."""
         hidden = hidden + layer.o(attended)
         x = _Norm.apply(hidden, layer.mlp_norm, self.eps, self.dtype)
         return hidden + layer.down(_SwiGLU.apply(layer.gate(x), layer.up(x)))

@@ -40,7 +40,9 @@ class PackedConfig:
     first stream embeddings and `stream_learning_rate` the size of their steps, both relative to the residual stream
     that they are added to. With `own_prompts` the model first answers so many of the prompts itself, and the streams
     learn those answers, `own_step_tokens` of rows per step, while main goes on learning the examples: what streams
-    have to foresee is what the model says.
+    have to foresee is what the model says. The prompts are drawn in runs of `own_runs` that follow one another in
+    sorted order, so that they share a beginning where the task's prompts do. Without `own_alone` the streams learn the
+    examples' answers beside the model's own.
     """
 
     num_steps: int | None = None
@@ -63,8 +65,10 @@ class PackedConfig:
     vocab_frequent: int = 4096
     vocab_random: int = 1024
     own_prompts: int = 0
+    own_runs: int = 1
     own_step_tokens: int = 0
     own_max_tokens: int = 96
+    own_alone: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -166,7 +170,7 @@ def train_packed(
         if own_source is None:
             done.append(_step(fast, streams, batch, frequent, config, device, step))
         else:
-            result = _step(fast, None, batch, frequent, config, device, step)
+            result = _step(fast, None if config.own_alone else streams, batch, frequent, config, device, step)
             shuffler = random.Random(f"{config.seed}/{step}/own")
             own_batch = pack(next(own_source), config.gamma, shuffler, main_counts=False)
             ahead = _step(fast, streams, own_batch, frequent, config, device, step)
@@ -276,8 +280,10 @@ def _own_examples(
     """The model's own answers to prompts drawn from the examples, kept in a file so that a restart has them too."""
     if path.exists():
         return [Example(tuple(prompt), tuple(answer)) for prompt, answer in json.loads(path.read_text())]
-    prompts = sorted({example.prompt for example in examples})
-    random.Random(config.seed).shuffle(prompts)
+    distinct = sorted({example.prompt for example in examples})
+    runs = [distinct[start : start + config.own_runs] for start in range(0, len(distinct), config.own_runs)]
+    random.Random(config.seed).shuffle(runs)
+    prompts = [prompt for run in runs for prompt in run]
     started = time.process_time()
     found = own_answers(fast, prompts[: config.own_prompts], max_tokens=config.own_max_tokens, eos_id=eos_id)
     report(
