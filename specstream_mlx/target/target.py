@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache
 
 from specstream_mlx.families import family_of
 from specstream_mlx.target.caches import commit_rows, drop_rows
@@ -84,7 +84,7 @@ class Target(nn.Module):
         self.model_type = model_type
         self.family = family_of(base, model_type)
         self.context = PassContext()  # what the wrapped modules read; LoRA on riders alone shares it
-        self.windows = windows_of(make_prompt_cache(base))
+        self.windows = windows_of(self.family.prompt_caches())
         install(self.family, self.context)
         self._mounted = BARE
         self._lock = threading.RLock()
@@ -102,6 +102,11 @@ class Target(nn.Module):
     def layers(self) -> Sequence[Any]:
         """The base model's blocks, N of them."""
         return self.family.layers
+
+    @property
+    def vocab_size(self) -> int:
+        """V, tokens of the vocabulary."""
+        return int(self.family.size(vars(self.args), "vocab_size"))
 
     @property
     def context_length(self) -> int | None:
@@ -265,5 +270,5 @@ class Target(nn.Module):
                 cache = WindowView(caches[index], seen.first) if seen.first else caches[index]
                 if view is not None and numbers is not None:
                     cache = view(cache, numbers)
-                hidden = self.layers[index](hidden, seen.mask, cache)
+                hidden = self.family.block(self.layers[index], hidden, seen.mask, cache, positions)
         return hidden

@@ -148,7 +148,7 @@ BREAKS = (
     Break(
         "blocks without a known rotary embedding are accepted",
         "specstream_mlx/target/tree_attention.py",
-        "if attention is None or (rope is None) is family.ROTARY:",
+        "if attention is None or (rope is None) is rotary:",
         "if attention is None:",
         "tests/test_tree_attention.py::test_blocks_built_otherwise_are_refused",
     ),
