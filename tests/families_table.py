@@ -49,8 +49,8 @@ that are refused, with the reason. A refused model is named before anything but 
 
 Tiny random models (four layers, {vocab} tokens, float32) {versions}, beside stock mlx-lm
 with the caches that it makes for the family itself. Names with a hyphen are variants of a model, but for `lille-130m`
-and `phi-msft`. {aliases} have the figures
-of the model that mlx-lm runs them as. Made by
+and `phi-msft`. What mlx-lm runs as another model has that one's figures:
+{aliases}. Made by
 
 ```bash
 scripts/with-openblas python -m tests.families_table --write docs/families.md
@@ -98,9 +98,13 @@ def row(name: str) -> tuple[str, ...]:
     return (
         *(f"{error:.0e}" for error in (tree, insertion, training)),
         f"{sum(equal)} of {len(equal)}",
-        "yes" if converts(name) else "no",
-        "yes" if name in FAMILIES else "-",
+        *support(name),
     )
+
+
+def support(name: str) -> tuple[str, str]:
+    """Whether fine-tunes of a family are converted, and whether its logits are compared with the PyTorch reference."""
+    return "yes" if converts(name) else "no", "yes" if name in FAMILIES else "-"
 
 
 def converts(name: str) -> bool:
@@ -114,7 +118,7 @@ def converts(name: str) -> bool:
 
 def document(rows: dict[str, tuple[str, ...]]) -> str:
     """docs/families.md, from the rows of ``EVERY_FAMILY``."""
-    rows = rows | {name: rows[model] for name, model in ALIASES.items()}
+    rows = rows | {name: (*rows[model][:4], *support(name)) for name, model in ALIASES.items()}
     head = HEADER.format(
         vocab=VOCAB_SIZE,
         versions=versions(),
