@@ -63,7 +63,7 @@ def profile(model: Any, tokenizer: Any, prompt: list[int], options: DraftOptions
     tree = plan.tree or DraftTree.chain(model.gamma)
     wish = Wish(tree.max_depth, tree, plan.budget, plan.way)
     state = drafter.begin(model, prompt)
-    sampler = TargetSampler(None, None, model.args.vocab_size)
+    sampler = TargetSampler(None, None, model.vocab_size)
     laps = Laps()
     answer = [r.tokens for r in stream_generate(model, tokenizer, prompt, max_tokens=STEPS, draft="off")]
     tokens = [token for group in answer for token in group]

@@ -60,7 +60,7 @@ def save_adapter(path: Path, base: Any, seed: int, **changes: Any) -> Path:
         **({"lora": {"rank": LORA_RANK, "scale": 2.0}} if changes.get("mode") == "lossless" else {}),
         **changes,
     )
-    streams = Streams(config, 32)
+    streams = Streams(config, FAMILIES[base.model_type].size(vars(base.args), "hidden_size"))
     randomise(streams, seed)
     tensors = {f"specstream.{name}": value for name, value in tree_flatten(streams.parameters())}
     if config.mode == "lossless":

@@ -1,31 +1,56 @@
 """The table of model families: what is verified of each, on tiny random models beside stock mlx-lm.
 
     scripts/with-openblas python -m tests.families_table --write docs/families.md
+    scripts/with-openblas python -m tests.families_table minicpm exaone4 --write docs/families.md
 
-Without ``--write`` it goes to stdout. Every figure is what this run found; it takes some minutes.
+Without ``--write`` it goes to stdout. Every figure is what a run found; all of them take some minutes. With names,
+those are measured, and the other rows stay as they are in the file, which must be of the same versions of MLX and
+mlx-lm. A name that mlx-lm runs as another model has that model's figures.
 """
 
 import argparse
+import re
 import sys
 import textwrap
 from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
+import mlx_lm.models
+from mlx_lm.utils import MODEL_REMAPPING
 
 from benchmarks.exactness import INSERTIONS, TEMPERATURES, TREES, cases, tiny_arm
 from specstream_convert.base.config import mlx_config
 from specstream_mlx.errors import UnsupportedError
 from specstream_mlx.families import FAMILIES as SUPPORTED
-from specstream_mlx.families import RECURRENT
+from specstream_mlx.families import REFUSED
 from tests.family_cases import TOLERANCE, insertion_error, training_error, tree_error
-from tests.tiny import EVERY_FAMILY, FAMILIES, VOCAB_SIZE, WINDOW, WINDOWED, base_config, make_model
+from tests.tiny import ALIASES, EVERY_FAMILY, FAMILIES, VOCAB_SIZE, WINDOW, WINDOWED, base_config, make_model
 
 PROMPTS = 4
+ROWS = (*EVERY_FAMILY, *ALIASES)
+# Settings that a family which is run otherwise refuses.
+PARTS = {
+    "gemma4, gemma4_text, gemma4_unified of the smallest sizes": ("gemma4_text", {"hidden_size_per_layer_input": 256}),
+    "gemma4, gemma4_text, gemma4_unified with shared keys": (
+        "gemma4_text",
+        {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 20},
+    ),
+    "hunyuan of the largest size": ("hunyuan", {"use_cla": True}),
+    "mistral3, llava with mistral4": ("mistral3", {"text_config": {"model_type": "mistral4"}}),
+}
+VERSIONS = "on `mlx {mlx}` and `mlx-lm {mlx_lm}`"
 HEADER = """# Model families: what is verified of each
 
-Tiny random models (four layers, {vocab} tokens, float32) on `mlx {mlx}` and `mlx-lm {mlx_lm}`, beside stock mlx-lm
-with the caches that it makes for the family itself. A name after the first hyphen is a variant. Made by
+Every `model_type` that mlx-lm runs is here: in the table of those that are run and verified, or in the table of those
+that are refused, with the reason. A refused model is named before anything but its configuration is downloaded.
+
+## Run
+
+Tiny random models (four layers, {vocab} tokens, float32) {versions}, beside stock mlx-lm
+with the caches that it makes for the family itself. Names with a hyphen are variants of a model, but for `lille-130m`
+and `phi-msft`. What mlx-lm runs as another model has that one's figures:
+{aliases}. Made by
 
 ```bash
 scripts/with-openblas python -m tests.families_table --write docs/families.md
@@ -43,17 +68,22 @@ scripts/with-openblas python -m tests.families_table --write docs/families.md
 
 """
 NOTES = """
-A window is what mlx-lm itself gives the layers of a model: `gemma3`, `gemma3_text`, `cohere2`, `olmo3`, `gpt_oss`,
-and `llama` or `mistral` with `layer_types`. Such layers get a full cache here and a mask for the window, so that
-rejected tokens can be taken back; their memory grows with the text, as that of the other layers does. A stream sees
-what lies within the window of the position it is rotated to. `mistral`, `phi3`, `qwen2`, `starcoder2` and `gemma2`
-with `sliding_window` run without it, because mlx-lm runs them so.
+A window is what mlx-lm itself gives the layers of a model:
+{windowed}.
+Such layers get a full cache here and a mask for the window, so that rejected tokens can be taken back; their memory
+grows with the text, as that of the other layers does. A stream sees what lies within the window of the position it is
+rotated to. `llama` and `mistral` have windows with `layer_types`; `mistral` without, `phi3`, `qwen2`, `starcoder2` and
+`gemma2` with `sliding_window` run without it, because mlx-lm runs them so.
 
 Mixtures of experts: LoRA of stream rows acts on the linear layers of attention and router; on experts it is refused
 by name.
 
-Refused, because their layers fold the past into a state from which rejected tokens cannot be taken back:
-{recurrent}.
+Of checkpoints with vision the language model is run, as by mlx-lm.
+
+## Refused
+
+| model | it |
+|---|---|
 """
 
 
@@ -68,9 +98,13 @@ def row(name: str) -> tuple[str, ...]:
     return (
         *(f"{error:.0e}" for error in (tree, insertion, training)),
         f"{sum(equal)} of {len(equal)}",
-        "yes" if converts(name) else "no",
-        "yes" if name in FAMILIES else "-",
+        *support(name),
     )
+
+
+def support(name: str) -> tuple[str, str]:
+    """Whether fine-tunes of a family are converted, and whether its logits are compared with the PyTorch reference."""
+    return "yes" if converts(name) else "no", "yes" if name in FAMILIES else "-"
 
 
 def converts(name: str) -> bool:
@@ -83,11 +117,12 @@ def converts(name: str) -> bool:
 
 
 def document(rows: dict[str, tuple[str, ...]]) -> str:
-    """docs/families.md."""
+    """docs/families.md, from the rows of ``EVERY_FAMILY``."""
+    rows = rows | {name: (*rows[model][:4], *support(name)) for name, model in ALIASES.items()}
     head = HEADER.format(
         vocab=VOCAB_SIZE,
-        mlx=mx.__version__,
-        mlx_lm=mlx_lm.__version__,
+        versions=versions(),
+        aliases=", ".join(f"`{name}`" for name in sorted(ALIASES)),
         tolerance=TOLERANCE,
         trees=len(TREES),
         insertions=len(INSERTIONS),
@@ -97,17 +132,56 @@ def document(rows: dict[str, tuple[str, ...]]) -> str:
     assert len(TEMPERATURES) == 2
     lines = ["| model | tree = path | insertions | training | generations | convert | twin |", "|---" * 7 + "|"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in sorted(rows.items())]
-    recurrent = textwrap.fill(", ".join(f"`{name}`" for name in sorted(RECURRENT)), 120, break_on_hyphens=False)
-    return head + "\n".join(lines) + "\n" + NOTES.format(recurrent=recurrent)
+    windowed = textwrap.fill(", ".join(f"`{name}`" for name in sorted(WINDOWED)), 120, break_on_hyphens=False)
+    refused = [f"| {name} | {reason} |" for name, reason in sorted(reasons().items())]
+    return head + "\n".join(lines) + "\n" + NOTES.format(windowed=windowed) + "\n".join(refused) + "\n"
+
+
+def versions() -> str:
+    """What the figures were measured on, as the document says it."""
+    return VERSIONS.format(mlx=mx.__version__, mlx_lm=mlx_lm.__version__)
+
+
+def model_types() -> set[str]:
+    """Every ``model_type`` that the installed mlx-lm runs: its modules with a model, and its other names for them."""
+    files = Path(mlx_lm.models.__path__[0]).glob("*.py")  # read, because some need packages on import
+    models = {file.stem for file in files if re.search(r"^class Model\(|import Model\b", file.read_text(), re.M)}
+    return models | MODEL_REMAPPING.keys()
+
+
+def reasons() -> dict[str, str]:
+    """Why a model is refused: whole families, and settings of families that are run."""
+    found = dict(REFUSED)
+    for name, (model_type, config) in PARTS.items():
+        reason = SUPPORTED[model_type].refusal(config)
+        assert reason is not None
+        found[name] = reason
+    return found
+
+
+def rows_of(text: str) -> dict[str, tuple[str, ...]]:
+    """The cells of the first table of a document, by the model's name."""
+    table = [line for line in text.partition("## Refused")[0].splitlines() if line.startswith("| ")]
+    cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in table[1:])
+    return {name: tuple(rest) for name, *rest in cells}
 
 
 def main() -> None:
-    """Measure everything and write the document."""
+    """Measure and write the document."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--write", type=Path, metavar="FILE")
-    path = parser.parse_args().write
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[[], *EVERY_FAMILY], help="measure these alone")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="also where the other rows are read")
+    arguments = parser.parse_args()
+    path, names = arguments.write, arguments.names or EVERY_FAMILY
     rows = {}
-    for name in EVERY_FAMILY:
+    if arguments.names:
+        if path is None:
+            parser.error("with names, give --write FILE, which has the other rows")
+        before = path.read_text(encoding="utf-8")
+        if versions() not in before:
+            parser.error(f"{path}: measured on other versions of MLX or mlx-lm; measure all rows")
+        rows = rows_of(before)
+    for name in (name for name in names if name not in ALIASES):
         rows[name] = row(name)
         print(f"{name:16} {'  '.join(rows[name])}", file=sys.stderr, flush=True)
     text = document(rows)

@@ -42,7 +42,7 @@ class Batch:
         encoded, problems = [], []
         for prompt in self.prompts:
             try:
-                ids = prompt_ids(tokenizer, encode_prompt(tokenizer, prompt, chat), target.args.vocab_size)
+                ids = prompt_ids(tokenizer, encode_prompt(tokenizer, prompt, chat), target.vocab_size)
                 check_context(target, 0, len(ids))
                 encoded.append(ids)
             except InvalidInputError as error:

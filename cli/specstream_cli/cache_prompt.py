@@ -52,7 +52,7 @@ def cache_prompt(
     if template.is_used(tokenizer):
         rendered = template.render(tokenizer, [{"role": "user", "content": text}], continued=True)
         given = template_ids(tokenizer, rendered)
-    ids = prompt_ids(tokenizer, given, target.args.vocab_size)
+    ids = prompt_ids(tokenizer, given, target.vocab_size)
     with terminated_like_interrupted():
         with progress_bar(quiet=quiet) as progress:
             report = prompt_progress(progress, prefill_step_size)

@@ -109,7 +109,7 @@ def chat(
         add_eos_tokens(tokenizer, extra_eos_token or [])
         if use_generation_config:
             sampling = sampling.with_model_defaults(Path(tokenizer.name_or_path), context)
-        sampling.check(target.args.vocab_size)
+        sampling.check(target.vocab_size)
         mx.random.seed(seed)
         limits = {"kv_bits": kv_bits, "kv_group_size": kv_group_size, "quantized_kv_start": quantized_kv_start}
         options = drafter_arguments(target, drafter, draft_model, num_draft_tokens, trust_remote_code) | {
@@ -173,7 +173,7 @@ class Conversation:
             return template_ids(self.tokenizer, text)
         ends = {"user": "", "assistant": "\n"}
         text = "".join(message["content"] + ends[message["role"]] for message in messages)
-        return prompt_ids(self.tokenizer, text, self.model.args.vocab_size)
+        return prompt_ids(self.tokenizer, text, self.model.vocab_size)
 
     def ask(self, question: str, progress: Any = None) -> Generator[Any, None, None]:
         """The responses to ``question``; however they end, the conversation holds what was answered.

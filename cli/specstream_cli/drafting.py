@@ -117,9 +117,9 @@ def load_draft_model(target: Any, place: str, trust_remote_code: bool = False) -
         model, _ = load(place, trust_remote_code=trust_remote_code)
     except SpecStreamError as error:
         raise type(error)("\n".join(f"--draft-model: {line}" for line in str(error).splitlines())) from error
-    if model.args.vocab_size != target.args.vocab_size:
+    if model.vocab_size != target.vocab_size:
         raise InvalidInputError(
-            f"--draft-model: vocabulary of {model.args.vocab_size} tokens, the model has {target.args.vocab_size}; "
+            f"--draft-model: vocabulary of {model.vocab_size} tokens, the model has {target.vocab_size}; "
             "give a draft model with the same tokenizer"
         )
     return model

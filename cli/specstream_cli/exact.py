@@ -33,7 +33,7 @@ class ExactCheck:
         """What ``--json`` says about one answer; a difference is also said on standard error. ``name`` goes before."""
         from specstream_mlx.engine.exactness import check_exact
 
-        ids = prompt_ids(tokenizer, prompt, self._target.args.vocab_size)
+        ids = prompt_ids(tokenizer, prompt, self._target.vocab_size)
         difference = check_exact(self._plain, ids, tokens, **self._options)
         self._num_tokens += len(tokens)
         if difference is None:

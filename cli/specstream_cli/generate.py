@@ -214,7 +214,7 @@ def generate(
         add_eos_tokens(tokenizer, extra_eos_token or [])
         if use_generation_config:
             sampling = sampling.with_model_defaults(Path(tokenizer.name_or_path), context)
-        sampling.check(target.args.vocab_size)
+        sampling.check(target.vocab_size)
         how: dict[str, Any] = {
             "sampler": sampling.sampler(tokenizer),
             "logits_processors": sampling.logits_processors(),

@@ -110,7 +110,7 @@ def measure_acceptance(
         prompts: ids.
         temperature: 0 is greedy; above, answers are sampled with the prompt's number as seed.
     """
-    counts = AcceptanceCounts(drafter.max_depth, min(RANKS, model.args.vocab_size))
+    counts = AcceptanceCounts(drafter.max_depth, min(RANKS, model.vocab_size))
     plan = make_plan("chain", drafter.max_depth, ways=drafter.ways)
     for number, prompt in enumerate(prompts):
         if progress is not None:
@@ -122,7 +122,7 @@ def measure_acceptance(
             model.make_cache(),
             plan,
             None,
-            TargetSampler(make_sampler(temperature), None, model.args.vocab_size, seed=number),
+            TargetSampler(make_sampler(temperature), None, model.vocab_size, seed=number),
             max_tokens=max_tokens,
             stop_tokens=set(stop_tokens),
         )

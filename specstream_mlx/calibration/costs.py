@@ -70,7 +70,7 @@ def measure_costs(
     The text is random: it decides nothing here.
     """
     caches = model.make_cache()
-    tokens = np.random.default_rng(0).integers(0, model.args.vocab_size, max(contexts))
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, max(contexts))
     done = 0
     costs = []
     for number, context in enumerate(contexts):

@@ -57,7 +57,7 @@ class ScriptedState(MarginalState):
     def __init__(self, script: Scripted, target: Target, beside: object) -> None:
         assert beside is None or isinstance(beside, MarginalState)
         self._script, self._beside = script, beside
-        self._vocab_size: int = target.args.vocab_size
+        self._vocab_size: int = target.vocab_size
 
     @property
     def own_passes(self) -> int:

@@ -40,7 +40,7 @@ class TwoModel:
         Raises:
             InvalidInputError: the two models have different vocabularies.
         """
-        sizes = target.args.vocab_size, self.draft.args.vocab_size
+        sizes = target.vocab_size, self.draft.vocab_size
         if sizes[0] != sizes[1]:
             raise InvalidInputError(
                 f"draft model: {sizes[1]} tokens in its vocabulary, {sizes[0]} in the model's; give a smaller model "

@@ -228,14 +228,14 @@ def new_session(
     if prompt_cache is not None:
         check_caches(prompt_cache)
     begins = prompt_cache is None or prompt_cache[0].offset == 0
-    ids = prompt_ids(tokenizer, prompt, model.args.vocab_size, begins=begins)
+    ids = prompt_ids(tokenizer, prompt, model.vocab_size, begins=begins)
     caches = growth.make_caches(model, len(ids) - 1) if prompt_cache is None else prompt_cache
     check_context(model, caches[0].offset, len(ids))
     max_tokens = model.tokens_within_context(max_tokens, caches[0].offset + len(ids))
     growth.check(model, prompt_cache, len(ids) + max_tokens if max_tokens > 0 else None)
     stop_tokens = set(tokenizer.eos_token_ids)
     draws = TargetSampler(
-        sampler, logits_processors, model.args.vocab_size, seed, max_tokens=max_tokens, stop_tokens=stop_tokens
+        sampler, logits_processors, model.vocab_size, seed, max_tokens=max_tokens, stop_tokens=stop_tokens
     )
     session = Session(
         model,

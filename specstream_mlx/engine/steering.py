@@ -24,8 +24,8 @@ def steer(
         UsageError: as ``make_plan``.
     """
     if drafter is None:
-        return make_plan(mode, 0, options, model.args.vocab_size), None
-    plan = make_plan(mode, drafter.max_depth, options, model.args.vocab_size, ways=drafter.ways)
+        return make_plan(mode, 0, options, model.vocab_size), None
+    plan = make_plan(mode, drafter.max_depth, options, model.vocab_size, ways=drafter.ways)
     if mode not in ("auto", "tree"):
         return plan, None
     only = drafter.ways[0] if len(drafter.ways) == 1 else options.way

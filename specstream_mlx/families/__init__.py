@@ -17,7 +17,7 @@ from typing import Any
 from specstream_mlx.errors import UnsupportedError
 from specstream_mlx.families.decoder import DecoderFamily
 from specstream_mlx.families.hugging_face import HuggingFace
-from specstream_mlx.families.recurrent import RECURRENT
+from specstream_mlx.families.refused import REFUSED
 
 
 def _found() -> Iterator[tuple[str, type[DecoderFamily]]]:
@@ -39,28 +39,35 @@ CONVERTED: dict[str, HuggingFace] = {
 }
 
 
-def check_supported(model_type: object, where: str = "model_type") -> None:
-    """Refuse families that are not verified here, before any weight is read.
+def check_supported(config: Mapping[str, Any], where: str = "config.json") -> None:
+    """Refuse what is not verified here, by a model's configuration, before any weight is read.
 
     Raises:
-        UnsupportedError: the family is not among ``FAMILIES``.
+        UnsupportedError: a family that is not among ``FAMILIES``, or settings that it does not run.
     """
-    if model_type in RECURRENT:
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in REFUSED:
         raise UnsupportedError(
-            f"{where}: {model_type!r} has layers that fold the past into one state, from which rejected tokens cannot "
-            "be taken back; run it with mlx-lm, or choose a model of attention alone"
+            f"{where}: model_type {model_type!r} {REFUSED[model_type]}; run it with mlx-lm, or choose another model"
         )
-    if model_type not in FAMILIES:
-        raise UnsupportedError(f"{where}: {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UnsupportedError(
+            f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+        )
+    reason = FAMILIES[model_type].refusal(config)
+    if reason is not None:
+        raise UnsupportedError(
+            f"{where}: this model of model_type {model_type!r} {reason}; run it with mlx-lm, or choose another model"
+        )
 
 
 def family_of(base: Any, model_type: str) -> DecoderFamily:
     """The family of a loaded mlx-lm model.
 
     Raises:
-        UnsupportedError: the family is not one we have verified.
+        UnsupportedError: the family, or the model's settings, is not one we have verified.
     """
-    check_supported(model_type)
+    check_supported(vars(base.args) | {"model_type": model_type}, "model")
     return FAMILIES[model_type](base)
 
 

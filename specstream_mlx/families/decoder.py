@@ -29,8 +29,9 @@ class DecoderFamily:
         EMBEDDING, LAYERS, NORM: paths of the token embedding, the list of blocks and the final norm.
         HEAD: path of the LM head; where a base has none, its embedding is the head.
         POSITIONS: path of the table of learned positions, which is added to the token embedding; None without one.
-        ATTENTION: name of a block's attention.
+        ATTENTION: path of a block's attention.
         ROTARY: whether attention applies a rotary embedding; ``learned_positions`` has the others.
+        ROPE: name of the rotary embedding in attention.
         SHARED_ATTENTION: whether blocks call mlx-lm's attention for all. One that is written out in the model wants
             masks as arrays and caches of floats, and mlx-lm cannot run texts of unequal length at once through it.
         SIZES: this family's names for the sizes that others call as in llama's ``config.json``.
@@ -47,6 +48,7 @@ class DecoderFamily:
     POSITIONS: ClassVar[str | None] = None
     ATTENTION: ClassVar[str] = "self_attn"
     ROTARY: ClassVar[bool] = True
+    ROPE: ClassVar[str] = "rope"
     SHARED_ATTENTION: ClassVar[bool] = True
     SIZES: ClassVar[Mapping[str, str]] = {}
     HUGGING_FACE: ClassVar[HuggingFace | None] = None
@@ -55,6 +57,11 @@ class DecoderFamily:
         self._base = base
         self.args = base.args
         self.layers: list[Any] = at(base, self.LAYERS)
+
+    @classmethod
+    def refusal(cls, config: Mapping[str, Any]) -> str | None:
+        """Why a model of this family with these settings is not run, as the end of a sentence; None when it is."""
+        return None
 
     @classmethod
     def size(cls, config: Mapping[str, Any], name: str) -> Any:
@@ -93,6 +100,38 @@ class DecoderFamily:
     def logit_cap(cls, args: Any) -> float | None:
         """The bound that ``cap * tanh(logits / cap)`` puts on the logits; None without one."""
         return None
+
+    def attention(self, layer: Any) -> Any:
+        """The attention of a block; None when it is not where the family has it."""
+        try:
+            return at(layer, self.ATTENTION)
+        except AttributeError:
+            return None
+
+    def is_rotary(self, layer: Any) -> bool:
+        """Whether the attention of this block applies a rotary embedding; in some families not every block's does."""
+        return self.ROTARY
+
+    def block(self, layer: Any, hidden: mx.array, mask: Any, cache: Any, positions: mx.array | None = None) -> mx.array:
+        """Run a block: (B, L, D) -> (B, L, D).
+
+        Args:
+            layer: one of ``layers``.
+            hidden: (B, L, D).
+            mask: as mlx-lm's attention takes it.
+            cache: what takes the rows' keys and values; None: they attend to one another alone.
+            positions: (L,) or (B * L,) absolute positions; None: they count up from ``cache.offset``. A rotary
+                embedding knows them; only a block that uses positions otherwise needs them here.
+        """
+        out: mx.array = layer(hidden, mask, cache)
+        return out
+
+    def prompt_caches(self) -> list[Any]:
+        """The caches that mlx-lm makes for the layers; they tell which layers have a window."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        caches: list[Any] = make_prompt_cache(self._base)
+        return caches
 
     @property
     def dtype(self) -> mx.Dtype:

@@ -1,4 +1,4 @@
-"""Gemma 1 to 3, the language model of Gemma 3 with vision among them."""
+"""Gemma 1 to 4, the language models of those with vision among them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from specstream_mlx.families.decoder import DecoderFamily
+from specstream_mlx.families.vision import WithVision
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -52,23 +53,42 @@ class Gemma3Family(DecoderFamily):
         return _bfloat16(args.hidden_size**0.5)
 
 
-class Gemma3VisionFamily(Gemma3Family):
-    """The language model of a checkpoint with vision; mlx-lm leaves the vision tower out."""
+class Gemma3VisionFamily(WithVision, Gemma3Family):
+    """The language model of a checkpoint with vision."""
 
     MODEL_TYPES: ClassVar[tuple[str, ...]] = ("gemma3",)
-    EMBEDDING: ClassVar[str] = "language_model.model.embed_tokens"
-    LAYERS: ClassVar[str] = "language_model.model.layers"
-    NORM: ClassVar[str] = "language_model.model.norm"
-    HEAD: ClassVar[str] = "language_model.lm_head"
 
-    def __init__(self, base: Any) -> None:
-        super().__init__(base)
-        self.args = base.language_model.args
+
+class Gemma4Family(GemmaFamily):
+    """Logits are capped, and blocks return more than their rows: dense models and experts without inputs per layer."""
+
+    MODEL_TYPES: ClassVar[tuple[str, ...]] = ("gemma4_text",)
 
     @classmethod
-    def size(cls, config: Mapping[str, Any], name: str) -> Any:
-        """The size that llama calls ``name``, from the language model's part of the configuration."""
-        return config[name] if name in config else config.get("text_config", {}).get(name)
+    def refusal(cls, config: Mapping[str, Any]) -> str | None:
+        """Inputs per layer and shared keys, which the smallest models have; where nothing is said, they have them."""
+        text = config.get("text_config") or config
+        if text.get("hidden_size_per_layer_input", 256):
+            return "has layers that take inputs made from the token itself (hidden_size_per_layer_input)"
+        if text.get("num_kv_shared_layers", 20):
+            return "has layers that attend to the keys and values of another layer (num_kv_shared_layers)"
+        return None
+
+    @classmethod
+    def logit_cap(cls, args: Any) -> float | None:
+        """30 in the checkpoints."""
+        return args.final_logit_softcapping
+
+    def block(self, layer: Any, hidden: mx.array, mask: Any, cache: Any, positions: mx.array | None = None) -> mx.array:
+        """Run a block, (B, L, D) -> (B, L, D); its keys and values, which it returns too, are in the cache."""
+        out: mx.array = layer(hidden, mask, cache)[0]
+        return out
+
+
+class Gemma4VisionFamily(WithVision, Gemma4Family):
+    """The language model of a checkpoint with vision."""
+
+    MODEL_TYPES: ClassVar[tuple[str, ...]] = ("gemma4", "gemma4_unified")
 
 
 def _bfloat16(value: float) -> float:

@@ -1,4 +1,4 @@
-"""Granite 3 of attention alone."""
+"""Granite 3 of attention alone, dense and with experts."""
 
 from typing import Any, ClassVar
 
@@ -8,7 +8,7 @@ from specstream_mlx.families.decoder import DecoderFamily
 class GraniteFamily(DecoderFamily):
     """Embeddings and logits are scaled; the residual multiplier is in the blocks."""
 
-    MODEL_TYPES: ClassVar[tuple[str, ...]] = ("granite",)
+    MODEL_TYPES: ClassVar[tuple[str, ...]] = ("granite", "granitemoe")
 
     @classmethod
     def embedding_scale(cls, args: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""Llama and Mistral."""
+"""Llama and Mistral, and models of the same code under other names."""
 
 from typing import ClassVar
 
@@ -13,3 +13,9 @@ class LlamaFamily(DecoderFamily):
     HUGGING_FACE: ClassVar[HuggingFace | None] = HuggingFace(
         rope_types=("default", "linear", "llama3", "yarn"), window="by layer"
     )
+
+
+class NamedLlamaFamily(DecoderFamily):
+    """Run by mlx-lm as llama."""
+
+    MODEL_TYPES: ClassVar[tuple[str, ...]] = ("iquestcoder", "xverse")

@@ -1,4 +1,4 @@
-"""OLMo 2 and 3."""
+"""OLMo 2 and 3, and OLMoE."""
 
 from typing import ClassVar
 
@@ -9,3 +9,9 @@ class OlmoFamily(DecoderFamily):
     """Llama's shape, with norms after attention and feed-forward."""
 
     MODEL_TYPES: ClassVar[tuple[str, ...]] = ("olmo2", "olmo3")
+
+
+class OlmoeFamily(DecoderFamily):
+    """Llama's shape, with experts and norms of queries and keys."""
+
+    MODEL_TYPES: ClassVar[tuple[str, ...]] = ("olmoe",)

@@ -1,7 +1,7 @@
 """``rope_parameters`` of transformers 5 -> ``rope_theta`` and its companions at the top level, where mlx-lm reads them.
 
 mlx-lm falls back to a default base without a word where ``rope_theta`` is missing, so all positions would be wrong.
-What mlx-lm would not read after the lifting either is refused.
+What mlx-lm would not read after the lifting either is refused. Newer models of mlx-lm read ``rope_parameters``.
 
     transformers 5                                              mlx-lm
     {"rope_theta", "rope_type": "default"}                      rope_theta
@@ -17,15 +17,46 @@ from specstream_mlx.errors import InvalidInputError, UnsupportedError
 
 NOTE = "rope_parameters lifted to rope_theta and rope_scaling, where mlx-lm reads them"
 # Model types whose mlx-lm model reads ``rope_scaling``; the others know the plain rotary embedding alone.
-_ANY_SCALING = ("gemma3_text", "gpt_oss", "granite", "llama", "mistral", "olmo2", "olmo3", "qwen2", "qwen3", "seed_oss")
+_ANY_SCALING = (
+    *(
+        "afmoe",
+        "apertus",
+        "bailing_moe",
+        "dots1",
+        "exaone",
+        "exaone4",
+        "exaone_moe",
+        "gemma3_text",
+        "gpt_oss",
+        "granite",
+    ),
+    *("granitemoe", "iquestcoder", "llama", "mimo", "minicpm", "mistral", "olmo2", "olmo3", "olmoe", "qwen2"),
+    *("qwen3", "seed_oss", "telechat3", "xverse"),
+)
 _SCALINGS: dict[str, tuple[str, ...]] = {
+    "deepseek": ("linear",),
+    "internlm2": ("linear", "dynamic"),
+    "internlm3": ("linear", "dynamic"),
+    "nemotron": ("linear",),
     "phi3": ("linear", "longrope", "su"),
     "qwen2_moe": ("linear",),
     "smollm3": ("linear", "llama3", "yarn", "dynamic"),
     **dict.fromkeys(_ANY_SCALING, ("linear", "llama3", "yarn", "dynamic", "longrope")),
 }
 _NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
-_PARTIAL = ("glm4", "gpt_neox", "phi", "phi3", "stablelm")  # rotate a part of a head where they are told to
+_PARTIAL = (
+    "bailing_moe",
+    "glm4",
+    "glm4_moe",
+    "gpt_neox",
+    "nemotron",
+    "phi",
+    "phi3",
+    "solar_open",
+    "stablelm",
+)  # rotate a part of a head where they are told to
+# Models of mlx-lm that read ``rope_parameters`` themselves.
+_READ_AS_THEY_ARE = ("gemma4_text", "laguna", "mellum", "ministral3", "muse_glimmer", "spark2_5")
 _PER_LAYER = {"full_attention", "sliding_attention"}
 
 
@@ -54,7 +85,7 @@ def lifted(config: Mapping[str, Any], where: object) -> tuple[dict[str, Any], li
 def lift(config: dict[str, Any], model_type: str, where: object) -> list[str]:
     """The same for one flat configuration, in place."""
     nested = config.get("rope_parameters")
-    if nested is None:
+    if nested is None or model_type in _READ_AS_THEY_ARE:
         return []
     if not isinstance(nested, dict):
         raise UnsupportedError(f"{where}: rope_parameters is {_shown(nested)}: an object expected")

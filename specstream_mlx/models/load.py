@@ -113,7 +113,7 @@ def check_configuration(directory: Path) -> None:
     if not where.exists() and (directory / "adapter_config.json").exists():
         raise InvalidInputError(f"{directory}: a PEFT adapter, not a model; run specstream-mlx convert on it first")
     config = read_json(where)
-    check_supported(config.get("model_type"), f"{where}: model_type")
+    check_supported(config, str(where))
     lifted(config, where)
 
 

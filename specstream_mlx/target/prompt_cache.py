@@ -143,7 +143,7 @@ def load_prompt_cache(path: Path, model: Any) -> list[Any]:
     if problems:
         raise InvalidInputError(f"{path}: {problems[0]}; it was made with another model")
     check_caches(caches)
-    tokens = _first_tokens(metadata, model.args.vocab_size, caches[0].offset)
+    tokens = _first_tokens(metadata, model.vocab_size, caches[0].offset)
     if tokens is None:
         raise _other_format(path)
     if tokens and not _computes(model, tokens, caches):

@@ -107,19 +107,19 @@ def install(family: DecoderFamily, context: PassContext) -> None:
         UnsupportedError: a block is not built the way the seam assumes.
     """
     for index, layer in enumerate(family.layers):
-        attention = getattr(layer, family.ATTENTION, None)
-        rope = getattr(attention, "rope", None)
-        if attention is None or (rope is None) is family.ROTARY:
-            expected = f"{'a' if family.ROTARY else 'no'} rotary embedding at {family.ATTENTION}.rope"
+        attention, rotary = family.attention(layer), family.is_rotary(layer)
+        rope = getattr(attention, family.ROPE, None)
+        if attention is None or (rope is None) is rotary:
+            expected = f"{'a' if rotary else 'no'} rotary embedding at {family.ATTENTION}.{family.ROPE}"
             raise UnsupportedError(
                 f"{family.LAYERS}.{index}: expected {expected}; this block of mlx-lm is not supported, "
                 "use a tested mlx-lm (see pyproject.toml) or another model family"
             )
-        if family.ROTARY and not isinstance(rope, TreeRope):
-            attention.rope = TreeRope(rope, context)
+        if rotary and not isinstance(rope, TreeRope):
+            setattr(attention, family.ROPE, TreeRope(rope, context))
 
 
 def runs_batches(family: DecoderFamily) -> bool:
     """Whether mlx-lm itself can run several texts of unequal length at once."""
-    ropes = (getattr(getattr(layer, family.ATTENTION), "rope", None) for layer in family.layers)
+    ropes = (getattr(family.attention(layer), family.ROPE, None) for layer in family.layers)
     return family.SHARED_ATTENTION and not any(isinstance(rope, TreeRope) and rope.one_offset for rope in ropes)

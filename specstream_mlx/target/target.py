@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache
 
 from specstream_mlx.families import family_of
 from specstream_mlx.target.caches import commit_rows, drop_rows
@@ -87,7 +87,7 @@ class Target(nn.Module):
         self.model_type = model_type
         self.family = family_of(base, model_type)
         self.context = PassContext()  # what the wrapped modules read; LoRA on riders alone shares it
-        self.windows = windows_of(make_prompt_cache(base))
+        self.windows = windows_of(self.family.prompt_caches())
         install(self.family, self.context)
         self._mounted = BARE
         self._lock = threading.RLock()
@@ -105,6 +105,11 @@ class Target(nn.Module):
     def layers(self) -> Sequence[Any]:
         """The base model's blocks, N of them."""
         return self.family.layers
+
+    @property
+    def vocab_size(self) -> int:
+        """V, tokens of the vocabulary."""
+        return int(self.family.size(vars(self.args), "vocab_size"))
 
     @property
     def context_length(self) -> int | None:
@@ -327,9 +332,10 @@ class Target(nn.Module):
                 caches = [
                     seat.cache(index, sight.first, own) for seat, sight, own in zip(seats, seen, numbers, strict=True)
                 ]
+                layer = self.layers[index]
                 if alone is not None:
-                    hidden = self.layers[index](hidden, seen[0].mask, caches[0])
+                    hidden = self.family.block(layer, hidden, seen[0].mask, caches[0], positions)
                 else:
                     together = Together(caches, [sight.mask for sight in seen], seats)
-                    hidden = self.layers[index](hidden, None, together)
+                    hidden = self.family.block(layer, hidden, None, together, positions)
         return hidden

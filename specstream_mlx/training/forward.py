@@ -92,7 +92,7 @@ def forward_main(model: SpecStreamModel, tokens: mx.array, *, checkpoint: bool =
     for index, layer in enumerate(model.layers):
         if index == model.num_trunk_layers:
             trunk = hidden
-        run = _main_block(layer, reaches[model.windows[index]].mask)
+        run = _main_block(model, layer, reaches[model.windows[index]].mask)
         hidden, keys, values = (_checkpointed(layer, run) if checkpoint else run)(hidden)
         if index >= model.num_trunk_layers:
             keys_values.append((keys, values))
@@ -139,8 +139,7 @@ def forward_streams(
             if epsilon is not None:
                 cache = ValueRotation(cache, numbers, epsilon)
             with model.context.rows_at(rows, 0):
-                out: mx.array = layer(hidden, masks[window], cache)
-            return out
+                return model.family.block(layer, hidden, masks[window], cache, rows)
 
         return run
 
@@ -158,10 +157,12 @@ def stream_mask(anchors: IntArray, num_main: int, gamma: int) -> BoolMatrix:
     return np.concatenate([sees_main, np.broadcast_to(own, (len(anchors), *own.shape))], axis=2)
 
 
-def _main_block(layer: nn.Module, mask: Any) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]:
+def _main_block(
+    model: SpecStreamModel, layer: nn.Module, mask: Any
+) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]:
     def run(hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         cache = RecordedKeysValues()
-        out = layer(hidden, mask, cache)
+        out = model.family.block(layer, hidden, mask, cache)
         assert cache.keys_values is not None
         return out, *cache.keys_values
 

@@ -80,7 +80,7 @@ BREAKS = (
     Break(
         "blocks without a known rotary embedding are accepted",
         "target.rotary.install",
-        "if attention is None or (rope is None) is family.ROTARY:",
+        "if attention is None or (rope is None) is rotary:",
         "if attention is None:",
         "test_blocks_built_otherwise_are_refused",
     ),

@@ -19,14 +19,16 @@ from mlx_lm.utils import load_model, quantize_model
 
 from specstream_mlx import DraftOptions, families, load, stream_generate
 from specstream_mlx.errors import InvalidInputError, UnsupportedError
-from specstream_mlx.families import FAMILIES, RECURRENT, model_classes
+from specstream_mlx.families import FAMILIES, model_classes
 from specstream_mlx.families.opt import OPTFamily
+from specstream_mlx.families.recurrent import RECURRENT
 from specstream_mlx.formats.config import CONFIG_NAME, WEIGHTS_NAME
 from specstream_mlx.formats.fingerprint import tensor_sha256
 from specstream_mlx.target.tree import DraftTree
 from tests.passes import stream_logits, verify
 from tests.tiny import (
     LEARNED,
+    WINDOW,
     NumberTokenizer,
     base_config,
     drafter,
@@ -83,6 +85,37 @@ def test_recurrent_models_are_told_from_unknown_ones():
     heirs = {"falcon_mamba", "gear", "lfm2-vl", "longcat_flash_ngram", "prism_hadamard_qwen35", "qwen3_5_moe"}
     assert users | heirs == RECURRENT
     assert not RECURRENT & FAMILIES.keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        (
+            "gemma4_text",
+            {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97},
+            "inputs made from the token",
+        ),
+        ("gemma4", {"num_kv_shared_layers": 2}, "keys and values of another layer"),
+        ("hunyuan", {"use_cla": True}, "keys and values of another layer"),
+    ],
+)
+def test_settings_that_a_family_does_not_run_are_refused(family, changes, reason):
+    """Red when: a model is run whose layers need more than their rows, mask and cache."""
+    with pytest.raises(UnsupportedError, match=f"this model of model_type '{family}' has layers .*{reason}"):
+        make_model(family, base_changes=changes)
+
+
+def test_windows_of_a_language_model_with_vision():
+    """Red when: the windows are read from mlx-lm's caches for the whole model, which tell none."""
+    text = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW}
+    for family in ("mistral3", "pixtral"):
+        model = make_model(family, seed=1, base_changes=text)
+        assert model.windows == [WINDOW, None, WINDOW, None]
+        prompt = random_prompt(19, seed=1)
+        expected = plain_tokens(model.base, prompt, 12, end_of_text=())
+        with drafter(model, expected, len(prompt), 0.7, seed=1):
+            tokens = our_tokens(model, prompt, 12, draft="tree", tokenizer=NumberTokenizer(end_of_text=()))
+        assert tokens == expected
 
 
 def test_names_of_families_are_read_without_mlx():
@@ -165,7 +198,13 @@ def test_quantised_opt_keeps_its_positions_and_its_text(tmp_path):
     assert our_tokens(loaded, prompt, 20, draft="tree", tokenizer=NumberTokenizer()) == expected
 
 
-@pytest.mark.parametrize("family", [*LEARNED, "gemma2", "gemma3", "gpt_neox", "gpt_oss", "phi", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *(*LEARNED, "gemma2", "gemma3", "gpt_neox", "gpt_oss", "phi", "qwen3_moe"),
+        *("exaone", "gemma4", "gpt_bigcode", "mistral3", "openelm", "phixtral", "qwen2_vl"),
+    ],
+)
 def test_directories_come_back(family, tmp_path):
     """Red when: a size is read under llama's name, the norm of the fingerprint is not found, or LoRA paths differ."""
     model = make_model(family, seed=7)

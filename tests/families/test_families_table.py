@@ -5,26 +5,38 @@ from pathlib import Path
 import pytest
 
 from benchmarks.exactness import INSERTIONS, TEMPERATURES, TREES
-from specstream_mlx.families import FAMILIES, RECURRENT
-from tests.families_table import PROMPTS, converts
+from specstream_mlx.errors import UnsupportedError
+from specstream_mlx.families import FAMILIES, REFUSED, check_supported
+from tests.families_table import PARTS, PROMPTS, ROWS, converts, model_types, reasons, rows_of
 from tests.family_cases import TOLERANCE
-from tests.tiny import EVERY_FAMILY, base_config
+from tests.tiny import base_config
 
 TEXT = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
 
 
 def test_every_family_has_its_row():
     """Within the tolerance, all generations identical; and every supported model_type is among them."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line[:2] == "| "]
-    assert [row[0] for row in rows[1:]] == sorted(EVERY_FAMILY)
-    assert {base_config(row[0])["model_type"] for row in rows[1:]} == FAMILIES.keys()
+    rows = rows_of(TEXT)
+    assert list(rows) == sorted(ROWS)
+    assert {base_config(name)["model_type"] for name in rows} == FAMILIES.keys()
     generations = PROMPTS * len(TEMPERATURES) * len(TREES) * len(INSERTIONS)
-    for name, tree, insertions, training, identical, convert, _ in rows[1:]:
+    for name, (tree, insertions, training, identical, convert, _) in rows.items():
         assert max(float(tree), float(insertions), float(training)) <= TOLERANCE
         assert identical == f"{generations} of {generations}"
         assert convert == ("yes" if converts(name) else "no")
 
 
-@pytest.mark.parametrize("name", sorted(RECURRENT))
-def test_every_refusal_is_named(name):
-    assert f"`{name}`" in TEXT
+def test_every_model_of_mlx_lm_is_run_or_refused():
+    """Names the models of a new mlx-lm that have neither a family nor a reason."""
+    assert model_types() | {"opt"} == FAMILIES.keys() | REFUSED.keys()
+    assert not FAMILIES.keys() & REFUSED.keys()
+
+
+@pytest.mark.parametrize("name", sorted(reasons()))
+def test_every_refusal_is_a_row_and_is_given_before_a_download(name):
+    assert f"| {name} | {reasons()[name]} |" in TEXT
+    model_type, config = PARTS.get(name, (name, {}))
+    with pytest.raises(UnsupportedError) as refused:
+        check_supported(config | {"model_type": model_type}, "config.json")
+    assert reasons()[name] in str(refused.value)
+    assert "\n" not in str(refused.value)

@@ -265,7 +265,7 @@ def test_damaged_directories_are_named(copy, damage, message):
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("no_such_family", "is not supported; supported: cohere, "),
+        ("no_such_family", "is not supported; supported: Klear, "),
         ("mamba", "has layers that fold the past into one state, from which rejected tokens cannot be taken back"),
         ("qwen3_next", "has layers that fold the past into one state"),
     ],

@@ -143,8 +143,8 @@ def test_models_whose_caches_cannot_take_rows_back_are_refused():
 
 
 def test_unknown_families_are_refused():
-    with pytest.raises(UnsupportedError, match="'deepseek_v3' is not supported; supported: cohere, "):
-        SpecStreamModel(make_base("llama"), "deepseek_v3")
+    with pytest.raises(UnsupportedError, match="'no_such_family' is not supported; supported: Klear, "):
+        SpecStreamModel(make_base("llama"), "no_such_family")
 
 
 def test_pruning_is_checked_against_the_model():

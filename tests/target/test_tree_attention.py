@@ -7,11 +7,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, RotatingKVCache
 
 from specstream_mlx.drafters.streams.value_rotation import ValueRotation
 from specstream_mlx.errors import UnsupportedError
 from specstream_mlx.families import FAMILIES as FAMILY_CLASSES
+from specstream_mlx.families.mistral3 import Ministral3Family
 from specstream_mlx.models.model import SpecStreamModel
 from specstream_mlx.target.masks import Reach, attention_mask, reach, windows_of, with_riders
 from specstream_mlx.target.rotary import PassContext, TreeRope
@@ -27,15 +28,23 @@ def test_what_the_seam_assumes_of_mlx_lm(name):
     family = FAMILY_CLASSES[base.model_type](base)
     for layer in family.layers:
         parameters = list(inspect.signature(type(layer).__call__).parameters)
-        assert parameters[1:4] == ["x", "mask", "cache"], "blocks are no longer called as layer(x, mask, cache)"
-        attention = getattr(layer, family.ATTENTION)
+        scaled = ["attn_scale"] if isinstance(family, Ministral3Family) and "attn_scale" in parameters else []
+        expected = [*scaled, "mask", "cache"]
+        assert [name.removeprefix("attention_") for name in parameters[2 : 2 + len(expected)]] == expected, (
+            "blocks are no longer called as layer(x, mask, cache)"
+        )
+        attention, rotary = family.attention(layer), family.is_rotary(layer)
         source = inspect.getsource(type(attention).__call__)
-        asks = re.search(r"self\.rope\(q\w*, offset=cache\.offset\)", source)
-        assert bool(asks) is family.ROTARY, "attention no longer asks rope by cache.offset, or does where it did not"
-        assert hasattr(attention, "rope") is family.ROTARY, "the rotary embedding is no longer at .rope"
+        local = re.search(r"offset = (mx\.array\()?cache\.offset\)?( if cache( is not None)? else 0)?\n", source)
+        asked = r"(cache\.offset|offset)" if local else r"cache\.offset"
+        asks = re.search(rf"self\.{family.ROPE}\(q\w*, offset={asked}\)", source)
+        some = {family.is_rotary(each) for each in family.layers} == {True, False}  # one class for both kinds of block
+        assert bool(asks) is (family.ROTARY or some), "attention no longer asks rope by cache.offset, or does elsewhere"
+        found = getattr(attention, family.ROPE, None) is not None
+        assert found is rotary, "the rotary embedding is no longer where it was"
         appends = re.search(r"cache\.update_and_fetch\(k\w*, v\w*\)", source)
         assert appends, "attention no longer appends by update_and_fetch"
-    caches = make_prompt_cache(base)
+    caches = family.prompt_caches()
     expected = {KVCache, RotatingKVCache} if name in WINDOWED else {KVCache}
     assert {type(cache) for cache in caches} == expected, "mlx-lm now makes other caches for this family"
     base(mx.array([[1, 2, 3]]), cache=caches)
@@ -47,7 +56,7 @@ def test_what_the_seam_assumes_of_mlx_lm(name):
     hidden = family.embed(tokens, np.arange(9, dtype=np.int32))
     mask = "causal" if family.SHARED_ATTENTION else mx.tri(9, dtype=mx.bool_)
     for layer in family.layers:
-        hidden = layer(hidden, mask, None)
+        hidden = family.block(layer, hidden, mask, None)
     logits = family.head(family.norm(hidden))
     assert mx.allclose(base(tokens), logits, atol=CLOSE_LOGITS), "the parts no longer make the model"
 
