@@ -51,6 +51,7 @@ COMMANDS = {
     "--prompts-file --prompts --repeats --max-tokens --context --drafter --draft "
     "--tree --insertion --draft-model --num-draft-tokens --prompt-lookup --ignore-eos --noise-streams "
     "--allow-differences --costs --random-weights --dtype --q-bits --plot --json --quiet --debug",
+    "doctor": "--quick --shape --json --quiet --debug",
     "train": "--model --revision "
     "--data --self-distill --adapter-path --overwrite --config --mode --gamma --num-stream-layers "
     "--stream-init-rank --value-rotation --stream-position --prune-rank --pruner-only --rank --scale --num-layers "
