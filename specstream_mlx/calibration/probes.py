@@ -35,6 +35,7 @@ GROUP_SIZE = 64
 ROWS = (1, 2, 3, 5, 8, 16)
 DRAFTED = 5  # rows of the pass that is judged: a root and four drafts
 MOST_BREAK_EVEN = 2.5  # tokens that a pass of ``DRAFTED`` rows must yield; more is dear
+LEAST_SINGLE_ROW = 0.8  # plain steps that a pass of one row takes at least, as the plain steps overlap
 MOST_STEP_SECONDS = 0.03  # of a shape's plain step; a curve takes some hundred steps
 MOST_MEMORY = 1 / 3  # of main memory, for a shape's weights in 16 bits while they are made
 _SHAPES = ("llama-1b", "llama-100m", "llama-40m")  # from large to small
@@ -168,6 +169,9 @@ def curve_finding(found: dict[str, Any]) -> Finding:
     rows = ", ".join(f"{count} rows {seconds / plain:.2f}" for count, seconds in found["chain"])
     text = f"plain step {1000 * plain:.2f} ms; {rows}; drafting pays from {found['break_even']:.2f} tokens a pass on"
     name = f"costs {found['model']} {found['weights']}"
+    if found["chain"][0][1] < LEAST_SINGLE_ROW * plain:
+        advice = "quit other programs, and run again: something disturbed the clock"
+        return Finding(name, "note", text, advice)
     if found["break_even"] > MOST_BREAK_EVEN:
         advice = "rows are dear here: run 'specstream-mlx calibrate --model DIR', then only drafts that pay are made"
         return Finding(name, "note", text, advice)

@@ -288,6 +288,11 @@ def test_dear_rows_are_a_note():
     assert probes.curve_finding(CURVE | {"break_even": 3.0}).verdict == "note"
 
 
+def test_a_clock_that_contradicts_itself_is_a_note():
+    found = probes.curve_finding(CURVE | {"plain": 0.01, "break_even": 0.35})
+    assert (found.verdict, found.advice.split(":")[0]) == ("note", "quit other programs, and run again")
+
+
 def test_many_files_make_one_table(run, measured, tmp_path, capsys):
     document = json.loads(run("doctor", "--json", "--quiet").stdout)
     files = []
