@@ -52,14 +52,14 @@ def read(file: Path) -> dict[str, Any]:
         ValueError: it cannot be read, or is something else.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no JSON"
         raise ValueError(f"cannot be read ({reason})") from error
     kind = (found.get("format"), found.get("format_version")) if isinstance(found, dict) else (None, None)
     if kind != (FORMAT, FORMAT_VERSION):
         raise ValueError(f"is not version {FORMAT_VERSION} of {FORMAT}; make it with specstream-mlx doctor --json")
-    return found
+    return dict(found)
 
 
 def row(found: Mapping[str, Any]) -> dict[str, Any]:

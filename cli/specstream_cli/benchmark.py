@@ -223,7 +223,7 @@ def load_arms(
     target, tokenizer = load(path, adapter=adapter, trust_remote_code=trust_remote_code)
     stock = plain_model(target, path, adapter)
     in_use = target.adapter
-    second = None if draft_model is None else load_draft_model(target, draft_model)
+    second = None if draft_model is None else load_draft_model(target, draft_model, trust_remote_code)
     chosen = choose_drafters(target, drafters, second, num_draft_tokens)
     stock_bytes, our_bytes = _num_bytes(stock), _num_bytes(target)
     arms = [stock_arm(BASELINE, stock, tokenizer, stock_bytes, max_tokens)]

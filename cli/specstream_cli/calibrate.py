@@ -72,7 +72,7 @@ def calibrate(
         file = prompts_file if prompts_file is not None else find_samples(directory)
         rows = read_prompts(file)[:prompts] if file is not None else None
         target, tokenizer = load(directory, adapter=adapter, trust_remote_code=trust_remote_code)
-        second = None if draft_model is None else load_draft_model(target, draft_model)
+        second = None if draft_model is None else load_draft_model(target, draft_model, trust_remote_code)
         who = "two-model" if second is not None else drafter
         chosen = choose_drafters(target, [who], second, num_draft_tokens)[who]
         with progress_bar(quiet=quiet) as progress:

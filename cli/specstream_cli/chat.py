@@ -112,7 +112,7 @@ def chat(
         sampling.check(target.args.vocab_size)
         mx.random.seed(seed)
         limits = {"kv_bits": kv_bits, "kv_group_size": kv_group_size, "quantized_kv_start": quantized_kv_start}
-        options = drafter_arguments(target, drafter, draft_model, num_draft_tokens) | {
+        options = drafter_arguments(target, drafter, draft_model, num_draft_tokens, trust_remote_code) | {
             "sampler": sampling.sampler(tokenizer),
             "logits_processors": sampling.logits_processors(),
             "draft": draft,

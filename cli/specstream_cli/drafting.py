@@ -88,7 +88,11 @@ def _made_for(name: str | None, draft_model: Any, num_draft_tokens: int | None) 
 
 
 def drafter_arguments(
-    target: Any, drafter: str | None, draft_model: str | None, num_draft_tokens: int | None
+    target: Any,
+    drafter: str | None,
+    draft_model: str | None,
+    num_draft_tokens: int | None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """The same flags as arguments of the library; the draft model is loaded, those not given are left out.
 
@@ -97,11 +101,11 @@ def drafter_arguments(
     """
     given = {"drafter": drafter, "num_draft_tokens": num_draft_tokens}
     if draft_model is not None:
-        given["draft_model"] = load_draft_model(target, draft_model)
+        given["draft_model"] = load_draft_model(target, draft_model, trust_remote_code)
     return {name: value for name, value in given.items() if value is not None}
 
 
-def load_draft_model(target: Any, place: str) -> Any:
+def load_draft_model(target: Any, place: str, trust_remote_code: bool = False) -> Any:
     """The model that ``--draft-model`` names.
 
     Raises:
@@ -110,7 +114,7 @@ def load_draft_model(target: Any, place: str) -> Any:
     from specstream_mlx import load
 
     try:
-        model, _ = load(place)
+        model, _ = load(place, trust_remote_code=trust_remote_code)
     except SpecStreamError as error:
         raise type(error)("\n".join(f"--draft-model: {line}" for line in str(error).splitlines())) from error
     if model.args.vocab_size != target.args.vocab_size:

@@ -223,7 +223,7 @@ def generate(
             "quantized_kv_start": quantized_kv_start,
             "max_kv_size": max_kv_size,
         }
-        drafting = drafter_arguments(target, drafter, draft_model, num_draft_tokens)
+        drafting = drafter_arguments(target, drafter, draft_model, num_draft_tokens, trust_remote_code)
         continued: dict[str, Any] = {} if prefill_response is None else {"continues_text": True}
         check = ExactCheck(target, model, adapter, how, revision) if check_exact else None
 

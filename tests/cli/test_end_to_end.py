@@ -108,7 +108,7 @@ def test_a_lossless_fine_tune_answers_as_its_base_does(run, lossless_fine_tune, 
     tokens = mx.array([tokenizer.encode("a b c d")])
     for adapted in (load(out)[0], load(base, adapter=sidecar)[0]):
         assert adapted.stream_config.mode == "lossless"
-        assert len(adapted.adapters[adapted.adapter].layers) == 14
+        assert len(adapted.adapters[adapted.adapter].mount.layers) == 14
         assert mx.array_equal(adapted(tokens), stock(tokens))
     if quantised:
         return
