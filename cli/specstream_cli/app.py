@@ -19,6 +19,7 @@ from specstream_cli.cache_prompt import cache_prompt
 from specstream_cli.calibrate import calibrate
 from specstream_cli.chat import chat
 from specstream_cli.convert import convert
+from specstream_cli.doctor import doctor
 from specstream_cli.generate import generate
 from specstream_cli.inspect import inspect
 from specstream_cli.serve import serve
@@ -56,7 +57,7 @@ def _program(
     """Speculative Streaming on MLX: one model drafts and verifies, the text stays exactly the same."""
 
 
-for _command in (generate, chat, convert, inspect, calibrate, train, benchmark, serve):
+for _command in (generate, chat, convert, inspect, calibrate, train, benchmark, serve, doctor):
     app.command(cls=TrainCommand if _command is train else None)(_command)
 app.command("cache_prompt")(cache_prompt)  # mlx-lm's spelling
 

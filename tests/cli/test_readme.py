@@ -55,6 +55,7 @@ COMMANDS = {
     "--draft-model --num-draft-tokens --max-concurrency --max-tokens --temp --top-p --top-k --min-p --chat-template "
     "--prefill-step-size --prompt-cache-size --prompt-cache-bytes --prompt-cache-dir --request-timeout "
     "--trust-remote-code --log-level --debug",
+    "doctor": "--quick --shape --json --quiet --debug",
     "train": "--model --revision "
     "--data --self-distill --adapter-path --overwrite --config --mode --gamma --num-stream-layers "
     "--stream-init-rank --value-rotation --stream-position --prune-rank --pruner-only --rank --scale --num-layers "
