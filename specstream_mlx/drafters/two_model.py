@@ -10,7 +10,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from specstream_mlx.drafters.fill import fill_candidates, top_candidates
-from specstream_mlx.drafters.protocol import Anchor, DraftState, Wish, root_alone
+from specstream_mlx.drafters.protocol import Anchor, DraftState, Wish
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.target.caches import drop_rows
 from specstream_mlx.target.rows import Draft

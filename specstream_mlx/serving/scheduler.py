@@ -195,7 +195,7 @@ class Scheduler:
             second, _ = load(settings.draft_model, trust_remote_code=settings.trust_remote_code)
         self._how: dict[str, dict[str, Any]] = {name: self._drafting(name, second) for name in self.names}
         self.context_length = self._model.context_length
-        self._grammars = Grammars(self._tokenizer, self._model.args.vocab_size)
+        self._grammars = Grammars(self._tokenizer, self._model.vocab_size)
         self._prefixes = Prefixes(
             own,
             size=settings.cache_size,
@@ -328,15 +328,15 @@ class Scheduler:
                 template=question.template,
                 continued=question.continued,
             )
-            return prompt_ids(self._tokenizer, ids, self._model.args.vocab_size)
-        return prompt_ids(self._tokenizer, question.prompt, self._model.args.vocab_size)
+            return prompt_ids(self._tokenizer, ids, self._model.vocab_size)
+        return prompt_ids(self._tokenizer, question.prompt, self._model.vocab_size)
 
     def _sampler(self, question: Question) -> Any:
         wish = question.sampling
         if wish.temperature == 0:
             return None
-        if wish.top_k >= self._model.args.vocab_size:
-            raise InvalidInputError(f"top_k is {wish.top_k}, the vocabulary has {self._model.args.vocab_size} tokens")
+        if wish.top_k >= self._model.vocab_size:
+            raise InvalidInputError(f"top_k is {wish.top_k}, the vocabulary has {self._model.vocab_size} tokens")
         special: list[int] = []
         if wish.xtc_probability > 0:
             special = [*self._tokenizer.encode("\n"), *self._tokenizer.eos_token_ids]
@@ -353,7 +353,7 @@ class Scheduler:
     def _processors(self, question: Question, prompt_length: int) -> list[LogitsProcessor] | None:
         wish, found = question.sampling, []
         bias = dict(wish.logit_bias or {})
-        outside = [token for token in bias if token >= self._model.args.vocab_size]
+        outside = [token for token in bias if token >= self._model.vocab_size]
         if outside:
             raise InvalidInputError(f"logit_bias: the vocabulary has no token {outside[0]}")
         if bias or wish.repetition_penalty or wish.presence_penalty or wish.frequency_penalty:
