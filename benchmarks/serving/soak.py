@@ -3,7 +3,8 @@
     python -m benchmarks.serving.soak [--model DIR] [--requests 2000] [--clients 8] [--seed 0]
 
 Some requests are hung up on, are no JSON, are huge, ask for nonsense, or are read slowly. Every greedy answer is
-compared with plain decoding. At the end no answer is running, the memory is where it was after a tenth of the requests (within
+compared with plain decoding. At the end no answer is running, the memory is where it was after a tenth of the requests
+(within
 ``--growth``), and the server ends with code 0 and nothing on standard error. Exit code 1 otherwise.
 """
 

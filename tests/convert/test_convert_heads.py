@@ -383,7 +383,7 @@ def test_another_base_is_refused(tmp_path, make):
     published = make(tmp_path / "heads")
     with pytest.raises(InvalidInputError, match=r"hidden_size 32.*has 48"):
         converted(published, tmp_path / "out", hf_path=str(other))
-    with pytest.raises(InvalidInputError, match="base_model.hidden_size is 32, this base has 48"):
+    with pytest.raises(InvalidInputError, match=r"base_model.hidden_size is 32, this base has 48"):
         load(other, adapter=converted(published, tmp_path / "out"))
 
 
