@@ -107,7 +107,7 @@ class Session:
         """
         self.target, self.caches, self.plan, self.control, self.sampler = target, caches, plan, control, sampler
         self.drafter = drafter if plan.drafts else None
-        self._drafter_name = drafter.name if drafter is not None else "none"
+        self._reported = (drafter.name, drafter.ways) if drafter is not None else ("none", ())
         self.max_tokens, self.stop_tokens = max_tokens, stop_tokens
         self.growth = growth or CacheGrowth()
         self.keeps_cache = keeps_cache
@@ -157,7 +157,7 @@ class Session:
     @property
     def report(self) -> DraftReport:
         """The plan, as users are told."""
-        return self.plan.report(self._drafter_name)
+        return self.plan.report(*self._reported)
 
     @property
     def mount(self) -> Mount | None:

@@ -19,6 +19,7 @@ from mlx_lm.generate import generation_stream
 
 from specstream_mlx.engine.sampling import Drawn
 from specstream_mlx.engine.session import Outcome, Session
+from specstream_mlx.target.caches import arrays_of
 from specstream_mlx.target.rows import Draft
 from specstream_mlx.target.target import Passed
 
@@ -95,9 +96,12 @@ def passes_from(
     try:
         while True:
             was_foreseen = current is not None
-            alone = clock.alone or gives_up()
-            if not alone:  # the next pass is under way when tokens are yielded
+            ahead = not clock.alone and not gives_up()
+            clock.alone = clock.alone and not was_foreseen  # what is built already is launched ahead
+            if ahead or was_foreseen:  # the next pass is under way when tokens are yielded
                 current = _start(session, current, draft, passed, outcome)
+            if ahead:
+                assert current is not None
                 with mx.stream(generation_stream):
                     foreseen = _foresee(session, current)
             if outcome is not None and not told:
@@ -129,6 +133,8 @@ def passes_from(
             if foreseen is None:
                 with mx.stream(generation_stream):
                     session.commit(passed, nodes, tokens)
+                    kept = [array for cache in session.caches for array in arrays_of(cache)]
+                    mx.async_eval(*kept)  # type: ignore[no-untyped-call]  # another thread may go on
             elif not finished:
                 foreseen.before = None  # lets go of the caches, so that the pass can write into them
             if finished:

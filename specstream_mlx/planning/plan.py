@@ -36,9 +36,9 @@ class DraftPlan:
         """Whether anything may be drafted at all."""
         return self.gamma > 0 and self.mode != "off"
 
-    def report(self, drafter: str = "none") -> DraftReport:
-        """The plan as users see it; insertion is a word of streams."""
-        insertion = self.way if drafter == "streams" else None
+    def report(self, drafter: str = "none", ways: Sequence[str] = ()) -> DraftReport:
+        """The plan as users see it; insertion is told of a drafter that has several ways."""
+        insertion = self.way if len(ways) > 1 else None
         return DraftReport(self.mode, self.gamma, self.budget, insertion, self.source, self.note, drafter)
 
 

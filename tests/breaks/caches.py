@@ -12,7 +12,7 @@ BREAKS = (
     ),
     Break(
         "the cache is quantised with the prompt's last chunk only",
-        "engine.session.prefill",
+        "engine.session.prefill_chunks",
         "growth.advance(caches)",
         "pass",
         "test_tokens_over_a_quantised_cache_are_mlx_lms",

@@ -125,7 +125,7 @@ BREAKS = (
     ),
     Break(
         "a prefill chunk is dropped",
-        "engine.session.prefill",
+        "engine.session.prefill_chunks",
         "range(0, len(tokens), step_size)",
         "range(0, len(tokens) - len(tokens) % step_size, step_size)",
         "test_prefill_in_chunks",
@@ -139,7 +139,7 @@ BREAKS = (
     ),
     Break(
         "an abandoned pass stays in the cache",
-        "engine.single.passes",
+        "engine.single.passes_from",
         "session.target.commit(current.passed, [0], session.caches)",
         "pass",
         "test_closing_the_generator",
@@ -153,7 +153,7 @@ BREAKS = (
     ),
     Break(
         "a foreseen pass goes on although another path of that length was accepted",
-        "engine.single.passes",
+        "engine.single.passes_from",
         "nodes[-1] != passed.draft.tree.leaf",
         "len(tokens) < foreseen.num_tokens",
         "test_every_plan_that_the_planner_can_choose",
@@ -216,14 +216,14 @@ BREAKS = (
     ),
     Break(
         "the draft model is asked beyond its positions",
-        "drafters.two_model.TwoModelState.propose",
+        "drafters.two_model.TwoModelState.open",
         "replace(wish, depth=depth)",
         "wish",
         "test_a_draft_model_whose_positions_end",
     ),
     Break(
         "a graph is left to another thread than that which built it",
-        "engine.single.passes",
+        "engine.single.passes_from",
         "foreseen.thread != threading.get_ident()",
         "False",
         "test_a_generator_moves_between_threads and streams",
@@ -237,14 +237,14 @@ BREAKS = (
     ),
     Break(
         "guesses of the draft model are left to another thread",
-        "drafters.two_model.TwoModelState.propose",
+        "drafters.two_model.TwoModelState.open",
         "mx.async_eval(self._guesses)",
         "pass",
         "test_a_generator_moves_between_threads and two-model-chain",
     ),
     Break(
         "passes are built with the adapter in use instead of the generation's own",
-        "engine.generate.stream_generate",
+        "engine.generate.new_session",
         "mount=mount,",
         "",
         "test_generations_with_different_adapters_in_threads",
@@ -258,7 +258,7 @@ BREAKS = (
     ),
     Break(
         "an adapter changes in another thread while a generation begins",
-        "engine.generate.stream_generate",
+        "engine.generate.new_session",
         "with model.building():",
         "if True:",
         "test_a_generation_begins_with_the_whole_of_an_adapter",

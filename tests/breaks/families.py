@@ -61,7 +61,7 @@ BREAKS = (
     ),
     Break(
         "the text goes on beyond the learned positions",
-        "engine.generate.stream_generate",
+        "engine.generate.new_session",
         "max_tokens = model.tokens_within_context(max_tokens, caches[0].offset + len(ids))",
         "pass",
         "test_text_ends_where_the_positions_end",

@@ -24,7 +24,7 @@ BREAKS = (
     Break(
         "positions count rows instead of depths",
         "target.target.Target._run",
-        "None if rows.consecutive else mx.array(rows.depths + start)",
+        "None if alone.rows.consecutive else mx.array(alone.rows.depths + alone.start)",
         "None",
         GRID,
     ),
@@ -100,16 +100,16 @@ BREAKS = (
     ),
     Break(
         "rows of riders stay in the caches",
-        "target.target.Target.ride",
-        "drop_rows(caches[index], start)",
+        "target.target.Target.ride_together",
+        "drop_rows(seat.part.caches[index], seat.start)",
         "pass",
         STREAMS,
     ),
     Break(
         "riders of the leaf begin from the root",
-        "target.target.Target.verify",
-        "hidden[:, a : a + 1] for a in anchors",
-        "hidden[:, :1] for a in anchors",
+        "target.together.Seat.mount",
+        "hidden[:, first + a : first + a + 1] for a in self.anchors",
+        "hidden[:, first : first + 1] for a in self.anchors",
         "test_all_insertions",
     ),
     Break(
@@ -128,8 +128,8 @@ BREAKS = (
     ),
     Break(
         "hidden states are not pruned along",
-        "target.target.Target.verify",
-        "tapped = {at: value[:, chosen] for at, value in tapped.items()}",
+        "target.together.Seat.drop",
+        "self.tapped = {at: value[:, chosen] for at, value in self.tapped.items()}",
         "pass",
         "test_streams_after_pruning_are_those_of_the_surviving_path",
     ),

@@ -89,7 +89,7 @@ class Library:
         self.loaded = (path_or_repo, adapter)
         if self.load_error is not None:
             raise self.load_error
-        return SimpleNamespace(args=SimpleNamespace(vocab_size=50)), self.tokenizer
+        return SimpleNamespace(vocab_size=50), self.tokenizer
 
     def stream_generate(self, model: object, tokenizer: Tokenizer, prompt: Any, **call: Any) -> Iterator[Response]:
         self.prompt, self.call = prompt, call

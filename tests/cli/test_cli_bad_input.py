@@ -183,7 +183,7 @@ def test_the_program_itself(run, words, line):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "nothing to convert: give --adapter-path (a PEFT directory) or --streams-path"),
+        ([], "nothing to convert: give --adapter-path (a PEFT directory), --streams-path or --heads"),
         (["--q-bits", "4"], "--q-bits: has no effect without --quantize; add -q or drop it"),
         (["--q-group-size", "64"], "--q-group-size: has no effect without --quantize; add -q or drop it"),
         (["--q-mode", "mxfp4"], "--q-mode: has no effect without --quantize; add -q or drop it"),

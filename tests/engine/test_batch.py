@@ -220,9 +220,9 @@ def test_row_costs_are_learned():
         for rows in (1, 4, 9, 16):
             costs.observe(rows, 0.01 + 0.002 * rows)
     assert not costs.wants_variety
-    assert costs.seconds(8) == pytest.approx(0.026, rel=0.05)
+    assert costs.seconds(8) == pytest.approx(0.026, abs=0.0013)
     costs.observe(4, 5.0)  # the machine was away
-    assert costs.seconds(8) == pytest.approx(0.026, rel=0.05)
+    assert costs.seconds(8) == pytest.approx(0.026, abs=0.0013)
 
 
 def test_end_of_text_is_the_last_token():

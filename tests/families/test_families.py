@@ -389,7 +389,7 @@ def test_settings_that_transformers_refuses_are_one_line(tmp_path):
     path = save_directory(make_model("gemma2", seed=8), tmp_path / "model")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"query_pre_attn_scalar": 8.5}))
-    with pytest.raises(InvalidInputError, match=r"tokenizer files cannot be loaded .*query_pre_attn_scalar"):
+    with pytest.raises(InvalidInputError, match=r"tokenizer cannot be loaded .*query_pre_attn_scalar"):
         load(path)
 
 
