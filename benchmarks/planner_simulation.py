@@ -177,7 +177,7 @@ def simulate(tokens: int = TOKENS) -> list[Result]:
                     name,
                     plan.speedup,
                     _name(plan.tree),
-                    plan.insertion if plan.tree.size > 1 else "-",
+                    plan.way if plan.tree.size > 1 else "-",
                     fixed[best],
                     best,
                     controlled(rates),

@@ -36,6 +36,11 @@ class DraftOptions:
     prune_threshold: float | None = None
     calibration: Any = "stored"
 
+    @property
+    def way(self) -> str | None:
+        """The only way to draft, as a drafter names its ways; None: the better one."""
+        return self.insertion
+
 
 @dataclass(frozen=True)
 class DraftReport:

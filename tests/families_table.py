@@ -39,7 +39,7 @@ scripts/with-openblas python -m tests.families_table --write docs/families.md
 - **generations**: token-identical to `mlx_lm.generate.generate_step`, greedy and sampled with a seed, {trees}
   trees, {insertions} insertions, {prompts} prompts of 1 to 80 tokens, prefilled in chunks.
 - **convert**: PyTorch fine-tunes are converted; "no" is refused by name. **twin**: logits equal those of the PyTorch
-  reference (tests/test_parity.py).
+  reference (tests/torch_twin/test_parity.py).
 
 """
 NOTES = """

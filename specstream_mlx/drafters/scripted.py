@@ -36,7 +36,7 @@ class Scripted:
         """``continuation``: the text that follows ``prompt_length`` tokens, cached ones counted."""
         self.continuation, self.prompt_length, self.accuracy = list(continuation), prompt_length, accuracy
         self.beside = beside
-        self.rng = np.random.default_rng(seed)
+        self.seed = seed
         self.max_depth = max_depth if beside is None else beside.max_depth
         self.ways: tuple[str, ...] = ("deferred",) if beside is None else beside.ways
         self.taps: tuple[int, ...] = () if beside is None else beside.taps
@@ -75,20 +75,21 @@ class ScriptedState(MarginalState):
     def marginals(self, anchor: Anchor, depth: int) -> mx.array:
         """As ``MarginalState``."""
         script = self._script
+        # The index of the next root in the continuation; what is guessed there does not depend on what was before.
+        first = anchor.passed.start + anchor.passed.draft.tree.depths[anchor.node] + 1 - script.prompt_length
+        rng = np.random.default_rng([script.seed, max(first, 0)])
         if self._beside is not None:
             logits = np.array(self._beside.marginals(anchor, depth).astype(mx.float32))
         else:
-            logits = script.rng.normal(size=(depth, self._vocab_size)).astype(np.float32)
-        # The index of the next root in the continuation.
-        first = anchor.passed.start + anchor.passed.draft.tree.depths[anchor.node] + 1 - script.prompt_length
+            logits = rng.normal(size=(depth, self._vocab_size)).astype(np.float32)
         for row in range(len(logits)):
             index = first + 1 + row
             if index >= len(script.continuation):
                 continue
             order = np.sort(logits[row])[::-1]
             right = script.continuation[index]
-            if script.rng.random() < script.accuracy:
-                rank = 0 if script.accuracy == 1 else int(script.rng.integers(3))
+            if rng.random() < script.accuracy:
+                rank = 0 if script.accuracy == 1 else int(rng.integers(3))
                 upper = order[rank - 1] if rank else order[0] + (20 if script.accuracy == 1 else 2)
                 logits[row, right] = (upper + order[rank]) / 2 if rank else upper
             else:

@@ -5,11 +5,12 @@ make the tree's further nodes at no cost but rows.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
 from specstream_mlx.drafters.fill import fill_candidates, top_candidates
-from specstream_mlx.drafters.protocol import Anchor, DraftState, Wish
+from specstream_mlx.drafters.protocol import Anchor, DraftState, Wish, root_alone
 from specstream_mlx.errors import InvalidInputError
 from specstream_mlx.target.caches import drop_rows
 from specstream_mlx.target.rows import Draft
@@ -75,7 +76,10 @@ class TwoModelState(DraftState):
     def propose(self, anchor: Anchor, wish: Wish) -> Draft:
         """As ``DraftState``; nothing is read back where the tree is given."""
         feed = mx.concatenate([_ids(tokens) for tokens in self._pending])
-        self._pending = []
+        depth = self._draft.tokens_within_context(wish.depth, self._rows + len(feed) - 1)
+        if depth < 1:
+            return root_alone(anchor)
+        wish, self._pending = replace(wish, depth=depth), []
         while len(feed) > _MOST_AT_ONCE:  # without the LM head
             part = feed[: min(_PREFILL_STEP, len(feed) - 1)]
             self._draft(part[None], cache=self._caches)
@@ -86,13 +90,14 @@ class TwoModelState(DraftState):
         width = max(tree.widths, default=1)
         self._rows += len(feed)
         steps: list[mx.array] = []
-        for _ in range(wish.depth):
+        for _ in range(tree.max_depth):
             logits = self._draft(feed[None], cache=self._caches)[0, -1:]
             self.own_passes += 1
             steps.append(top_candidates(logits, min(width, logits.shape[-1])))
             feed = steps[-1][0, :1]
         candidates = mx.concatenate(steps)
         self._guesses = candidates[:, 0]
+        mx.async_eval(self._guesses)  # type: ignore[no-untyped-call]  # another thread may compare it with the text
         return fill_candidates(anchor.root, candidates, tree)
 
     def _keep(self, rows: int) -> None:

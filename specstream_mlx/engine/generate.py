@@ -151,9 +151,11 @@ def stream_generate(
     seed, stop = arguments.seed(seed), arguments.stop(stop)
     arguments.callback("prompt_progress_callback", prompt_progress_callback)
     options = draft_options or DraftOptions()
-    if drafter is None or isinstance(drafter, str):
-        drafter = choose_drafter(drafter, model.drafter, draft_model, num_draft_tokens)
-    plan, control = steer(draft, model, drafter, options)
+    with model.building():  # no other thread changes the adapter meanwhile
+        mount = model.mounted
+        if drafter is None or isinstance(drafter, str):
+            drafter = choose_drafter(drafter, model.drafter, draft_model, num_draft_tokens)
+        plan, control = steer(draft, model, drafter, options)
     if plan.drafts and options.prune_threshold is not None:
         drafter = with_pruning(drafter, options.prune_threshold, plan.way)
     growth = CacheGrowth(kv_bits, kv_group_size, quantized_kv_start, max_kv_size)
@@ -178,7 +180,7 @@ def stream_generate(
         max_tokens=max_tokens,
         stop_tokens=stop_tokens,
         growth=growth,
-        mount=model.mounted,
+        mount=mount,
         keeps_cache=prompt_cache is not None,
         keeps_history=bool(logits_processors),
     )

@@ -116,8 +116,8 @@ class Session:
         self, prompt: Sequence[int], step_size: int = 2048, progress: Callable[[int, int], None] | None = None
     ) -> Draft:
         """Run the prompt but its last token; returns that token as the first draft, a root alone."""
-        with self.target.building(self._mount):
-            prefill(self.target, list(prompt[:-1]), self.caches, step_size, progress, len(prompt), self.growth)
+        prompt_tokens = list(prompt[:-1])
+        prefill(self.target, prompt_tokens, self.caches, step_size, progress, len(prompt), self.growth, self._mount)
         if self.history is not None:
             self.history = list(prompt[:-1])
         if self.drafter is not None:
@@ -145,14 +145,14 @@ class Session:
         """Whether the control has yet to learn what passes cost."""
         return self.control is not None and self.control.wants_times
 
-    def choose(self) -> None:
-        """Decide how to draft the next tree."""
+    def choose(self, cached: int | None = None) -> None:
+        """Decide how to draft the next tree, whose root follows ``cached`` rows; None: those that are cached now."""
         if not self.may_draft:
             self.choice = None
         elif self.control is None:
             self.choice = (self.plan.tree, self.plan.way)
         else:
-            self.choice = self.control.choose(self.caches[0].offset)
+            self.choice = self.control.choose(self.caches[0].offset if cached is None else cached)
             if self.choice is not None and self.plan.tree is None:
                 self.choice = (None, self.choice[1])
 
@@ -230,8 +230,7 @@ class Session:
     def finish(self, token: int) -> None:
         """Run the newest token too where somebody goes on with the caches, and let nothing be pending in them."""
         if self.keeps_cache:
-            with self.target.building(self._mount):
-                prefill(self.target, [token], self.caches, 2048, None, 1, self.growth)
+            prefill(self.target, [token], self.caches, 2048, None, 1, self.growth, self._mount)
 
 
 def prefill(
@@ -242,13 +241,15 @@ def prefill(
     progress: Callable[[int, int], None] | None,
     total: int,
     growth: CacheGrowth | None = None,
+    mount: Mount | None = None,
 ) -> None:
-    """Run tokens through the base in chunks, as mlx-lm does."""
+    """Run tokens through the base in chunks, as mlx-lm does; ``mount`` is in place while a chunk is built."""
     with mx.stream(generation_stream):
         for begin in range(0, len(tokens), step_size):
             if progress is not None:
                 progress(begin, total)
-            target(mx.array(tokens[begin : begin + step_size])[None], cache=caches)
+            with target.building(mount):
+                target(mx.array(tokens[begin : begin + step_size])[None], cache=caches)
             if growth is not None:
                 growth.advance(caches)
             mx.eval([cache.state for cache in caches])

@@ -167,12 +167,11 @@ def _foresee(session: Session, current: _Pass) -> _Foreseen | None:
     else:
         if session.sampler.in_order:
             return None
-        session.choose()
+        session.choose(cached)
         wish = session.wish(left, cached)
         if wish is None or not session.state.foresees(passed, tree.leaf, wish):
             return None
-        if tree.size > 1 and session.growth.changes(session.caches, cached):  # which could not be taken back
-            return None
+        assert not session.growth.changes(session.caches, cached), "no wish reaches so far: it could not be taken back"
     before = None if tree.size == 1 else [_attributes(cache) for cache in session.caches]
     drawn = current.drawn.tokens
     session.commit(passed, range(num_tokens), drawn[:num_tokens])

@@ -28,7 +28,7 @@ def steer(
     plan = make_plan(mode, drafter.max_depth, options, model.args.vocab_size, ways=drafter.ways)
     if mode not in ("auto", "tree"):
         return plan, None
-    only = drafter.ways[0] if len(drafter.ways) == 1 else options.insertion
+    only = drafter.ways[0] if len(drafter.ways) == 1 else options.way
     calibration, note = options.calibration, None
     if calibration == "stored":
         try:
@@ -37,9 +37,7 @@ def steer(
             calibration, note = None, f"{error}; going on without it"
     if calibration is not None and plan.source == "default":
         planned = calibration.plan(0, only, drafting=mode == "tree")
-        plan = replace(
-            plan, tree=planned.tree, budget=planned.tree.size - 1, way=planned.insertion, source="calibrated"
-        )
+        plan = replace(plan, tree=planned.tree, budget=planned.tree.size - 1, way=planned.way, source="calibrated")
     plan = replace(plan, note=note)
     if mode == "tree":
         return plan, None

@@ -17,9 +17,9 @@ def wired(model: nn.Module) -> Iterator[None]:
     """Within the block the limit is raised, as mlx-lm does for one generation; blocks may overlap."""
     global _users
     with _lock:
-        _users += 1
-        if _users == 1:
+        if _users == 0:
             _limit.enter_context(wired_limit(model, [generation_stream]))
+        _users += 1
     try:
         yield
     finally:

@@ -87,13 +87,14 @@ class SpecStreamModel(Target):
             UsageError: no adapter of this name is loaded.
         """
         adapter = self._get(name) if name is not None else Adapter()
-        self.mount(adapter.mount)
-        self.adapter = name
-        self._in_use = adapter
-        self.stream_config, self.streams = adapter.stream_config, adapter.streams
-        self.drafter: Drafter | None = None
-        if adapter.stream_config is not None and adapter.streams is not None:
-            self.drafter = StreamsDrafter(adapter.stream_config, adapter.streams, len(self.layers))
+        with self._lock:  # a generation in another thread begins with all of it, or with none
+            self.mount(adapter.mount)
+            self.adapter = name
+            self._in_use = adapter
+            self.stream_config, self.streams = adapter.stream_config, adapter.streams
+            self.drafter: Drafter | None = None
+            if adapter.stream_config is not None and adapter.streams is not None:
+                self.drafter = StreamsDrafter(adapter.stream_config, adapter.streams, len(self.layers))
 
     def unload_adapter(self, name: str) -> None:
         """Free an adapter's memory; when it is in use, the base alone is in use afterwards.

@@ -138,7 +138,7 @@ def plan_to_dict(context: int, plan: Plan) -> dict[str, Any]:
         "nodes": plan.tree.size - 1,
         "depth": plan.tree.max_depth,
         "leaves": [list(path) for path in plan.tree.paths if path and path not in inner],
-        "insertion": plan.insertion,
+        "insertion": plan.way,
         "expected_tokens_per_pass": plan.tokens,
         "seconds_per_pass": plan.seconds,
         "plain_seconds": plan.plain_seconds,

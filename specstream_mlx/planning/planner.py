@@ -140,7 +140,7 @@ class Plan:
     """The planner's answer; a tree of the root alone is plain decoding."""
 
     tree: DraftTree
-    insertion: str
+    way: str
     tokens: float
     seconds: float
     plain_seconds: float

@@ -58,8 +58,8 @@ VARIANTS = {
 }
 
 
-# Every draft with every insertion where the families' code differs most, in turn elsewhere: tests/test_pairs.py lets
-# every two of family, draft and insertion meet.
+# Every draft with every insertion where the families' code differs most, in turn elsewhere: test_pairs.py lets every
+# two of family, draft and insertion meet.
 WHOLE_GRID = ("llama", "phi3", "opt", "gpt2")
 GRID = [
     (family, draft, insertion)
@@ -114,7 +114,7 @@ def test_tokens_equal_mlx_lm_in_every_variant_of_a_family(name):
     """Red when: a scale or cap of the family is left out, or a window sees a row more or less than mlx-lm's.
 
     Prompt and text are longer than the windows, the prefill's chunks shorter; windows longer than the text are those
-    of the branches in tests/test_tree_attention.py.
+    of the branches in tests/target/test_tree_attention.py.
     """
     model = make_model(name, seed=3)
     tokenizer = NumberTokenizer(end_of_text=())
@@ -234,7 +234,7 @@ def test_every_plan_that_the_planner_can_choose(insertion):
     for number, tree in enumerate(trees, start=INSERTIONS.index(insertion)):
         calibration = calibration_for(tree, insertion)
         planned = calibration.plan(0)
-        assert (planned.tree.size, planned.insertion) == (tree.size, insertion)
+        assert (planned.tree.size, planned.way) == (tree.size, insertion)
         tree = planned.tree  # of two trees of one size and price, the better one
         with drafter(model, expected, len(prompt), 0.8, seed=tree.size):
             draft = ("tree", "auto")[number % 2]

@@ -38,6 +38,7 @@ from specstream_mlx.target.caches import (
     commit_rows,
     drop_rows,
 )
+from tests.cache_cases import HEADS, QUANTISED
 from tests.tiny import NumberTokenizer, drafter, make_model, our_tokens, plain_tokens, random_prompt
 from tests.tolerances import LOGITS
 
@@ -48,15 +49,6 @@ KINDS = {
     "quantised-later": lambda: KVCache().to_quantized(group_size=32, bits=4),
 }
 SIZE = 64  # of a head in the contract
-WIDE = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}  # the smallest heads mlx can quantise
-HEADS = {
-    "llama": WIDE,
-    "qwen3": WIDE,
-    "phi3": {"num_attention_heads": 1, "num_key_value_heads": 1},
-    "opt": {"num_attention_heads": 1},
-    "gpt2": {"n_head": 1},
-}
-QUANTISED = {"kv_bits": 4, "kv_group_size": 32}
 
 
 def wide_model(family="llama", seed=3, **changes):

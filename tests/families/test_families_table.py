@@ -10,7 +10,7 @@ from tests.families_table import PROMPTS, converts
 from tests.family_cases import TOLERANCE
 from tests.tiny import EVERY_FAMILY, base_config
 
-TEXT = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
 
 
 def test_every_family_has_its_row():

@@ -62,7 +62,7 @@ def test_no_tree_and_no_insertion_beats_the_plan(costs, rates):
         best = max(best, tokens / costs.of(tree, insertion, _end_by_hand(tree, rates)))
     assert plan.tokens / plan.seconds == pytest.approx(best, rel=1e-9, abs=FLOAT64)
     if plan.tree.size > 1:
-        assert plan.seconds == pytest.approx(costs.of(plan.tree, plan.insertion, _end_by_hand(plan.tree, rates)))
+        assert plan.seconds == pytest.approx(costs.of(plan.tree, plan.way, _end_by_hand(plan.tree, rates)))
         assert plan.tokens == pytest.approx(1 + sum(_by_hand(plan.tree, rates)))
 
 
@@ -112,7 +112,7 @@ def test_plain_decoding_is_a_plan_like_any_other():
     hopeless = solve(PassCosts(1.0, flat, flat, dear, deferred, dear), [[0.1], [0.1]])
     assert (hopeless.tree, hopeless.speedup) == (DraftTree.chain(0), 1.0)
     forced = solve(PassCosts(1.0, flat, flat, dear, deferred, dear), [[0.1], [0.1]], drafting=True)
-    assert (forced.tree.size, forced.insertion) == (3, "deferred")
+    assert (forced.tree.size, forced.way) == (3, "deferred")
     assert forced.speedup == pytest.approx(1.11 / 1.2)
     assert solve(PassCosts(1.0, flat, flat, flat, flat, flat), [], drafting=True).tree.size == 1
 
@@ -123,7 +123,7 @@ def test_leaf_insertion_pays_where_the_text_mostly_ends_there():
     costs = PassCosts(1.0, flat, flat, dear, Curve(((2, 1.5),)), Curve(((2, 1.2),)))
     for rate, insertion, seconds in ((0.9, "leaf", 1.2 + 0.1 * 0.5), (0.3, "deferred", 1.5)):
         plan = solve(costs, [[rate]], 2, drafting=True)
-        assert (plan.insertion, plan.seconds) == (insertion, pytest.approx(seconds))
+        assert (plan.way, plan.seconds) == (insertion, pytest.approx(seconds))
 
 
 def test_a_cheaper_pass_of_more_rows_is_found():

@@ -1,4 +1,4 @@
-"""Every pair of family, mode, insertion, draft, sampler and cache, token by token beside mlx-lm.
+"""Every pair of family, mode, insertion, draft, drafter, sampler and cache, token by token beside mlx-lm.
 
 All combinations would be some tens of thousands; ``all_pairs`` makes a list in which every two choices that can meet do
 meet at least once.
@@ -16,8 +16,9 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from specstream_mlx import DraftOptions, PrefixCache, SpecStreamModel
 from specstream_mlx.options import Insertion
 from tests.adapter_cases import save_adapter
-from tests.test_caches import HEADS, QUANTISED
-from tests.tiny import EVERY_FAMILY, NumberTokenizer, drafter, make_base, our_tokens, plain_tokens, random_prompt
+from tests.cache_cases import HEADS, QUANTISED
+from tests.drafter_cases import DRAFTERS, drafter_of
+from tests.tiny import EVERY_FAMILY, NumberTokenizer, make_base, our_tokens, plain_tokens, random_prompt
 
 MODES = {
     "shared": {},
@@ -46,6 +47,7 @@ AXES = {
     "mode": tuple(MODES),
     "insertion": get_args(Insertion),
     "draft": tuple(DRAFTS),
+    "drafter": DRAFTERS,
     "sampler": tuple(SAMPLERS),
     "cache": CACHES,
 }
@@ -68,6 +70,10 @@ def can_meet(case):
         return False  # two turns are longer than its context
     if cache == "prefix" and case.get("sampler") == "penalised":
         return False  # penalties must see what is not run again
+    if "streams" not in case.get("drafter", "streams") and (
+        case.get("insertion", "deferred") != "deferred" or case.get("draft") == "pruned"
+    ):
+        return False  # which streams alone have
     above = case.get("draft") == "pruned" and case.get("mode") == "at-anchor"  # pruning above the first stream layer
     return not above or case.get("insertion") in (None, "deferred")
 
@@ -124,6 +130,8 @@ def test_every_pair_gives_mlx_lms_tokens(family, tmp_path):
         mode, tree, threshold = DRAFTS[case["draft"]]
         sampler, processors = SAMPLERS[case["sampler"]]
         prompts = [random_prompt(11, seed=number), random_prompt(4, seed=number + 100)]
+        if case["drafter"] == "prompt-lookup":
+            prompts = [(prompt[:4] * 3)[: len(prompt)] for prompt in prompts]
         how = {"prefill_step_size": 6}
         how |= {"quantised": QUANTISED | {"quantized_kv_start": 14}, "size-limited": {"max_kv_size": 17}}.get(
             case["cache"], {}
@@ -139,18 +147,18 @@ def test_every_pair_gives_mlx_lms_tokens(family, tmp_path):
             how |= {"logits_processors": processors() if processors else None}
             expected = plain_tokens(model.base, prompt, MAX_TOKENS, seed=3, end_of_text=(), **how, prompt_cache=theirs)
             rest = kept.reuse(prompt) if kept is not None else prompt
-            with drafter(model, expected, cached + len(prompt), 0.75, seed=number):
-                tokens = our_tokens(
-                    model,
-                    rest,
-                    MAX_TOKENS,
-                    seed=3,
-                    tokenizer=NumberTokenizer(end_of_text=()),
-                    draft=mode,
-                    draft_options=DraftOptions(tree=tree, insertion=case["insertion"], prune_threshold=threshold),
-                    prompt_cache=kept.caches if kept is not None else ours,
-                    **how,
-                )
+            tokens = our_tokens(
+                model,
+                rest,
+                MAX_TOKENS,
+                seed=3,
+                tokenizer=NumberTokenizer(end_of_text=()),
+                draft=mode,
+                drafter=drafter_of(case["drafter"], model, expected, cached + len(prompt), number),
+                draft_options=DraftOptions(tree=tree, insertion=case["insertion"], prune_threshold=threshold),
+                prompt_cache=kept.caches if kept is not None else ours,
+                **how,
+            )
             assert tokens == expected, case
             if kept is not None:
                 kept.tokens += tokens

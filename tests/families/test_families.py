@@ -41,7 +41,7 @@ from tests.tolerances import CLOSE_LOGITS, LOGITS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:transformers.*")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONTEXT = 24
 SHAPES = {
     "pre-norm": {},
