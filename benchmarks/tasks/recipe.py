@@ -83,7 +83,7 @@ STAGES = (
         "sql_second",
         _OWN
         | {
-            "num_steps": 80,
+            "num_steps": 57,
             "seed": 2,
             "own_prompts": 600,
             "own_runs": 4,
@@ -101,7 +101,7 @@ STAGES = (
         "dialogsum_first",
         _OWN
         | {
-            "num_steps": 70,
+            "num_steps": 57,
             "seed": 1,
             "own_prompts": 300,
             "own_runs": 4,

@@ -182,9 +182,22 @@ with `data/<task>/train.jsonl`; on a machine with CUDA `scripts/train-tasks-cuda
 """
 
 
+NEEDED = {"run": "tokens per pass by drafting", "shared": "the metric on the whole test file", "lora": "LoRA alone"}
+
+
+def missing(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """What has not been measured yet, by task; nothing where all is there."""
+    lines = [
+        f"- {name}: {', '.join(words for kind, words in NEEDED.items() if kind not in found)}"
+        for name, found in results.items()
+        if NEEDED.keys() - found.keys()
+    ]
+    return "Not measured yet:\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
 def page() -> str:
     """The whole page."""
-    parts = [HEADER]
+    parts = [HEADER, missing({name: read_results(find_task(name)) for name in TASKS})]
     for name in TASKS:
         task = find_task(name)
         results = read_results(task)
