@@ -133,8 +133,9 @@ def passes_from(
             if foreseen is None:
                 with mx.stream(generation_stream):
                     session.commit(passed, nodes, tokens)
-                    kept = [array for cache in session.caches for array in arrays_of(cache)]
-                    mx.async_eval(*kept)  # type: ignore[no-untyped-call]  # another thread may go on
+                    if clock.alone or gives_up():  # no pass that evaluates them follows before another thread may go on
+                        kept = [array for cache in session.caches for array in arrays_of(cache)]
+                        mx.async_eval(*kept)  # type: ignore[no-untyped-call]
             elif not finished:
                 foreseen.before = None  # lets go of the caches, so that the pass can write into them
             if finished:
